@@ -1,0 +1,52 @@
+# Two commands: `make tutorial` runs the course, `make test` checks it. Both make .venv first, once.
+# Another Python: `make PYTHON=python3.12 tutorial`.  One room's tests: `make test TESTS=tests/test_packaging.py`.
+
+TESTS ?=
+PYTEST_ARGS ?= -n logical --maxprocesses 4
+# Nothing may reach for a hub once the packages are installed. The tests download from a server of their own on
+# loopback, which offline mode would forbid, so there the hub's address is one where nobody answers.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One process a core, so one thread a process.
+SUITE := HF_ENDPOINT=http://127.0.0.1:9 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help tutorial test test-oldest notebooks clean
+
+help:
+	@echo "make tutorial     run notebooks 01 to 05 on the tiny checkpoint, on the CPU -> build/tutorial/"
+	@echo "make test         lint and the whole suite, newest supported packages"
+	@echo "make test-oldest  the suite on the oldest supported packages"
+	@echo "make notebooks    rewrite the committed notebooks with fresh outputs"
+	@echo "make clean        remove everything that these commands made"
+
+tutorial: .venv/.installed
+	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py
+
+notebooks: .venv/.installed
+	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --write
+
+test: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+test-oldest: .venv-oldest/.installed .venv-lab3/.installed
+	$(SUITE) GLM_LAB3=.venv-lab3 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+clean:
+	rm -rf .venv .venv-oldest .venv-lab3 build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is younger than its sources after an installation, so a second run installs nothing.
+.venv/.installed: constraints.txt pyproject.toml scripts/make_venv.sh
+	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh .venv constraints.txt
+
+.venv-oldest/.installed: constraints-oldest.txt pyproject.toml scripts/make_venv.sh
+	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh .venv-oldest constraints-oldest.txt
+
+# ipywidgets 7 belongs to JupyterLab 3, which does not go with the other packages: an environment of its own, for the
+# browser tests alone. Where it cannot be made (it has no wheels for the newest Pythons), those tests are skipped.
+.venv-lab3/.installed: constraints-lab3.txt
+	@$(or $(PYTHON),python3) -m venv .venv-lab3 \
+		&& .venv-lab3/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lab3.txt jupyterlab ipywidgets \
+		&& touch $@ || echo "No JupyterLab 3 here: the browser tests of ipywidgets 7 will be skipped."

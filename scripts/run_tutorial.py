@@ -1,0 +1,228 @@
+"""Run the course: every notebook in order, each in a fresh kernel, on the tiny checkpoint and the CPU.
+
+    notebooks/01_*.ipynb ... 05_*.ipynb, solutions.ipynb
+              |  nbclient, working folder notebooks/, results below build/tutorial/outputs/
+              v
+    build/tutorial/NN_name.ipynb, NN_name.html         --write: also back into notebooks/, cleaned
+    and a table: notebook, seconds, key result
+
+The first failing cell ends the run with exit status 1; nothing is written back then.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from clean_notebook import clean, keep_committed
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+
+PROJECT = Path(__file__).resolve().parents[1]
+CELL_SECONDS = 600
+WIDTH = 110
+
+SETTINGS = {
+    "GLM_WEIGHTS": "tiny",
+    "GLM_DEVICES": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # The tiny model's products are too small to share: on a busy machine two threads wait for each other for minutes.
+    "OMP_NUM_THREADS": "1",
+    # Progress bars and hash order would make two runs differ.
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+
+
+class CellFailedError(Exception):
+    """A cell failed, timed out or took the kernel down; the message is ready to print."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One executed notebook: name without suffix, wall time in seconds, what `report_result` wrote."""
+
+    name: str
+    seconds: float
+    result: dict[str, Any]
+
+
+def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """The numbered notebooks in order, then the solutions; or those of the given names.
+
+    Raises:
+        FileNotFoundError: a named notebook, or any notebook at all, is not there.
+    """
+    if names:
+        paths = [folder / f"{name.removesuffix('.ipynb')}.ipynb" for name in names]
+    else:
+        paths = [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("solutions.ipynb")]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise FileNotFoundError(f"no {' and no '.join(missing) or 'notebook'} in {folder}")
+    return paths
+
+
+def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int = CELL_SECONDS) -> None:
+    """Run all cells in a fresh kernel with working folder `folder`; outputs go into `notebook`, in place.
+
+    Raises:
+        CellFailedError: names notebook, cell, its first lines, and the error.
+    """
+    started = [0]
+    client = NotebookClient(
+        notebook,
+        timeout=cell_seconds,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
+        on_cell_start=lambda cell, cell_index: started.append(cell_index),
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise CellFailedError(_describe(notebook, name, started[-1], f"{error.ename}: {error.evalue}")) from error
+    except CellTimeoutError as error:
+        reason = f"still running after {cell_seconds} seconds"
+        raise CellFailedError(_describe(notebook, name, started[-1], reason)) from error
+    except DeadKernelError as error:
+        reason = "the kernel died: a crash in a library, or the machine ran out of memory"
+        raise CellFailedError(_describe(notebook, name, started[-1], reason)) from error
+
+
+def _describe(notebook: NotebookNode, name: str, index: int, reason: str) -> str:
+    code_cells = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
+    lines = notebook.cells[index].source.splitlines()
+    shown = [*lines[:5], "..."] if len(lines) > 5 else lines
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", reason)
+    return "\n".join(
+        [
+            f"FAILED: {name}, cell {index + 1} of {len(notebook.cells)} (code cell {code_cells})",
+            *(f"    | {line}" for line in shown),
+            *(f"    {line}" for line in reason.splitlines()),
+        ]
+    )
+
+
+def run(paths: Sequence[Path], build: Path, project: Path, write: bool = False, fresh: bool = False) -> list[Outcome]:
+    """Execute notebooks in order; write .ipynb and .html to `build`, and back to `paths` if `write`.
+
+    Unless `fresh`, outputs in `paths` that differ from the new ones in durations only are left as they are.
+
+    Raises:
+        CellFailedError: from the first cell that fails; that notebook is in `build` as far as it came.
+    """
+    output = build / "outputs"
+    shutil.rmtree(output, ignore_errors=True)  # a training run must not resume from an earlier tutorial
+    output.mkdir(parents=True)
+    os.environ.update(SETTINGS, GLM_OUTPUT=str(output))
+
+    outcomes, executed = [], []
+    for path in paths:
+        print(f"{path.stem} ...", end="", flush=True)
+        notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+        try:
+            execute(notebook, path.stem, path.parent)
+        except CellFailedError:
+            print(" failed", flush=True)
+            nbformat.write(notebook, build / path.name)
+            raise
+        outcome = Outcome(path.stem, time.perf_counter() - start, _read_result(output, path.stem))
+        print(f" {outcome.seconds:.1f} s", flush=True)
+        clean(notebook, project, output)
+        _write_text(build / path.name, _as_text(notebook))
+        _write_text(build / f"{path.stem}.html", _as_html(notebook, path.stem))
+        outcomes.append(outcome)
+        executed.append(notebook)
+    if write:
+        for path, notebook in zip(paths, executed, strict=True):
+            if not fresh:
+                committed = nbformat.read(path, as_version=4)
+                clean(committed, project, output)
+                keep_committed(notebook, committed)
+            _write_text(path, _as_text(notebook))
+    return outcomes
+
+
+def _read_result(output: Path, name: str) -> dict[str, Any]:
+    path = output / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _as_text(notebook: NotebookNode) -> str:
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook).rstrip("\n") + "\n"
+
+
+def _as_html(notebook: NotebookNode, title: str) -> str:
+    # Widgets do not live in a page without a kernel, so their loaders are left out.
+    exporter = HTMLExporter(require_js_url="", jquery_url="")
+    exporter.log.setLevel(logging.ERROR)  # it warns of every figure without alternative text
+    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    return html
+
+
+def _write_text(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Notebook, seconds, key result; one notebook a row, long results wrapped."""
+    first = max(len("notebook"), *(len(outcome.name) for outcome in outcomes))
+    lines = [f"{'notebook':{first}}  seconds  key result", "-" * WIDTH]
+    for outcome in outcomes:
+        result = "   ".join(f"{key}={_short(value)}" for key, value in outcome.result.items()) or "-"
+        start = f"{outcome.name:{first}}  {outcome.seconds:7.1f}  "
+        lines += textwrap.wrap(start + result, WIDTH, subsequent_indent=" " * len(start))
+    total = sum(outcome.seconds for outcome in outcomes)
+    return "\n".join([*lines, "-" * WIDTH, f"{'total':{first}}  {total:7.1f}"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the notebooks and print the table; 1 if a cell failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="notebooks to run, by name; default: all")
+    parser.add_argument("--write", action="store_true", help="rewrite the notebooks themselves, cleaned")
+    parser.add_argument("--fresh", action="store_true", help="with --write: take new durations too")
+    parser.add_argument("--notebooks", type=Path, default=PROJECT / "notebooks")
+    parser.add_argument("--build", type=Path, default=PROJECT / "build" / "tutorial")
+    args = parser.parse_args(argv)
+    folder, build = args.notebooks.resolve(), args.build.resolve()
+    try:
+        outcomes = run(find_notebooks(folder, args.names), build, folder.parent, args.write, args.fresh)
+    except (CellFailedError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"\n{table(outcomes)}\n\nPages to read: {args.build}/*.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
