@@ -1,0 +1,68 @@
+"""Cross entropy over a vocabulary of 130,528 without ever holding all logits.
+
+                 rows that carry a label          one chunk at a time
+    hidden ─────► (labels != -100) ─────► [c, H] ─► logits [c, V] ─► loss, and at once the gradient
+    [B, L, H]          [N, H]                ▲                         d loss / d hidden = (softmax - onehot) @ W
+                                             │                              │
+                                             └────── only [N, H] is kept ◄──┘
+
+`lm_head` is frozen while LoRA trains, so the gradient of the hidden rows is known as soon as the chunk's softmax is:
+nothing of size V is kept for the backward pass. One copy of all logits would be 1.07 GB in float16 at batch 4 x 1024,
+and the usual loss keeps several.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+DEFAULT_CHUNK = 512
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T` against `labels`; `weight` is a constant."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(hidden) if needs_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
+            keep = targets != IGNORE_INDEX
+            targets = targets.clamp_min(0).unsqueeze(1)
+            log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
+            total -= (log_probs.gather(1, targets).squeeze(1) * keep).sum()
+            if needs_grad:
+                probs = log_probs.exp_()
+                probs.scatter_add_(1, targets, -torch.ones_like(targets, dtype=torch.float32))
+                # Left as the gradient of the *sum*: divided by the number of labels it could underflow in float16.
+                torch.mm(probs.to(weight.dtype), weight, out=grad[start : start + chunk])
+                grad[start : start + chunk].mul_(keep.unsqueeze(1))
+            # Freed here, or the next chunk's logits would be allocated while these are alive.
+            log_probs = probs = None
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (grad,) = ctx.saved_tensors
+        return None if grad is None else grad * grad_output.to(grad.dtype), None, None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
+    """Sum over the labelled rows of -log softmax(hidden @ weight.T)[label].
+
+    Args:
+        hidden: [N, H], the final hidden states, any floating dtype.
+        weight: [V, H], `lm_head.weight`, of the same dtype and device. If it requires a gradient the plain, unchunked
+            computation is used, since the gradient of the weight needs all logits.
+        labels: [N] int64; -100 marks a row without a label (it costs time, but counts as 0).
+        chunk: rows per chunk; at most this many rows of logits are alive at once.
+
+    Returns:
+        float32 scalar on the device of `hidden`.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)

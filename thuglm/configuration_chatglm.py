@@ -1,0 +1,88 @@
+"""The configuration of ChatGLM-6B: the published keys, with the published values as defaults.
+
+    ChatGLMConfig()                      the released 6.2-billion-parameter model (v1.1)
+    ChatGLMConfig.from_pretrained(dir)   whatever `config.json` in `dir` says
+
+      vocab_size 130528 ──► word_embeddings ─► 28 x block(hidden 4096, heads 32, inner 16384) ─► lm_head
+                            └───────────────────────── tied: one matrix, used twice ─────────────────┘
+
+The first release (v1.0) shuffled the vocabulary and carried 20,000 image tokens. Its files load without an error into
+newer code and then talk nonsense, so they are recognised here and refused.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+V1_0_VOCAB_SIZE = 150528
+V1_0_FIRST_SPECIAL_ID = 150000
+
+
+@strict
+class ChatGLMConfig(PreTrainedConfig):
+    """Shape and special ids of a ChatGLM (first generation) model.
+
+    Args:
+        vocab_size: rows of the embedding (and of `lm_head`), padding rows included.
+        hidden_size: width H of the residual stream.
+        num_layers: number of blocks. It does not change the residual scale, see `modeling_chatglm.ALPHA`.
+        num_attention_heads: heads per block; `hidden_size / num_attention_heads` must be a multiple of 4, since the two
+            rotary halves each rotate pairs.
+        inner_hidden_size: width of the MLP.
+        layernorm_epsilon: epsilon of every LayerNorm.
+        max_sequence_length: longest sequence (prompt and answer, in tokens) the model was trained for.
+        bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end.
+        mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`, the hole that the answer fills.
+        pad_token_id: `<pad>`.
+
+    Raises:
+        ValueError: for a v1.0 configuration, a head size that cannot be rotated, or 1-D positions.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own class-level convention
+    attribute_map = {  # noqa: RUF012
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    position_encoding_2d: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int = 130004
+    eos_token_id: int = 130005
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    pad_token_id: int = 3
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.vocab_size == V1_0_VOCAB_SIZE or (self.bos_token_id or 0) >= V1_0_FIRST_SPECIAL_ID:
+            raise ValueError(
+                f"This is the config.json of ChatGLM-6B v1.0 (vocab_size {self.vocab_size}, bos_token_id "
+                f"{self.bos_token_id}): its ids and weights do not fit this code. Download v1.1 (vocab_size 130528, "
+                "bos_token_id 130004), all files from the same revision: see notebook 01."
+            )
+        if not self.position_encoding_2d:
+            raise ValueError("position_encoding_2d is false: only the published 2-D positions are implemented.")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must be a whole "
+                "multiple of 4: half of a head rotates with each of the two positions, and each half in pairs."
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+__all__ = ["ChatGLMConfig"]

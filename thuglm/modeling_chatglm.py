@@ -1,0 +1,741 @@
+"""ChatGLM-6B (2023), the first General Language Model that many people could run, native to transformers 5.
+
+GLM fills a hole. The prompt is read in both directions; the hole, `[gMASK]`, stands at its end; the answer that fills
+it starts at `<sop>` and is written from left to right. One transformer does both, told apart by its mask alone.
+
+The prefix mask (row = the token that looks, column = the token it sees, `#` = visible), prompt a b c, answer x y:
+
+                     a   b   c [gM] <s>  x   y
+              a      #   #   #   #   .   .   .      prompt: everybody sees the whole prompt,
+              b      #   #   #   #   .   .   .              also what stands to the right,
+              c      #   #   #   #   .   .   .              but nothing of the answer
+            [gMASK]  #   #   #   #   .   .   .
+            <sop>    #   #   #   #   #   .   .      answer: the whole prompt, and the answer
+              x      #   #   #   #   #   #   .              up to and including itself
+              y      #   #   #   #   #   #   #
+
+              visible[i, j]  =  j < context  or  j <= i            context = index of the first <sop>
+
+Two positions per token. The first says where the token stands in the prompt (the whole answer stands in the hole, at
+the position of `[gMASK]`), the second where it stands inside the answer:
+
+                     a   b   c [gM] <s>  x   y
+            row 0    0   1   2   3   3   3   3      rotates the first half of each head
+            row 1    0   0   0   0   1   2   3      rotates the second half
+
+A block is neither pre-norm nor post-norm: the *normalised* tensor runs along the residual stream, enlarged:
+
+            x ──► LN ──► a ──┬──► attention ──► + ──► LN ──► b ──┬──► MLP ──► + ──►
+                             └── ALPHA * a ─────┘                └── ALPHA * b ─┘
+
+Equal to the original in every case of tests/data/reference; three things there surprise everybody who ports this model:
+ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float16 in every dtype, and the stored
+`inv_freq` and `lm_head` tensors of the checkpoint are ignored.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from thuglm.configuration_chatglm import ChatGLMConfig
+from thuglm.prompt import chat_prompt, process_response
+
+# The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
+ALPHA = (2 * 28) ** 0.5
+
+# The published score of a masked pair, before the softmax. Finite, so that a row that sees nothing (left padding)
+# gives a harmless average and not NaN; far enough that exp() of it is 0 in float32 beside any visible score.
+MASKED_SCORE = -10000.0
+
+
+# What the blocks need to know about a batch: visible pairs, positions, rotations ------------------------------------
+
+
+def check_input_ids(input_ids: Tensor, config: ChatGLMConfig, *, prompt: bool = True, mask_token: bool = True) -> None:
+    """Refuse ids that the model would misread.
+
+    Looking at values makes the CPU wait for a GPU, so `forward` calls this only for ids that are still on the CPU, and
+    `generate` once per prompt; a collator does well to call it too.
+
+    Args:
+        input_ids: [B, L].
+        prompt: the rows start with a prompt, and must have a `<sop>`.
+        mask_token: they must also have `[gMASK]` or `[MASK]`, since positions are to be derived from it.
+
+    Raises:
+        ValueError: names the row, what is wrong, and what to do.
+    """
+    for row, ids in enumerate(input_ids.tolist()):
+        if bad := [token for token in ids if not 0 <= token < config.vocab_size]:
+            raise ValueError(
+                f"Row {row} of input_ids holds id {bad[0]}, the vocabulary has ids 0 to {config.vocab_size - 1}. "
+                "Tokenizer and model are of different checkpoints: load both from one folder."
+            )
+        if prompt and config.bos_token_id not in ids:
+            raise ValueError(
+                f"Row {row} of input_ids has no <sop> (id {config.bos_token_id}): where does the answer start? Make "
+                "the ids with tokenizer(text), which ends a prompt with [gMASK] <sop>, and do not cut off the end."
+            )
+        if prompt and mask_token and config.gmask_token_id not in ids and config.mask_token_id not in ids:
+            raise ValueError(
+                f"Row {row} of input_ids has neither [gMASK] (id {config.gmask_token_id}) nor [MASK] (id "
+                f"{config.mask_token_id}), so its positions are unknown. Make the ids with tokenizer(text), or pass "
+                "position_ids."
+            )
+
+
+def first_index(matches: Tensor) -> Tensor:
+    """Index of the first True in each row, [B, L] -> [B, 1]; the row length where there is none. Does not wait."""
+    index = torch.arange(matches.shape[1], device=matches.device)
+    return index.where(matches, matches.shape[1]).amin(dim=1, keepdim=True)
+
+
+def context_lengths(input_ids: Tensor, config: ChatGLMConfig) -> Tensor:
+    """Tokens before the answer, [B, 1]: the index of the first `<sop>` (left padding counts)."""
+    return first_index(input_ids == config.bos_token_id)
+
+
+def make_position_ids(input_ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None) -> Tensor:
+    """The two position rows of the module's docstring, [B, 2, L].
+
+    Left padding (where `attention_mask` [B, L] is 0) has position 0, and counting starts behind it. Without a mask, as
+    in the original model, padding counts like text. A prompt with both `[MASK]` and `[gMASK]` is filled at `[gMASK]`.
+    """
+    length = input_ids.shape[1]
+    index = torch.arange(length, device=input_ids.device)
+    context = context_lengths(input_ids, config)
+    gmask = first_index(input_ids == config.gmask_token_id)
+    mask = first_index(input_ids == config.mask_token_id)
+    hole = gmask.where(gmask < length, mask)
+    padding = 0 if attention_mask is None else first_index(attention_mask != 0)
+    in_prompt = (index.where(index < context, hole) - padding).clamp_min(0)
+    in_answer = (index - context + 1).clamp_min(0)
+    return torch.stack((in_prompt, in_answer), dim=1)
+
+
+def make_visible(input_ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None) -> Tensor:
+    """The prefix mask drawn above, bool [B, 1, L, L], True = visible; padding neither sees nor is seen."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    visible = (index < context_lengths(input_ids, config))[:, None, :] | (index[:, None] >= index)
+    if attention_mask is not None:
+        real = attention_mask != 0
+        visible = visible & real[:, None, :] & real[:, :, None]
+    return visible[:, None]
+
+
+def make_visible_with_cache(
+    attention_mask: Tensor | None, new: int, past: int | Tensor, kv_length: int, device
+) -> Tensor | None:
+    """What `new` tokens behind `past` cached ones see, bool [B or 1, 1, new, kv_length]; None if everything.
+
+    A static cache has room for `kv_length` tokens, more than there are yet, and counts them in a tensor.
+    """
+    visible = None
+    if new > 1 or isinstance(past, Tensor) or kv_length > past + new:
+        index = torch.arange(kv_length, device=device)
+        visible = (index <= past + torch.arange(new, device=device)[:, None])[None, None]
+    if attention_mask is not None:
+        real = (attention_mask != 0)[:, None, None, :]
+        real = F.pad(real, (0, kv_length - real.shape[-1]), value=False).expand(-1, 1, new, -1)
+        visible = real if visible is None else visible & real
+    return visible
+
+
+class ChatGLMRotaryEmbedding(nn.Module):
+    """cos and sin of the angles position * frequency, for both position rows."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.width = config.head_dim // 2
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> Tensor:
+        """1 / 10000^(2i / width), [head_dim / 4], rounded to float16 as the original does in every dtype."""
+        exponents = torch.arange(0, self.width, 2, dtype=torch.float32, device="cpu") / self.width
+        return (1.0 / 10000**exponents).half().float()
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B, 2, L] -> cos and sin, each [B, L, 1, 1, 2, head_dim / 4], ready to broadcast over heads and over q, k.
+
+        Angles are rounded to `dtype` before cos and sin are taken, as in the original.
+        """
+        angles = position_ids.transpose(1, 2).unsqueeze(-1).to(dtype) * self.inv_freq.to(dtype)
+        angles = angles[:, :, None, None]
+        return angles.cos(), angles.sin()
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """[B, L, 3H] as `query_key_value` writes it -> query, key, value, each [B, L, heads, head_dim], rotated.
+
+    Query and key are rotated where they lie, so nothing is copied and only cos and sin are kept for the backward pass:
+    the gradient of a rotation is the rotation by the opposite angle. In-place is safe because nobody else needs the
+    memory: a linear layer does not save its output.
+    """
+
+    @staticmethod
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., head_dim] -> the quarters that rotate together, each [..., 2, head_dim / 4]."""
+        return x.view(*x.shape[:-1], 2, 2, x.shape[-1] // 4).unbind(-2)
+
+    @staticmethod
+    def split_and_rotate_(mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass, for when nothing needs a gradient."""
+        batch, length, width = mixed.shape
+        mixed = mixed.view(batch, length, heads, 3, width // (3 * heads))
+        first, second = _SplitAndRotate.pairs(mixed[:, :, :, :2])
+        rest = first * sin
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).add_(rest)
+        return mixed.unbind(3)
+
+    @staticmethod
+    def forward(ctx, mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _SplitAndRotate.split_and_rotate_(mixed, cos, sin, heads)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        cos, sin = (x.squeeze(3) for x in ctx.saved_tensors)
+        batch, length, heads, head_dim = grads[0].shape
+        mixed = grads[0].new_empty(batch, length, heads, 3, head_dim)
+        for part, grad in enumerate(grads[:2]):
+            first, second = _SplitAndRotate.pairs(grad)
+            to_first, to_second = _SplitAndRotate.pairs(mixed[..., part, :])
+            torch.mul(first, cos, out=to_first).addcmul_(second, sin)
+            torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=-1)
+        mixed[..., 2, :] = grads[2]
+        return mixed.flatten(-3), None, None, None
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Attention as the original writes it out: slow, but it shows its weights.
+
+    `query`, `key`, `value`, and the first result: [B, heads, L, head_dim]; the weights: [B, heads, L, L].
+    Scores are divided by (layer + 1) until they are in float32, so that float16 does not overflow.
+    """
+    scale = float(layer + 1)
+    scores = (query / (query.shape[-1] ** 0.5 * scale)) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores.masked_fill(bias < 0, MASKED_SCORE)
+    weights = F.softmax(scores.float() * scale, dim=-1).to(value.dtype)
+    return weights @ value, weights
+
+
+class ChatGLMAttention(nn.Module):
+    """Self-attention; query, key and value come from one matrix, head by head: [q0 k0 v0 q1 k1 v1 ...]."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
+        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
+        batch, length, hidden = hidden_states.shape
+        mixed = self.query_key_value(hidden_states)
+        split = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
+        query, key, value = (x.transpose(1, 2) for x in split(mixed, cos, sin, self.heads))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config._attn_implementation == "eager":
+            context, weights = eager_attention(query, key, value, bias, self.layer_idx)
+        else:
+            context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=bias), None
+        return self.dense(context.transpose(1, 2).reshape(batch, length, hidden)), weights
+
+
+class ChatGLMMLP(nn.Module):
+    """H -> inner -> H with the tanh form of GELU."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, H] -> [B, L, H]."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One block, as drawn in the module's docstring."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLMMLP(config)
+
+    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
+        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
+        normed = self.input_layernorm(hidden_states)
+        attended, weights = self.attention(normed, bias, cos, sin, past_key_values)
+        normed = self.post_attention_layernorm(attended.add(normed, alpha=ALPHA))
+        return self.mlp(normed).add(normed, alpha=ALPHA), weights
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What the two models below share: names, loading, placement."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers' own class-level convention
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    # The published shards store each block's rotary frequencies; the original ignores them, and so do we.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ChatGLMRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies())
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; `device_map` may name "cpu", which then computes too (nothing is copied back and forth).
+
+        See `PreTrainedModel.from_pretrained`.
+        """
+        model = super().from_pretrained(*args, **kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        if len(set(getattr(loaded, "hf_device_map", {}).values())) > 1:
+            loaded.place(loaded.hf_device_map)
+        return model
+
+    def place(self, device_map: dict[str, int | str | torch.device]):
+        """Put each module where `device_map` says, and keep the map as `hf_device_map`.
+
+        The forward pass moves the hidden states itself, once per change of device, so accelerate's hooks (which would
+        look at every argument of every module, and copy modules on the CPU to a GPU for each use) are taken off.
+
+        If the embedding and `lm_head` are sent to different devices, they can no longer be one tensor: `lm_head` gets
+        its own copy (1.07 GB for ChatGLM-6B).
+
+        Args:
+            device_map: module name -> device, as for `from_pretrained`.
+
+        Raises:
+            KeyError: a name that is no module of this model.
+        """
+        remove_hook_from_module(self, recurse=True)
+        modules = dict(self.named_modules())
+        for name, device in device_map.items():
+            if name not in modules:
+                raise KeyError(
+                    f"device_map names {name!r}, which this model does not have; its parts are "
+                    "transformer.word_embeddings, transformer.layers.0 ..., transformer.final_layernorm and lm_head."
+                )
+            if name != "lm_head":
+                modules[name].to(device)
+        head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        if head is not None and "lm_head" in device_map:
+            device = torch.device(device_map["lm_head"])
+            if torch.empty(0, device=device).device == embedding.weight.device:
+                head.to(device)
+            else:
+                if head.weight is embedding.weight:
+                    head.weight = nn.Parameter(embedding.weight.detach().to(device), head.weight.requires_grad)
+                self.config.tie_word_embeddings = False
+                self.all_tied_weights_keys = {}
+                head.to(device)
+        self.hf_device_map = dict(device_map)
+        return self
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, blocks and the final LayerNorm."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = ChatGLMRotaryEmbedding(config)
+        self.layers = nn.ModuleList(ChatGLMBlock(config, layer) for layer in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks. Nothing in here waits for a GPU.
+
+        Args:
+            input_ids: [B, L]. With an empty cache each row holds a prompt up to its `<sop>`, and perhaps an answer.
+            attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D bool mask
+                [B, 1, L, past + L] is taken as the published model takes it: True = *masked*.
+            position_ids: [B, 2, L]; derived from the ids if not given. Needed when the cache is not empty.
+            inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
+
+        Returns:
+            `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
+            the last, and `last_hidden_state`; `.attentions`, with `attn_implementation="eager"`.
+
+        Raises:
+            ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
+        """
+        config = self.config
+        new = input_ids.shape[1]
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past, int) and past + new > config.max_sequence_length:
+            raise ValueError(
+                f"The sequence has {past + new} tokens, this model was trained for max_sequence_length="
+                f"{config.max_sequence_length}. Shorten the prompt or the history, or ask for fewer new tokens."
+            )
+        first = isinstance(past, int) and past == 0
+        if input_ids.device.type == "cpu":
+            check_input_ids(input_ids, config, prompt=first, mask_token=position_ids is None)
+        if position_ids is None:
+            if not first:
+                raise ValueError(
+                    "past_key_values holds a prompt, so position_ids [B, 2, L] must be given: they cannot be derived "
+                    "from the new ids alone. model.generate() does this by itself."
+                )
+            position_ids = make_position_ids(input_ids, config, attention_mask)
+
+        if inputs_embeds is None:
+            table = self.word_embeddings
+            inputs_embeds = table(input_ids.to(table.weight.device))
+        device = self._device_of(0, inputs_embeds)
+        hidden_states = inputs_embeds.to(device)
+        kv_length = new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
+        visible = self._visible(input_ids, attention_mask, past, kv_length, device)
+        bias = None
+        if visible is not None:
+            bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
+            bias.masked_fill_(~visible, MASKED_SCORE)
+        cos, sin = self.rotary_emb.to(device)(position_ids.to(device), hidden_states.dtype)
+        on_first = (bias, cos, sin)
+        on_device = {device: on_first}
+
+        all_hidden_states, all_attentions = [], []
+        for layer, block in enumerate(self.layers):
+            device = self._device_of(layer, hidden_states)
+            if device not in on_device:
+                on_device[device] = tuple(None if x is None else x.to(device) for x in on_first)
+            hidden_states = hidden_states.to(device)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, weights = block(hidden_states, *on_device[device], past_key_values=past_key_values)
+            all_attentions.append(weights)
+        hidden_states = self.final_layernorm(hidden_states.to(self.final_layernorm.weight.device))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+    def _device_of(self, layer: int, default: Tensor) -> torch.device:
+        return self.layers[layer].input_layernorm.weight.device if len(self.layers) else default.device
+
+    def _visible(self, input_ids: Tensor, mask: Tensor | None, past: int | Tensor, kv_length: int, device):
+        """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
+        mask = None if mask is None else mask.to(device)
+        if mask is not None and mask.dim() == 4:
+            visible = ~mask if mask.dtype == torch.bool else mask == 0
+        elif isinstance(past, int) and past == 0:
+            visible = make_visible(input_ids.to(device), self.config, mask)
+        else:
+            return make_visible_with_cache(mask, input_ids.shape[1], past, kv_length, device)
+        return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
+
+
+class _IdStreamer(BaseStreamer):
+    """Hands each new token to another thread; the first `put` of `generate` is the prompt, which is skipped."""
+
+    def __init__(self):
+        self.queue: queue.Queue = queue.Queue()
+        self.seen_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        if self.seen_prompt:
+            self.queue.put(value.reshape(-1).tolist())
+        self.seen_prompt = True
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
+class _StopWhen(StoppingCriteria):
+    """Stops all rows once `asked` is set."""
+
+    def __init__(self, asked: threading.Event):
+        self.asked = asked
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+class _RefuseNaN(LogitsProcessor):
+    """The original turns NaN logits into the token with id 5, again and again; an error is kinder."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not torch.isfinite(scores).any(dim=-1).all() or torch.isnan(scores).any():
+            raise FloatingPointError(
+                f"The logits of token {input_ids.shape[1]} are NaN or all infinite. Usual causes: damaged weights (run"
+                " verify_weights), an adapter whose training diverged, or float16 overflow (try dtype=torch.float32)."
+            )
+        return scores
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM with its language-model head, tied to the embedding after `from_pretrained`, as in the original."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """As in transformers, but the embedding always wins: the `lm_head.weight` of a file is ignored, as originally.
+
+        transformers would leave the two untied if their values differ.
+        """
+        embedding = self.get_input_embeddings()
+        stored = missing_keys is None or "transformer.word_embeddings.weight" not in missing_keys
+        if self.config.tie_word_embeddings and stored:
+            self.lm_head.weight = embedding.weight
+        super().tie_weights(missing_keys, recompute_mapping)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool | None = None,
+        label_rows: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        loss_chunk: int = DEFAULT_CHUNK,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
+
+        Args:
+            labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
+            logits_to_keep: compute the logits of the last so many positions only; 0 means all.
+            return_logits: by default logits are returned unless a loss is computed in training mode.
+            label_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
+                `labels[:, 1:]`. Known to whoever made the labels on the CPU; with it rows without label cost nothing.
+                Without it they are found here if `labels` is on the CPU, and otherwise computed for nothing, since
+                finding them would wait for the GPU.
+            num_items_in_batch: labels in the whole (accumulated) batch; the loss is the sum divided by it. By default
+                the number of labels here, so that the loss is their mean.
+            loss_chunk: rows of logits alive at once, see `chunked_loss`.
+
+        Returns:
+            `.loss`: float32 scalar on the device of `input_ids`; `.logits`: [B, L, V] on the last device, or None;
+            `.past_key_values`, `.hidden_states`, `.attentions`.
+        """
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden = outputs.last_hidden_state.to(self.lm_head.weight.device)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(input_ids.device)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden, labels, label_rows, num_items_in_batch, chunk) -> Tensor:
+        targets = labels[:, 1:].reshape(-1)
+        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        if label_rows is None and labels.device.type == "cpu":
+            label_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            if label_rows.numel() == 0:
+                raise ValueError(
+                    "No row of this batch has a label: every entry of labels[:, 1:] is -100. Were the answers cut off "
+                    "by a length limit, or the prompt masked twice?"
+                )
+        if label_rows is not None:
+            targets = targets.index_select(0, label_rows.to(targets.device))
+            rows = rows.index_select(0, label_rows.to(rows.device))
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORE_INDEX).sum()
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(rows.device)
+        total = chunked_cross_entropy(rows, self.lm_head.weight, targets.to(rows.device), chunk)
+        return total / num_items_in_batch
+
+    # Generation ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """Leave the 2-D mask as it is: transformers would make a causal one for a static cache, wrong for a prompt."""
+        return attention_mask
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        check_input_ids(inputs_tensor, self.config)
+        return make_position_ids(inputs_tensor, self.config, model_kwargs.get("attention_mask"))
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
+        # transformers takes 3-D positions for multimodal ones, whose rows lie along the second dimension.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if position_ids is not None:
+            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
+        return input_ids, model_kwargs
+
+    # The published model was run with a transformers whose beam search divides a score by the length of prompt *and*
+    # answer; now it is the answer alone, which picks other answers. A prompt of length 0 gives the old rule back.
+
+    def _update_finished_beams(self, *args, **kwargs):
+        return super()._update_finished_beams(*args, **{**kwargs, "decoder_prompt_len": 0})
+
+    def _check_early_stop_heuristic(self, *args, **kwargs):
+        return super()._check_early_stop_heuristic(*args, **{**kwargs, "decoder_prompt_len": 0})
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        positions = model_kwargs.pop("position_ids", None)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if positions is not None:
+            # The hole stays where it is; the place inside the answer grows by one.
+            step = positions.new_tensor([0, 1])[:, None]
+            model_kwargs["position_ids"] = torch.cat((positions, positions[..., -1:] + step), dim=-1)
+        return model_kwargs
+
+    def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
+        """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
+        prompt = chat_prompt(query, history or ())
+        settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
+        if "max_new_tokens" not in settings:
+            settings.setdefault("max_length", self.config.max_sequence_length)
+        if not settings["do_sample"]:
+            settings = {k: v for k, v in settings.items() if k not in ("top_p", "temperature", "top_k")}
+        processors = LogitsProcessorList([*settings.pop("logits_processor", []), _RefuseNaN()])
+        inputs = tokenizer([prompt], return_tensors="pt").to(self.device)
+        return {**inputs, **settings, "logits_processor": processors}
+
+    @torch.no_grad()
+    def chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings):
+        """Answer `query`; returns (answer, history with this turn).
+
+        Args:
+            history: earlier (question, answer) turns.
+            settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
+                max_length=2048`.
+        """
+        inputs = self._chat_inputs(tokenizer, query, history, settings)
+        output = self.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        response = process_response(tokenizer.decode(output.tolist()))
+        return response, [*(history or []), (query, response)]
+
+    def stream_chat(
+        self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings
+    ) -> Iterator[tuple[str, list]]:
+        """Like `chat`, but yields (answer so far, history with it) after each token.
+
+        As in the published code the very last token is never yielded: it is `<eop>`, or the one that reached the length
+        limit. Leaving the loop early stops the model.
+        """
+        inputs = self._chat_inputs(tokenizer, query, history, {**settings, "num_beams": 1})
+        streamer, leave, failed = _IdStreamer(), threading.Event(), []
+        criteria = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), _StopWhen(leave)])
+
+        def work():
+            try:
+                self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
+            except BaseException as error:  # handed to the reader's thread
+                failed.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        ids: list[int] = []
+        try:
+            token = streamer.queue.get()
+            while token is not None and (following := streamer.queue.get()) is not None:
+                ids += token
+                response = process_response(tokenizer.decode(ids))
+                yield response, [*(history or []), (query, response)]
+                token = following
+        finally:
+            leave.set()
+            worker.join()
+        if failed:
+            raise failed[0]
+
+    process_response: Callable[[str], str] = staticmethod(process_response)
+
+
+__all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

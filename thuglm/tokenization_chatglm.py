@@ -1,0 +1,244 @@
+"""ChatGLM's tokenizer: a SentencePiece model between two small translations.
+
+    text ──► whitespace ──► SentencePiece ──► ids ──► + [gMASK] <sop>            a prompt
+             \\n    -> <n>     (unigram, NFKC,           + [gMASK] <sop> answer <eop>   a prompt and its answer
+             \\t    -> <|tab|>  byte fallback)
+             80..2 spaces -> <|blank_k|>
+
+    ids    5   74874   130001   130004    ...    130005
+           ▁   你好    [gMASK]   <sop>   answer    <eop>
+           └─── prompt ────┘     └─── what the model writes ──┘
+
+Only `<sop> <eop> <unk> <pad> [MASK]` written in a text are taken for those tokens. `[gMASK]` in a text is spelled out,
+so no user can forge the hole that the answer goes into.
+
+Padding is on the left, as generation needs it: the last token of every row must be the newest one. The attention mask
+is the usual 2-D one (1 = real token); the model builds the prefix mask and the two position rows from it.
+"""
+
+import os
+import re
+import shutil
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
+LONGEST_BLANK = 80
+V1_0_IMAGE_TOKENS = 20000
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Tokenizer of ChatGLM-6B v1.1, equal to the published one id for id.
+
+    Args:
+        vocab_file: path of `ice_text.model`.
+        padding_side: "left" (the published tokenizer knows no other; "right" is allowed here for training batches).
+        num_image_tokens: must be 0; 20000 is the v1.0 tokenizer.
+
+    Raises:
+        ValueError: for v1.0 files, or a model file that lacks one of the special pieces.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - transformers' own convention
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        end_token: str = "</s>",
+        mask_token: str = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        padding_side: str = "left",
+        num_image_tokens: int = 0,
+        clean_up_tokenization_spaces: bool = True,
+        **kwargs,
+    ):
+        if num_image_tokens:
+            raise ValueError(
+                f"tokenizer_config.json says num_image_tokens={num_image_tokens}: this is the tokenizer of ChatGLM-6B "
+                "v1.0. Take ice_text.model and tokenizer_config.json of v1.1 (num_image_tokens 0): see notebook 01."
+            )
+        self.vocab_file = str(vocab_file)
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+        self._pieces = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.get_piece_size())}
+        self._gmask, self._end = gmask_token, end_token
+        needed = (
+            bos_token,
+            eos_token,
+            end_token,
+            mask_token,
+            gmask_token,
+            pad_token,
+            unk_token,
+            "<n>",
+            "<|tab|>",
+        )
+        if missing := [piece for piece in needed if str(piece) not in self._pieces]:
+            raise ValueError(
+                f"{self.vocab_file} has no piece {', '.join(map(str, missing))}: it is not the ice_text.model of "
+                "ChatGLM-6B v1.1. Download it again from the revision of the weights: see notebook 01."
+            )
+        kwargs.setdefault("special_tokens_pattern", "none")
+        # transformers makes every "..._token" of tokenizer_config.json special, and writes such lists itself when it
+        # saves. Only the five below are: otherwise a text that spells "[gMASK]" would become the token.
+        for name in ("model_specific_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            kwargs.pop(name, None)
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            mask_token=mask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            padding_side=padding_side,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+        self.init_kwargs.update(end_token=end_token, gmask_token=gmask_token, num_image_tokens=num_image_tokens)
+
+    # Vocabulary ------------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces (the model's embedding has a few unused rows more)."""
+        return len(self._pieces)
+
+    @property
+    def gmask_token(self) -> str:
+        """The hole at the end of a prompt, `[gMASK]`."""
+        return self._gmask
+
+    @property
+    def gmask_token_id(self) -> int:
+        """Id of `[gMASK]`."""
+        return self._pieces[self._gmask]
+
+    @property
+    def end_token(self) -> str:
+        """`</s>`, a leftover of the SentencePiece model that ChatGLM does not use."""
+        return self._end
+
+    @property
+    def end_token_id(self) -> int:
+        """Id of `</s>`."""
+        return self._pieces[self._end]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Piece -> id."""
+        return {**self._pieces, **self.added_tokens_encoder}
+
+    def _convert_token_to_id(self, token: str) -> int:
+        # "<image_7>" <-> 7 below the first piece: what is left of the image tokens of v1.0, kept to equal the original.
+        if re.fullmatch(r"<image_\d+>", token):
+            return int(token[7:-1])
+        return self._pieces.get(token, self._pieces[str(self.unk_token)])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index < 0:
+            return f"<image_{index}>"
+        if index >= self.vocab_size:
+            raise IndexError(
+                f"id {index} is no piece: the tokenizer has {self.vocab_size}. Ids from there to the model's vocab_size"
+                " are padding rows of the embedding; a trained model never writes them."
+            )
+        return self.sp_model.id_to_piece(index)
+
+    # Text to ids -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def encode_whitespace(text: str) -> str:
+        """Newlines, tabs and runs of 2 to 80 spaces become pieces of their own (SentencePiece would lose them)."""
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        for length in range(LONGEST_BLANK, 1, -1):
+            text = text.replace(" " * length, f"<|blank_{length}|>")
+        return text
+
+    @staticmethod
+    def decode_whitespace(text: str) -> str:
+        """The way back."""
+        text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
+        for length in range(2, LONGEST_BLANK + 1):
+            text = text.replace(f"<|blank_{length}|>", " " * length)
+        return text
+
+    def tokenize(self, text: str, **kwargs) -> list[str]:
+        """Text -> pieces. The text around a special token is stripped, as the published tokenizer does."""
+        special = set(self.all_special_tokens)
+        parts = self.tokens_trie.split(text)
+        pieces: list[str] = []
+        for position, part in enumerate(parts):
+            if part in special:
+                pieces.append(part)
+                continue
+            if position > 0:
+                part = part.lstrip()
+            if position < len(parts) - 1:
+                part = part.rstrip()
+            if part:
+                pieces.extend(self._tokenize(part))
+        return pieces
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(self.encode_whitespace(text), out_type=str)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Prompt ids + `[gMASK] <sop>`, and if there is an answer, its ids + `<eop>`."""
+        ids = [*token_ids_0, self.gmask_token_id, self._pieces[str(self.bos_token)]]
+        if token_ids_1 is not None:
+            ids += [*token_ids_1, self._pieces[str(self.eos_token)]]
+        return ids
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for an id that `build_inputs_with_special_tokens` adds, 0 for text."""
+        if already_has_special_tokens:
+            added = {self.gmask_token_id, *self.all_special_ids}
+            return [int(token in added) for token in token_ids_0]
+        mask = [0] * len(token_ids_0) + [1, 1]
+        return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+
+    def truncate_sequences(self, ids, pair_ids=None, num_tokens_to_remove=0, truncation_strategy="longest_first", **kw):
+        """As in the base class, but a text is left whole where not even its first token would fit: the published
+        tokenizer never returns a prompt without a prompt."""
+        strategy = getattr(truncation_strategy, "value", truncation_strategy)
+        cut = pair_ids or [] if strategy == "only_second" else ids
+        if (pair_ids is None or strategy != "longest_first") and num_tokens_to_remove >= len(cut):
+            return ids, pair_ids, []
+        return super().truncate_sequences(
+            ids, pair_ids, num_tokens_to_remove, truncation_strategy=truncation_strategy, **kw
+        )
+
+    # Ids to text -----------------------------------------------------------------------------------------------------
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Pieces -> text; `[gMASK]`, `<sop>` and the other control pieces vanish."""
+        return self.decode_whitespace(self.sp_model.decode(tokens))
+
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else [int(token) for token in token_ids]
+        ids = [token for token in ids if token != self.pad_token_id]
+        return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) if ids else ""
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copy `ice_text.model` into `save_directory`."""
+        name = (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
+        path = os.path.join(save_directory, name)
+        if os.path.abspath(path) != os.path.abspath(self.vocab_file):
+            shutil.copyfile(self.vocab_file, path)
+        return (path,)
+
+
+__all__ = ["ChatGLMTokenizer"]
