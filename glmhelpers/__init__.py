@@ -1,0 +1,1 @@
+"""What the notebooks share: where am I, weights, data, memory, device map, training, inference, pictures."""

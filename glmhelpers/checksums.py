@@ -1,0 +1,89 @@
+"""sha256 of large files, side by side, and never twice for a file that has not changed.
+
+.weights_checked.json      name -> size, time of last change, sha256
+     |
+     +- size and time as now: the remembered sha256, at once
+     +- else: read the file; several at a time, since hashlib lets other threads run
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from glmhelpers.atomic import whole_file
+
+MEMORY_NAME = ".weights_checked.json"
+BLOCK = 8 * 2**20
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file in hexadecimal; calls `progress(bytes)` after every block."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()
+
+
+def remembered(folder: Path) -> dict[str, list]:
+    """File name -> [size, time, sha256], of the files whose size and time are still those of the last reading."""
+    try:
+        memory = json.loads((folder / MEMORY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: facts for name, facts in memory.items() if facts[:2] == _size_and_time(folder / name)}
+
+
+def remember(folder: Path, facts: dict[str, list]) -> None:
+    """Keep name -> [size, time, sha256] for later. A folder that cannot be written (a Kaggle input) keeps nothing."""
+    if facts and os.access(folder, os.W_OK):
+        known = json.dumps(remembered(folder) | facts, indent=1, sort_keys=True)
+        with whole_file(folder / MEMORY_NAME) as unfinished:
+            unfinished.write_text(known + "\n", encoding="utf-8")
+
+
+def read_facts(path: Path, progress: Callable[[int], None] | None = None) -> list:
+    """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
+    return [*_size_and_time(path), sha256_of(path, progress)]
+
+
+def _size_and_time(path: Path) -> list[int] | None:
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return [now.st_size, now.st_mtime_ns]
+
+
+def checksums(
+    folder: Path,
+    names: Iterable[str],
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, str], int]:
+    """sha256 of files in `folder`, without reading those that are remembered.
+
+    Args:
+        folder: where the files lie.
+        names: which files.
+        workers: how many files are read at a time; None: as many as there are cores, at most 8.
+        progress: called with the number of bytes after every block, from any thread.
+
+    Returns:
+        name -> sha256, and the number of bytes that were really read.
+    """
+    names, known = list(names), remembered(folder)
+
+    to_read = [name for name in names if name not in known]
+    # The longest first: otherwise the last thread works alone on a long one at the end.
+    to_read.sort(key=lambda name: -(folder / name).stat().st_size)
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, progress), to_read), strict=True))
+    known |= fresh
+    remember(folder, fresh)
+    return {name: known[name][2] for name in names}, sum(facts[0] for facts in fresh.values())

@@ -1,0 +1,135 @@
+"""A training that has gone wrong stops, says why, and says which knob to turn.
+
+    before the step             a batch without a label
+    before the optimizer step   loss nan, inf or exactly 0; gradients not finite     -> nothing of this step is learnt
+    after it                    too many steps in a row skipped by the loss scale    -> nothing has been learnt lately
+    before the start            several processes                                    -> the right road
+
+Looking at the loss waits for the GPU once a step, some milliseconds in which it has nothing to do: the price of never
+saving a checkpoint that is spoilt. Running out of memory is explained in `fit`.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+SKIPS_ALLOWED = 20
+"""Steps in a row that the loss scale may skip: 16 halvings take it from 65,536 to 1."""
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training was stopped because going on would have been useless or harmful."""
+
+
+class NoLabelsError(TrainingStoppedError, ValueError):
+    """A batch has nothing to learn from."""
+
+
+class Guard(TrainerCallback):
+    """Looks at every step and raises `TrainingStoppedError` if it has gone wrong.
+
+    Args:
+        last_good: gives the newest complete checkpoint, or None.
+        skips_allowed: see SKIPS_ALLOWED.
+    """
+
+    def __init__(self, last_good: Callable[[], Path | None] = lambda: None, skips_allowed: int = SKIPS_ALLOWED):
+        self.last_good, self.skips_allowed = last_good, skips_allowed
+        self.losses: list[Tensor] = []
+        self.skipped = 0
+        self.scale = 0.0
+
+    def see(self, loss: Tensor) -> None:
+        """Take the loss of a batch; several are summed up if gradients are accumulated."""
+        self.losses.append(loss)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Refuse a loss that is not a number or 0, and gradients that are not numbers."""
+        loss, self.losses = sum(loss.item() for loss in self.losses), []
+        step = state.global_step + 1
+        if not math.isfinite(loss):
+            self.stop(
+                f"the loss of step {step} is {loss}",
+                f"Lower the learning rate (it is {args.learning_rate:g}): a tenth of it is a good next try. If the "
+                "very first step fails, a weight of the base or of the adapter is not a number: load them again.",
+            )
+        if loss == 0:
+            self.stop(
+                f"the loss of step {step} is exactly 0",
+                "A model that still has something to learn never reaches it. Look at the labels of a batch (notebook "
+                "02): are they what the model should answer? In float16, the base may be damaged: load it again.",
+            )
+        scaler = getattr(optimizer, "scaler", None)
+        self.scale = 0.0 if scaler is None else scaler.get_scale()
+        if scaler is None and not gradients_finite(model):
+            self.stop(
+                f"the gradients of step {step} are not finite, though its loss is {loss:.4g}",
+                f"Lower the learning rate (it is {args.learning_rate:g}).",
+            )
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Count the steps in a row that the GradScaler skipped."""
+        scaler = getattr(optimizer, "scaler", None)
+        # Not `optimizer.step_was_skipped`: a fused optimizer skips inside its kernel, which accelerate does not notice.
+        self.skipped = self.skipped + 1 if scaler is not None and scaler.get_scale() < self.scale else 0
+        if self.skipped >= self.skips_allowed:
+            self.stop(
+                f"the last {self.skipped} steps up to step {state.global_step + 1} were skipped: their gradients "
+                f"overflowed float16, even with the loss scaled by {self.scale:.3g}",
+                f"Lower the learning rate (it is {args.learning_rate:g}) or max_grad_norm ({args.max_grad_norm:g}), "
+                "and look for rows of garbage in the data (notebook 02).",
+            )
+
+    def refuse_unlabelled(self, step: int, rows: int) -> None:
+        """Stop because of a batch in which every label is -100."""
+        self.stop(
+            f"the batch of step {step}, {rows} rows, has no label: every entry of labels[:, 1:] is -100",
+            "Were the answers cut off by a length limit? Raise max_length of encode_file, or leave such rows out with "
+            "too_long='drop' (notebook 02).",
+            NoLabelsError,
+        )
+
+    def stop(self, what: str, remedy: str, kind: type[TrainingStoppedError] = TrainingStoppedError) -> None:
+        """Raise with the cause, the knob, and where the last good checkpoint is."""
+        good = self.last_good()
+        where = f"The last good checkpoint is {good}." if good else "There is no checkpoint yet."
+        raise kind(f"Training stopped: {what}. {remedy} {where}")
+
+
+def gradients_finite(model: torch.nn.Module) -> bool:
+    """Whether every gradient is a number; one look at each device, however many gradients there are."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            sums.setdefault(parameter.grad.device, []).append(parameter.grad.sum())
+    return all(bool(torch.stack(group).isfinite().all()) for group in sums.values())
+
+
+def refuse_many_processes(environment: Any = None) -> None:
+    """Explain, before anything hangs, that this trainer is one process for all GPUs.
+
+    Args:
+        environment: mapping of environment variables; the process' own by default.
+
+    Raises:
+        RuntimeError: started by torchrun, accelerate launch or mpirun, or inside a process group.
+    """
+    environment = os.environ if environment is None else environment
+    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    signs = [f"{name}={environment[name]}" for name in sizes if environment.get(name, "1") not in ("", "1")]
+    signs += [f"{name}={environment[name]}" for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK") if name in environment]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        signs.append("an initialised process group")
+    if signs:
+        raise RuntimeError(
+            f"This training was started as one of several processes ({signs[0]}). It is made to be one process that "
+            "drives all GPUs of a machine: every process would load the whole model, and fight for the same GPUs. "
+            "Start it with plain python, or in a notebook. Where one machine is not enough, the model is cut into "
+            "stages of torch.distributed.pipelining, one process each, started by torchrun (notebook 06)."
+        )

@@ -1,0 +1,98 @@
+"""Many questions at once, with and without the adapter. (For one conversation see `chat`.)
+
+    question ─► template ─► tokens [gMASK] <sop> ─► base                ─► answer "before"
+                                                └─► base + adapter      ─► answer "after"
+
+One model in memory serves both: PEFT can switch the adapter off for the length of a `with` block.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from glmhelpers.chat import plain_text
+from glmhelpers.merge import is_merged
+from glmhelpers.templates import build_prompt
+from thuglm.prompt import process_response
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    question: str,
+    history: Sequence[tuple[str, str]] = (),
+    template: str = "chatglm",
+    max_new_tokens: int = 48,
+    **settings: Any,
+) -> str:
+    """One answer; greedy unless `do_sample=True` and friends are given.
+
+    Args:
+        history: earlier (question, answer) turns.
+        max_new_tokens: stop after so many tokens.
+        settings: any argument of `generate`.
+    """
+    return answers(model, tokenizer, [question], history, template, max_new_tokens, **settings)[0]
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[str],
+    history: Sequence[tuple[str, str]] = (),
+    template: str = "chatglm",
+    max_new_tokens: int = 48,
+    batch_size: int = 16,
+    **settings: Any,
+) -> list[str]:
+    """An answer to each question, in batches that are padded on the left."""
+    texts: list[str] = []
+    # The padding rows of the embedding have no text; a random draw could hit one.
+    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": beyond or None, **settings}
+    for start in range(0, len(questions), batch_size):
+        asked = [plain_text(question, tokenizer) for question in questions[start : start + batch_size]]
+        prompts = [build_prompt(question, history, template) for question in asked]
+        batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
+        ids = model.generate(**batch, **settings)
+        new = ids[:, batch["input_ids"].shape[1] :].tolist()
+        texts += [process_response(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+    return texts
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question, the base's answer and the tuned model's."""
+
+    question: str
+    base: str
+    tuned: str
+
+
+def compare(model: PeftModel, tokenizer: Any, questions: Iterable[str], **settings: Any) -> list[Comparison]:
+    """Answers without and with the adapter, side by side; `settings` as for `answers`.
+
+    Raises:
+        ValueError: the adapter is merged into the weights, so there is no base to compare with.
+    """
+    if is_merged(model):
+        raise ValueError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
+    questions = list(questions)
+    model.eval()
+    both = []
+    for context in (model.disable_adapter(), nullcontext()):
+        with context:
+            both.append(answers(model, tokenizer, questions, **settings))
+    return [Comparison(*row) for row in zip(questions, *both, strict=True)]
+
+
+def share_right(texts: Sequence[str], expected: Sequence[str]) -> float:
+    """Share (0 to 1) of the answers that contain what is expected, spaces and case aside."""
+    plain = [("".join(t.lower().split()), "".join(e.lower().split())) for t, e in zip(texts, expected, strict=True)]
+    return sum(want in got for got, want in plain) / max(1, len(plain))

@@ -1,0 +1,100 @@
+"""What a training step really holds, to be laid beside the prediction.
+
+random ids -> forward (each micro-batch) -> one backward -> Adam step -> torch.cuda.max_memory_allocated
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from glmhelpers.lora import fuse_lora
+from glmhelpers.recompute import recompute
+
+
+def parameter_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of all parameters on each device ("cuda:0", "cpu", ...); a tensor used twice counts once."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        place = str(parameter.device)
+        sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.element_size()
+    return sizes
+
+
+def random_batch(config: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Ids [rows, length] of which the second half is the answer, and labels for the answer (-100 elsewhere)."""
+    ids = torch.randint(10, min(1000, config.vocab_size), (rows, length))
+    ids[:, length // 2 - 2] = config.gmask_token_id
+    ids[:, length // 2 - 1] = config.bos_token_id
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def checkpoint_only(model: nn.Module, layers: Iterable[int]) -> None:
+    """Checkpoint these blocks and no others: `plan.checkpointed_layers` applied.
+
+    Args:
+        model: a ChatGLM, with an adapter or without.
+        layers: indices of the blocks that are run again in the backward pass.
+    """
+    wanted = set(layers)
+    blocks = next(
+        module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
+    )
+    if wrong := sorted(wanted - set(range(len(blocks)))):
+        raise ValueError(f"cannot checkpoint block {wrong[0]}: the model has blocks 0 to {len(blocks) - 1}")
+    with warnings.catch_warnings():
+        # transformers renames this method in version 6; the new name does not exist in the oldest supported one.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers lets the embeddings require a gradient for the sake of reentrant checkpointing. Here it would keep
+    # every micro-batch's embeddings, and compute and send a gradient that nobody wants.
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
+    for index, block in enumerate(blocks):
+        block.gradient_checkpointing = index in wanted
+        block._gradient_checkpointing_func = recompute
+
+
+def prepare(model: nn.Module, layers: Iterable[int] | None = None, fused: bool = True) -> nn.Module:
+    """The model in training mode with LoRA (rank 8 on query_key_value), these blocks checkpointed (None: all).
+
+    `fused`: the LoRA layer of `glmhelpers.lora`; otherwise peft's.
+    """
+    checkpoint_only(model, range(model.config.num_layers) if layers is None else layers)
+    adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["query_key_value"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(model, adapter).train()
+    if fused:
+        fuse_lora(model)
+    return model
+
+
+def measured_peaks(model: nn.Module, config: Any, rows: int, length: int, micro_batches: int = 1) -> list[int]:
+    """Run two training steps on random ids; return the peak of each GPU in bytes during the second, [] without a GPU.
+
+    Args:
+        model: a frozen model at its places; it gets an adapter, see `prepare`.
+        config: its configuration.
+        rows: rows in a step.
+        length: tokens in a row.
+        micro_batches: parts of the batch; all run forward before the one backward pass.
+    """
+    if not torch.cuda.is_available():
+        return []
+    model = prepare(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    devices = range(torch.cuda.device_count())
+    for _ in range(2):
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        parts = [random_batch(config, rows // micro_batches, length) for _ in range(micro_batches)]
+        sum(model(**part).loss for part in parts).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [torch.cuda.max_memory_allocated(device) for device in devices]

@@ -1,0 +1,104 @@
+"""One look for every figure of the course.
+
+    use_style()  ->  white ground, thin grid, Okabe-Ito colours in a fixed order
+    COLORS       ->  those colours by name: COLORS["blue"]
+    HATCHES      ->  one hatch for each colour, so a print in black and white can still be read
+    cjk_font()   ->  name of an installed font with Chinese glyphs, or None
+
+Okabe and Ito's eight colours (https://jfly.uni-koeln.de/color/, 2008) stay apart for readers with any of the
+common kinds of colour blindness. Colour is never the only sign: areas also carry a hatch or a label.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "sky": "#56B4E9",
+    "purple": "#CC79A7",
+    "yellow": "#F0E442",
+    "black": "#000000",
+    "grey": "#999999",
+    "light": "#DDDDDD",
+}
+"""Okabe-Ito colours by name, and two greys for what should stay in the background."""
+
+CYCLE = ["blue", "orange", "green", "vermillion", "sky", "purple", "yellow", "black"]
+"""Order in which lines and bars take their colours."""
+
+HATCHES = ["", "//", "..", "\\\\", "xx", "--", "++", "oo"]
+"""Hatches in the same order as CYCLE."""
+
+# Families that carry the common Chinese glyphs, free ones first.
+CJK_FAMILIES = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Noto Serif CJK SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+    "Arial Unicode MS",
+    "Noto Sans CJK JP",
+)
+
+
+def cjk_font() -> str | None:
+    """Name of the first installed font family that has Chinese glyphs, or None.
+
+    Use it as `fontfamily=cjk_font()` where it is a name; where it is None, draw ids instead of Chinese text.
+    """
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((family for family in CJK_FAMILIES if family in installed), None)
+
+
+def use_style() -> None:
+    """Set the course's look for every figure made afterwards in this process."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.5, 3.6),
+            "figure.dpi": 100,
+            "savefig.dpi": 150,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": cycler(color=[COLORS[name] for name in CYCLE]),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": COLORS["light"],
+            "grid.linewidth": 0.6,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "hatch.linewidth": 0.6,
+            "font.size": 10,
+        }
+    )
+
+
+def label_bars(axes: Axes, values: Sequence[float], form: str = "{:.2f}") -> None:
+    """Write each value just above its vertical bar.
+
+    Args:
+        axes: the axes that hold one bar for each value, at positions 0, 1, 2 ...
+        values: heights of the bars.
+        form: format string for one value.
+    """
+    for place, value in enumerate(values):
+        axes.annotate(form.format(value), (place, value), (0, 2), textcoords="offset points", ha="center")

@@ -1,0 +1,113 @@
+"""Figures of notebook 05: what bounds decoding, measured speeds, the next token's distribution, the cache."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from glmhelpers.gpus import GIB
+from glmhelpers.memory import cache_bytes
+from glmhelpers.plots import COLORS, HATCHES
+from glmhelpers.shapes import Setting, Shape
+from glmhelpers.speed import LAUNCH_SECONDS, timeline, token_time
+
+
+def draw_bounds(config: Any, gpus: Sequence[str] = ("T4", "H100"), kernels: int = 12) -> Figure:
+    """Who waits for whom: the first kernels of a token, started one by one and by a graph, on two GPUs.
+
+    Predicted from bandwidth and launch time (see `speed`); each GPU has a time axis of its own.
+    """
+    figure, rows = plt.subplots(len(gpus), 1, figsize=(7.5, 1.9 * len(gpus)))
+    for axes, gpu in zip(np.atleast_1d(rows), gpus, strict=True):
+        time = token_time(config, gpu)
+        work = time.memory / (time.host / LAUNCH_SECONDS)
+        lanes = (("graph: GPU", 0.0, 0), ("plain: GPU", LAUNCH_SECONDS, 1))
+        for label, launch, height in lanes:
+            _, begins = timeline(work, launch, kernels)
+            axes.barh([height] * kernels, work * 1e6, 0.6, left=np.array(begins) * 1e6, **_GPU_BAR)
+            axes.annotate(label, (0, height), (-6, 0), textcoords="offset points", ha="right", va="center")
+        launched, _ = timeline(work, LAUNCH_SECONDS, kernels)
+        starts = np.array([0.0, *launched[:-1]]) * 1e6
+        axes.barh([2] * kernels, LAUNCH_SECONDS * 1e6, 0.6, left=starts, **_HOST_BAR)
+        axes.annotate("plain: host", (0, 2), (-6, 0), textcoords="offset points", ha="right", va="center")
+        plain, best = time.tokens_per_s
+        axes.set_title(
+            f"{gpu}: {plain:.0f} tokens/s plain, {best:.0f} at the limit of its memory (predicted)", loc="left"
+        )
+        axes.set(yticks=[], xlabel="microseconds", xlim=(0, None))
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+    return figure
+
+
+_GPU_BAR = {"color": COLORS["blue"], "edgecolor": "white", "linewidth": 0.8}
+_HOST_BAR = {"color": COLORS["orange"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
+
+
+def plot_speeds(cases: Mapping[str, float], limit: float | None = None) -> Axes:
+    """Tokens a second, one horizontal bar a case, with the memory's limit as a line.
+
+    Args:
+        cases: label -> tokens a second, drawn from top to bottom.
+        limit: tokens a second if the weights were read at full speed, if known.
+    """
+    _, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(cases)))
+    places = np.arange(len(cases))[::-1]
+    axes.barh(places, list(cases.values()), 0.6, color=COLORS["blue"], edgecolor="black")
+    for place, value in zip(places, cases.values(), strict=True):
+        axes.annotate(f"{value:.0f}", (value, place), (4, 0), textcoords="offset points", va="center")
+    if limit is not None:
+        axes.axvline(limit, color=COLORS["vermillion"], linestyle="--")
+        axes.annotate(
+            f"weights read once a token: {limit:.0f}",
+            (limit, len(cases) - 0.45),
+            (-4, 0),
+            textcoords="offset points",
+            color=COLORS["vermillion"],
+            ha="right",
+        )
+    right = max([*cases.values(), limit or 0]) * 1.08
+    axes.set(yticks=places, yticklabels=list(cases), xlabel="tokens a second", xlim=(0, right))
+    axes.set_ylim(-0.6, len(cases) - 0.1)
+    axes.grid(axis="y", visible=False)
+    return axes
+
+
+def plot_top_p(probabilities: Mapping[str, Sequence[float]], top_p: float) -> Axes:
+    """How many tokens top-p keeps: their probabilities added up, the likeliest first.
+
+    Args:
+        probabilities: label (such as "temperature 0.5") -> probabilities of all tokens, in any order.
+        top_p: the share to reach.
+    """
+    _, axes = plt.subplots(figsize=(6.5, 3))
+    for (label, values), style in zip(probabilities.items(), ("-", "--", ":", "-."), strict=False):
+        reached = np.cumsum(np.sort(np.asarray(values))[::-1])
+        kept = int(np.searchsorted(reached, top_p)) + 1
+        (line,) = axes.plot(
+            np.arange(1, len(reached) + 1), reached, style, label=f"{label}: keeps {kept} of {len(reached)}"
+        )
+        axes.plot(kept, reached[min(kept, len(reached)) - 1], "o", color=line.get_color())
+    axes.axhline(top_p, color=COLORS["grey"], linewidth=1)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(f"top-p {top_p:g}", (1, top_p), (-2, -3), **place)
+    axes.set(xscale="log", xlabel="tokens, the likeliest first", ylabel="share reached", ylim=(0, 1.03))
+    axes.legend(loc="lower right")
+    return axes
+
+
+def plot_cache(config: Any, tokens: Sequence[int] = (256, 512, 1024, 2048), dtype: str = "float16") -> Axes:
+    """Key-value cache of one conversation against its length, in MiB or GiB."""
+    shape, setting = Shape.of(config), Setting(1, dtype=dtype, training=False)
+    sizes = [cache_bytes(shape, setting, count, shape.layers) / GIB for count in tokens]
+    _, axes = plt.subplots(figsize=(5.5, 2.6))
+    places = np.arange(len(tokens))
+    axes.bar(places, sizes, 0.6, color=COLORS["sky"], hatch=HATCHES[2], edgecolor="black")
+    for place, size in zip(places, sizes, strict=True):
+        axes.annotate(f"{size:.2f}", (place, size), (0, 2), textcoords="offset points", ha="center")
+    axes.set(xticks=places, xticklabels=tokens, xlabel="tokens in the cache", ylabel="GiB")
+    axes.grid(axis="x", visible=False)
+    return axes

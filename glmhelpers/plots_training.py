@@ -1,0 +1,101 @@
+"""Figures of notebooks 04 and 05: LoRA drawn, the loss curve, the size of what was learnt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from glmhelpers.plots import COLORS, HATCHES
+
+
+def draw_lora(hidden: int, out: int, r: int) -> Axes:
+    """W beside B and A as rectangles: what is frozen, what is learnt, and how many numbers each holds."""
+    _, axes = plt.subplots(figsize=(7, 2.8))
+    boxes = (
+        (0.0, 0.0, 2.0, 3.0, f"W  frozen\n{out} x {hidden}\n{out * hidden:,}", "light", ""),
+        (3.2, 0.0, 0.35, 3.0, "", "orange", HATCHES[1]),
+        (4.2, 2.65, 2.0, 0.35, "", "blue", HATCHES[2]),
+    )
+    for x, y, width, height, text, color, hatch in boxes:
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=COLORS[color], hatch=hatch, edgecolor="black"))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+    axes.text(2.6, 1.5, "+", fontsize=20, ha="center", va="center")
+    axes.text(3.37, -0.45, f"B  {out} x {r}\nstarts at 0", ha="center", va="center")
+    axes.text(5.2, 2.2, f"A  {r} x {hidden}\nstarts random", ha="center", va="center")
+    axes.text(
+        5.2,
+        1.1,
+        f"learnt: {r * (hidden + out):,} numbers\n= {r * (hidden + out) / (hidden * out):.2%} of W",
+        ha="center",
+    )
+    axes.set(xlim=(-0.2, 7), ylim=(-0.9, 3.2))
+    axes.axis("off")
+    return axes
+
+
+def plot_loss(log: Sequence[Mapping[str, float]]) -> Axes:
+    """Training loss (and evaluation loss, if any) against the step."""
+    _, axes = plt.subplots(figsize=(6, 3))
+    return _draw_losses(axes, log)
+
+
+def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
+    for key, label, style in (("loss", "training", "o-"), ("eval_loss", "held-out rows", "s--")):
+        points = [(entry["step"], entry[key]) for entry in log if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return axes
+
+
+def plot_progress(points: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Losses so far and, where there are GPUs, the peak of each card's memory beside them.
+
+    Args:
+        points: as in `watch.Watch.points`.
+        title: one line above.
+    """
+    devices = sorted({name for point in points for name in point.get("memory", {})})
+    figure, row = plt.subplots(1, 1 + bool(devices), figsize=(7.5 if devices else 5, 2.8), squeeze=False)
+    _draw_losses(row[0, 0], points)
+    for number, name in enumerate(devices):
+        known = [(point["step"], point["memory"][name] / 2**30) for point in points if name in point.get("memory", {})]
+        row[0, 1].plot(*zip(*known, strict=True), "os^vD"[number % 5] + "-", label=name, markersize=4)
+    if devices:
+        row[0, 1].set(xlabel="step", ylabel="peak (GiB)", ylim=(0, None))
+        row[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        row[0, 1].legend()
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def plot_b_norms(norms: Mapping[str, float]) -> Axes:
+    """Norm of lora_B per block: where the adapter changes the model."""
+    _, axes = plt.subplots(figsize=(6, 2.6))
+    axes.bar(np.arange(len(norms)), list(norms.values()), color=COLORS["orange"], hatch=HATCHES[1], edgecolor="black")
+    axes.set(xlabel="block", ylabel="norm of lora_B", xticks=np.arange(len(norms)))
+    return axes
+
+
+def plot_sampling(probabilities: Mapping[str, Sequence[float]], tokens: Sequence[str]) -> Axes:
+    """Bars of next-token probabilities under several settings.
+
+    Args:
+        probabilities: label (such as "temperature 0.5") -> probabilities of `tokens`, in their order.
+        tokens: labels of the x axis.
+    """
+    _, axes = plt.subplots(figsize=(7, 3))
+    width = 0.8 / len(probabilities)
+    for number, (label, values) in enumerate(probabilities.items()):
+        place = np.arange(len(tokens)) + (number - (len(probabilities) - 1) / 2) * width
+        axes.bar(place, values, width, label=label, hatch=HATCHES[number % len(HATCHES)], edgecolor="black")
+    axes.set(xticks=np.arange(len(tokens)), xticklabels=tokens, ylabel="probability", xlabel="next token (its id)")
+    axes.legend()
+    return axes

@@ -1,0 +1,73 @@
+"""An optional chapter: the frozen base in 8 or 4 bits, by bitsandbytes; adapter and arithmetic as before.
+
+    matrix in float16   w w w w ...                    2 bytes a weight     blocks of ChatGLM-6B: 11.3 GB
+    8 bits              q q q q ... one scale a row    1 byte                                      5.6 GB
+    4 bits (NF4)        qq qq ...   one scale for 64   half a byte                                 3.2 GB
+
+                  x (float16) ──► unpack one matrix ──► W x ──┐
+                                                              + ──► y      training keeps 16-bit activations, so it is
+                  x ──► A ──► B (float32, trained) ───────────┘            the weights alone that shrink
+
+Embedding and head stay as they are: they are tied, and a head in 4 bits would cost answers. The planner knows both
+(`plan_device_map(..., base_bits=4)`). An adapter trained on a packed base belongs to that base:
+its fingerprint differs.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+BITS = (8, 4)
+
+
+def why_not() -> str | None:
+    """Why this machine cannot do it, in words, or None if it can."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed (pip install --no-deps bitsandbytes)"
+    return None
+
+
+def load_quantized(
+    folder: str | Path, bits: int, device_map: dict[str, Any] | None = None, dtype: torch.dtype = torch.float16
+) -> nn.Module:
+    """ChatGLM with its blocks' matrices packed, ready for `attach_lora`.
+
+    Args:
+        folder: a checkpoint folder.
+        bits: 8 or 4.
+        device_map: part name -> device; None: all on the CPU.
+        dtype: what it computes in, and of everything that is not packed.
+
+    Raises:
+        ValueError: another number of bits.
+        ModuleNotFoundError: see `why_not`.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits!r}; bitsandbytes packs weights into 8 or 4")
+    if reason := why_not():
+        raise ModuleNotFoundError(reason)
+    from transformers import BitsAndBytesConfig
+
+    from thuglm import ChatGLMForConditionalGeneration
+
+    how = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
+    places = {"": "cpu"} if device_map is None else device_map
+    return ChatGLMForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map=places
+    ).eval()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all frozen weights as they are stored, scales included; what is shared counts once."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            total += parameter.numel() * parameter.element_size()
+            # bitsandbytes keeps the scales beside the parameter: SCB for 8 bits, a QuantState for 4.
+            scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
+            total += sum(scale.numel() * scale.element_size() for scale in scales if scale is not None)
+    return total

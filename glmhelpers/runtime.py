@@ -1,0 +1,279 @@
+"""Where am I, what is here, which checkpoint and which devices: the first cell of every notebook.
+
+    preflight()                     choose()                                report_result()
+    +--------------------------+    +----------------------------------+    +-----------------------+
+    | machine    versions      |    | weights: real | tiny | a folder  |    | RESULT loss=0.31 ...  |
+    | GPUs       RAM     disk  | -> | devices: [0, 1] | [0] | ["cpu"]  | -> | outputs/results/      |
+    | files                    |    | dtype:   float16 on GPU, else 32 |    |   04_lora_....json    |
+    +--------------------------+    +----------------------------------+    +-----------------------+
+      each line [OK] or [FAIL]        a Run: one object for all cells          for `make tutorial`
+
+Nothing here imports the model or reads a weight. Environment variables that answer for "auto":
+GLM_WEIGHTS (tiny, real or a folder), GLM_DEVICES (cpu, or GPU numbers as in 0,1), GLM_OUTPUT (a folder).
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glmhelpers.machine import (
+    SUPPORTED,
+    Check,
+    GiB,
+    Gpu,
+    check_gpus,
+    check_versions,
+    find_project,
+    free_ram_bytes,
+    list_gpus,
+    machine_name,
+    output_folder,
+    short,
+)
+
+__all__ = [
+    "SUPPORTED",
+    "Check",
+    "GiB",
+    "Gpu",
+    "Preflight",
+    "Run",
+    "check_versions",
+    "choose",
+    "find_project",
+    "find_real_weights",
+    "free_ram_bytes",
+    "list_gpus",
+    "machine_name",
+    "output_folder",
+    "preflight",
+    "report_result",
+    "short",
+]
+
+REAL_BYTES = 12 * 10**9
+"""A checkpoint with fewer bytes is not the 6B model: with tied head it has 12.35 GB."""
+
+REAL_GPU_BYTES = 14 * GiB
+"""GPU memory below which "auto" does not try the real model: 12.35 GB of weights and room to work."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `preflight` saw. Sizes in bytes."""
+
+    machine: str
+    project: Path
+    gpus: list[Gpu]
+    ram_free_bytes: int
+    disk_free_bytes: int
+    checks: list[Check] = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """True if no line says [FAIL]."""
+        return all(check.ok for check in self.checks)
+
+
+def _check_files(project: Path) -> Check:
+    from glmhelpers.verify import verify_weights
+
+    real, folder = find_real_weights(project), project / "thuglm"
+    if real is not None:
+        return Check("files", True, f"real weights complete in {short(real)}")
+    if any((folder / name).is_file() for name in ("pytorch_model-00001-of-00008.bin", "ice_text.model")):
+        report = verify_weights(folder, checksums=False)
+        faults = f"{len(report.problems)} of {report.files} files are wrong or missing"
+        return Check("files", report.ok, f"real weights in thuglm: {faults}", "; ".join(map(str, report.problems[:1])))
+    tiny = verify_weights(project / "data" / "tiny-chatglm", checksums=False)
+    if not tiny.ok:
+        return Check("files", False, "data/tiny-chatglm is not as it should be", str(tiny.problems[0]))
+    return Check("files", True, "tiny ChatGLM in data/tiny-chatglm; the real weights are not here (notebook 01)")
+
+
+def preflight() -> Preflight:
+    """Print machine, versions, GPUs, RAM, disk and files, each [OK] or [FAIL] with what to do; return all.
+
+    Takes a few seconds, most of it torch's import; loads nothing.
+    """
+    project, machine = find_project(), machine_name()
+    ram, disk = free_ram_bytes(), shutil.disk_usage(output_folder()).free
+    python = Check(
+        "machine",
+        sys.version_info >= (3, 11),
+        f"{machine}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        "Python 3.11 or newer is needed: choose a newer image or environment",
+    )
+    versions = check_versions()
+    gpus = list_gpus() if versions.ok else []
+    checks = [
+        python,
+        versions,
+        check_gpus(gpus, machine),
+        Check(
+            "RAM",
+            ram >= GiB,
+            f"{ram / GiB:.0f} GiB free",
+            "restart other kernels on this machine: 1 GiB is needed",
+        ),
+        Check("disk", disk >= GiB // 4, f"{disk / GiB:.0f} GiB free", "delete old outputs: 256 MiB are needed"),
+    ]
+    if versions.ok:
+        checks.append(_check_files(project))
+    for check in checks:
+        print(check)
+    return Preflight(machine, project, gpus, ram, disk, checks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the notebooks run on: one checkpoint, some devices, one dtype, one folder for results.
+
+    `wants_download` is True where the GPUs are large enough for the real model, but its weights are not here yet.
+    """
+
+    folder: Path
+    is_tiny: bool
+    devices: list[int | str]
+    dtype: Any
+    output: Path
+    reason: str = ""
+    wants_download: bool = False
+
+    def device_map(self, config: Any) -> dict[str, int | str]:
+        """Module name -> device for every part of the model, as `from_pretrained(device_map=)` takes it.
+
+        Args:
+            config: a ChatGLMConfig; one device needs only its `num_layers`, the planner reads the rest.
+        """
+        if len(self.devices) == 1:
+            from glmhelpers.placement import part_names
+
+            return dict.fromkeys(part_names(config.num_layers), self.devices[0])
+        from glmhelpers.devicemap import plan_device_map
+
+        sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
+        plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices])
+        return {name: self.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
+
+    def __str__(self) -> str:
+        model = "tiny ChatGLM" if self.is_tiny else "ChatGLM-6B"
+        devices = ", ".join(f"cuda:{at}" if isinstance(at, int) else at for at in self.devices)
+        kind = str(self.dtype).removeprefix("torch.")
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{model} from {short(self.folder)} on {devices} in {kind}{reason}"
+
+
+def find_real_weights(project: Path | None = None) -> Path | None:
+    """Folder with all real weights, by name and size, and the files to load them; None if there is none.
+
+    Looked at are thuglm/, then where Kaggle has data. A folder with a manifest of its own counts too, if it holds as
+    many bytes (the weights as safetensors).
+    """
+    from glmhelpers.manifest import read_manifest, total_bytes
+    from glmhelpers.shards import INDEX_NAMES
+
+    project = project or find_project()
+    clouds = [Path(root) for root in ("/kaggle/temp", "/kaggle/input") if Path(root).is_dir()]
+    # At most four levels down: other data sets there may hold a million files.
+    depths = ["*/" * depth + "ice_text.model" for depth in range(5)]
+    found = [path.parent for root in clouds for depth in depths for path in sorted(root.glob(depth))]
+    for folder in [project / "thuglm", *found]:
+        if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in INDEX_NAMES):
+            continue
+        manifest = read_manifest(None, folder)
+        sizes = {name: facts["size"] for name, facts in manifest["files"].items()}
+        if total_bytes(manifest) >= REAL_BYTES and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
+        ):
+            return folder
+    return None
+
+
+def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto") -> Run:
+    """Choose checkpoint and devices, print the choice in one line, return it.
+
+    Args:
+        weights: "tiny", "real", a folder with a checkpoint, or "auto": real where the real weights are
+            complete and the GPUs are large enough, else tiny.
+        devices: "cpu", a list of GPU numbers such as [0, 1], or "auto": every GPU there is, else the CPU.
+
+    Raises:
+        FileNotFoundError: the wanted weights are not there.
+        ValueError: a GPU was asked for that this machine does not have.
+    """
+    import torch
+
+    project, gpus = find_project(), list_gpus()
+    weights = os.environ.get("GLM_WEIGHTS", "auto") if weights == "auto" else weights
+    devices = _read_devices(os.environ.get("GLM_DEVICES", "auto") if devices == "auto" else devices, gpus)
+    tiny, reason, wants_download = project / "data" / "tiny-chatglm", "", False
+    room = sum(gpu.total_bytes for gpu in gpus if gpu.index in devices)
+    if weights == "auto":
+        real = find_real_weights(project)
+        enough = room >= REAL_GPU_BYTES
+        folder = real if real is not None and enough else tiny
+        wants_download = real is None and enough
+        if folder is tiny:
+            reason = (
+                "the real weights are not here"
+                if enough
+                else f"the real model wants {REAL_GPU_BYTES // GiB} GiB of GPU"
+            )
+    elif weights == "real":
+        folder = find_real_weights(project)
+        if folder is None:
+            raise FileNotFoundError("the real weights are not complete in thuglm/: run notebook 01 first")
+    else:
+        folder = tiny if weights == "tiny" else Path(weights).expanduser()
+    if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():
+        raise FileNotFoundError(f"no checkpoint in {short(folder)}: neither config.json nor ice_text.model is there")
+    on_gpu = devices != ["cpu"]
+    run = Run(
+        folder=folder,
+        is_tiny=folder.resolve() == tiny.resolve(),
+        devices=devices,
+        dtype=torch.float16 if on_gpu else torch.float32,
+        output=output_folder(),
+        reason=reason,
+        wants_download=wants_download,
+    )
+    print(run)
+    return run
+
+
+def _read_devices(devices: str | list[int | str], gpus: list[Gpu]) -> list[int | str]:
+    if devices == "auto":
+        return [gpu.index for gpu in gpus] or ["cpu"]
+    if isinstance(devices, str):
+        devices = ["cpu"] if devices == "cpu" else devices.split(",")
+    if devices == ["cpu"]:
+        return ["cpu"]
+    wanted = [int(str(device).removeprefix("cuda:")) for device in devices]
+    for index in wanted:
+        if index not in [gpu.index for gpu in gpus]:
+            raise ValueError(
+                f"GPU {index} was asked for, but this machine has {len(gpus)}: use devices='auto' or 'cpu'"
+            )
+    return wanted
+
+
+def report_result(notebook: str, **values: Any) -> Path:
+    """Print `RESULT key=value ...` and write them to <output>/results/<notebook>.json; return that path.
+
+    Args:
+        notebook: name of the notebook without suffix, such as "04_lora_training".
+        values: the key figures, of types that JSON has.
+    """
+    print("RESULT " + " ".join(f"{key}={value}" for key, value in values.items()))
+    path = output_folder() / "results" / f"{notebook}.json"
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+    return path

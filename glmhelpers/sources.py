@@ -1,0 +1,95 @@
+"""The files that rows are read from: one file, a folder with all below it, or what is in a zip.
+
+folder/                        -> history/zh/a.json     read
+  history/zh/a.json               data/b.csv            read
+  data/b.csv                      README.md             left alone, but named in the report
+  README.md                       .git/...              not looked at
+  .git/...
+"""
+
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Of the files that are read in a folder or a zip. A single file is read whatever its name."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to read: where it is, and how to open it."""
+
+    path: Path
+    open: Callable[[], BinaryIO]
+
+
+@contextmanager
+def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[list[SourceFile], list[str]]]:
+    """The files of a source in sorted order, and the names of those that are no data by their names.
+
+    Args:
+        source: a file, a folder (all folders below it too) or a zip.
+        leave_out: files that are not to be read, such as the output of an earlier run.
+
+    Raises:
+        FileNotFoundError: there is nothing at `source`.
+        ValueError: it starts like a zip but cannot be read as one.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder to read rows from")
+    if source.is_dir():
+        yield _in_folder(source, {path.resolve() for path in leave_out})
+    elif _starts_like_zip(source):
+        try:
+            archive = zipfile.ZipFile(source)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+            raise ValueError(f"{source} starts like a zip, but cannot be read as one: {error}") from error
+        with archive:
+            yield _in_zip(source, archive)
+    else:
+        yield [SourceFile(source, partial(open, source, "rb"))], []
+
+
+def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], list[str]]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    files, others = [], []
+    # Without onerror, a folder that cannot be listed would be passed over in silence.
+    for here, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in names:
+            path = Path(here, name)
+            if name.lower().endswith(ENDINGS) and not _is_hidden(name):
+                if path.resolve() not in leave_out:
+                    files.append(path)
+            elif not _is_hidden(name):
+                others.append(path.relative_to(folder).as_posix())
+    ordered = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+    return [SourceFile(path, partial(open, path, "rb")) for path in ordered], sorted(others)
+
+
+def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], list[str]]:
+    files, others = [], []
+    for member in sorted(archive.infolist(), key=lambda member: member.filename):
+        if member.is_dir() or any(_is_hidden(part) for part in Path(member.filename).parts):
+            continue
+        if member.filename.lower().endswith(ENDINGS):
+            files.append(SourceFile(source / member.filename, partial(archive.open, member)))
+        else:
+            others.append(member.filename)
+    return files, others
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _starts_like_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")

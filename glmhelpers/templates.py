@@ -1,0 +1,67 @@
+"""One function turns a question into the text that the model reads: for data, training, evaluation and chat.
+
+    instruction + input          history                     prompt
+    +-------------------+   +------------------+   template  +-----------------------------+
+    | Name three fruits | + | (question,answer)| ----------> | [Round 0]\\n问：..\\n答：..    |
+    | (input, if any)   |   | (question,answer)|             | [Round 1]\\n问：Name three ... |
+    +-------------------+   +------------------+             | 答：                         |
+                                                             +-----------------------------+
+
+A model answers well only to prompts of the shape it was trained on. So the name of the template is written
+into the token file and beside the adapter, and whoever chats with the adapter asks for the same name here.
+
+- "chatglm": the published chat format. A first question stands bare; with history, turns are numbered rounds.
+- "alpaca": the format of the 2023 notebook this course grew from, `Instruction: ..\\nInput: ..\\nAnswer: `.
+"""
+
+from collections.abc import Callable, Sequence
+
+from thuglm.prompt import chat_prompt
+
+History = Sequence[tuple[str, str]]
+
+
+def build_prompt(
+    query: str, history: History = (), template: str = "chatglm", input: str = "", system: str = ""
+) -> str:
+    """The text that stands before the model's answer.
+
+    Args:
+        query: the question or instruction.
+        history: earlier turns as (question, answer), oldest first.
+        template: a key of TEMPLATES.
+        input: text that the instruction is about; "" if there is none.
+        system: words that hold for the whole conversation; they stand on lines of their own at the top.
+
+    Returns:
+        The prompt, without [gMASK] and <sop>: the tokenizer adds these.
+
+    Raises:
+        ValueError: the template has no such name, or a turn of the history is not a pair.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"no template is called {template!r}; use one of {sorted(TEMPLATES)}")
+    for number, turn in enumerate(history):
+        if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"turn {number} of the history is {turn!r}; expected (question, answer)")
+    prompt = TEMPLATES[template](query, history, input)
+    return f"{system}\n{prompt}" if system else prompt
+
+
+def with_input(query: str, input: str = "") -> str:
+    """A query and the text it is about, as one question."""
+    return f"{query}\n{input}" if input else query
+
+
+def _chatglm(query: str, history: History, input: str) -> str:
+    return chat_prompt(with_input(query, input), history)
+
+
+def _alpaca(query: str, history: History, input: str) -> str:
+    turns = "".join(f"Instruction: {asked}\nAnswer: {answer}\n\n" for asked, answer in history)
+    middle = f"\nInput: {input}" if input else ""
+    return f"{turns}Instruction: {query}{middle}\nAnswer: "
+
+
+TEMPLATES: dict[str, Callable[[str, History, str], str]] = {"chatglm": _chatglm, "alpaca": _alpaca}
+"""Name of a template -> function(query, history, input) that writes the prompt."""
