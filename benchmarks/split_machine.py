@@ -1,0 +1,82 @@
+"""The two halves of `two_gpus.py`: two GPUs capped to what a T4 gives, or a stand-in for them on any machine.
+
+two GPUs    full-size random float16 weights, made where they are used, 14.75 GiB a GPU
+one, none   the tiny checkpoint in float32 on cuda:0 and the CPU, or on the CPU alone
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from glmhelpers.gpus import GIB  # noqa: E402
+from glmhelpers.placement import part_names  # noqa: E402
+from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
+
+TINY = PROJECT / "data" / "tiny-chatglm"
+CAP = 14.75 * GIB
+
+
+class Machine:
+    """Where the two halves go, and how large everything is."""
+
+    def __init__(self, tiny: bool):
+        self.tiny, gpus = tiny, torch.cuda.device_count()
+        if not tiny and gpus < 2:
+            raise SystemExit(f"this machine has {gpus} GPUs: the full run needs 2, --tiny runs anywhere")
+        self.devices = ["cuda:0", "cuda:1"] if gpus > 1 else ["cuda:0", "cpu"] if gpus else ["cpu", "cpu"]
+        self.on_gpu = gpus > 0
+        self.dtype = torch.float32 if tiny else torch.float16
+        self.tokenizer = ChatGLMTokenizer.from_pretrained(TINY)
+        names = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
+        own = {name: getattr(self.tokenizer, name) for name in names}
+        self.config = ChatGLMConfig.from_pretrained(TINY) if tiny else ChatGLMConfig(**own)
+        self.length = 64 if tiny else 1024
+        self.cut = (5, 3) if tiny else (15, 13)
+        if gpus > 1 and not tiny:
+            for device in range(2):
+                total = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(CAP / total, device)
+
+    def device_map(self, cut: tuple[int, ...] | None = None, tied: bool = True) -> dict[str, str]:
+        """Blocks as cut; embedding with the head on the last device; on one device for a cut of one number."""
+        embedding, *blocks, norm, head = part_names(self.config.num_layers)
+        homes = [device for device, count in zip(self.devices, cut or self.cut, strict=False) for _ in range(count)]
+        last = homes[-1]
+        return {embedding: last if tied else homes[0], **dict(zip(blocks, homes, strict=True)), norm: last, head: last}
+
+    def model(self, places: dict[str, str]) -> ChatGLMForConditionalGeneration:
+        """The tiny checkpoint, or full-size random weights, the same for each process, made where they are used."""
+        if self.tiny:
+            return ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=self.dtype, device_map=places)
+        with torch.device("meta"):
+            net = ChatGLMForConditionalGeneration(self.config)
+        torch.manual_seed(0)
+        for name, parameter in list(net.named_parameters()):
+            place = next(device for part, device in places.items() if name.startswith(part + "."))
+            value = torch.empty(parameter.shape, dtype=self.dtype, device=place)
+            value.fill_(float(name.endswith("weight"))) if "layernorm" in name else value.normal_(std=0.02)
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        net.lm_head.weight = net.transformer.word_embeddings.weight
+        rotary = net.transformer.rotary_emb
+        rotary.inv_freq = rotary.frequencies().to(self.devices[0])
+        return net.place(places)
+
+    def sync(self) -> None:
+        """Wait for every GPU."""
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+
+
+def line(figure: str, **values: Any) -> dict:
+    """One result, printed at once."""
+    values = {"bench": "two_gpus", "figure": figure, **values}
+    print(json.dumps(values, ensure_ascii=False), flush=True)
+    return values
