@@ -1,0 +1,150 @@
+"""The chat window without a browser: what its controls do, what it shows, what it survives."""
+
+import time
+
+import ipywidgets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from reference import fresh_model, model, tokenizer
+
+from glmhelpers.chat import Answer, ChatSession, Generation
+from glmhelpers.chatpanel import ChatPanel, turn_html
+
+
+def panel_of(net=None, **settings):
+    return ChatPanel(
+        ChatSession(
+            net or model(), tokenizer(), settings=Generation(**{"temperature": 0, "max_new_tokens": 8, **settings})
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    torch.manual_seed(0)
+    net = get_peft_model(fresh_model(), LoraConfig(r=4, target_modules=["query_key_value"])).eval()
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return net
+
+
+def enter(panel, text, order="first Enter"):
+    """What the browser sends for a typed text and Enter: two messages, in either order."""
+    if order == "first text":
+        panel.text.value = text
+    panel.text._handle_string_msg(panel.text, {"event": "submit"}, [])
+    panel.text.value = text
+    deadline = time.monotonic() + 60
+    while panel._worker is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    panel.wait(60)
+
+
+@pytest.mark.parametrize("order", ["first Enter", "first text"])
+def test_typing_and_enter_gives_an_answer_with_figures(order):
+    panel = panel_of()
+    enter(panel, "你好", order)
+    (answer,) = panel.answers
+    assert answer.text == panel_of().ask("你好").text
+    assert panel.text.value == ""
+    assert answer.text in panel.window.value
+    assert answer.figures in panel.window.value
+    assert "▌" not in panel.window.value
+    assert str(panel) == f"> 你好\nbase: {answer.text}\n    [{answer.figures}]"
+    assert (panel.send_button.disabled, panel.stop_button.disabled) == (False, True)
+
+
+def test_leaving_the_box_sends_nothing():
+    panel = panel_of()
+    panel.text.value = "half a que"  # what comes when the box loses the focus
+    assert panel._worker is None
+    assert panel.text.value == "half a que"
+
+
+def test_the_window_grows_while_the_answer_is_written(monkeypatch):
+    monkeypatch.setattr("glmhelpers.chatpanel.REFRESH_SECONDS", 0)
+    panel, seen = panel_of(), []
+    panel.window.observe(lambda change: seen.append(change["new"]), "value")
+    panel.ask("你好")
+    growing = [html for html in seen if "▌" in html]
+    assert len(growing) >= 5
+    assert len(set(growing)) == len(growing)
+    assert panel.stop_button.disabled
+
+
+def test_stop_button_ends_the_answer_and_the_kernel_stays_free():
+    panel = panel_of(max_new_tokens=2000)
+    panel.text.value = "你好"
+    panel.send_button.click()
+    deadline = time.monotonic() + 60
+    while not (panel._growing and panel._growing.new_tokens) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert panel.send_button.disabled
+    panel.text.value = "again"
+    panel.send_button.click()  # pressed a second time: nothing is lost, nothing started
+    assert panel.text.value == "again"
+    panel.stop_button.click()
+    panel.wait(60)
+    (answer,) = panel.answers
+    assert answer.ended == "stopped"
+    assert ", stopped" in panel.window.value
+
+
+def test_adapter_switch_counts_for_the_next_answer(adapted):
+    panel = panel_of(adapted)
+    assert panel.which.value == "tuned"
+    tuned = panel.ask("你好")
+    panel.which.value = "base"
+    assert "next answer comes from the base model" in panel.message.value
+    panel.session.clear()
+    base = panel.ask("你好")
+    assert (tuned.adapter, base.adapter) == (True, False)
+    assert base.text == panel_of().ask("你好").text != tuned.text
+    assert "answer tuned" in panel.window.value
+    assert "answer base" in panel.window.value
+
+
+def test_without_an_adapter_there_is_nothing_to_switch():
+    assert panel_of().which.options == ("base",)
+
+
+def test_sliders_change_the_settings():
+    panel = panel_of()
+    panel.temperature.value, panel.top_p.value = 1.5, 0.3
+    assert (panel.session.settings.temperature, panel.session.settings.top_p) == (1.5, 0.3)
+
+
+def test_clear_forgets_window_and_conversation():
+    panel = panel_of()
+    panel.ask("你好")
+    panel.clear_button.click()
+    assert (panel.answers, panel.session.history) == ([], [])
+    assert "figures" not in panel.window.value
+    assert str(panel) == "(nothing has been said yet)"
+
+
+def test_errors_are_shown_and_the_panel_goes_on():
+    panel = panel_of()
+    panel._send()
+    assert "Write a question first" in panel.message.value
+    enter(panel, "长" * 5000)
+    assert "ValueError: the question has 50" in panel.message.value
+    assert panel.ask("你好").text
+    assert "ValueError" not in panel.message.value
+
+
+def test_text_cannot_become_markup():
+    html = turn_html(Answer("<script>a</script>", text="<b>&", ended="eop", notices=("<i>",)))
+    assert "<script>" not in html
+    assert "<b>" not in html
+    assert "&lt;b&gt;&amp;" in html
+
+
+def test_text_and_widget_for_every_frontend():
+    panel = panel_of()
+    bundle = panel._repr_mimebundle_()
+    assert bundle["text/plain"] == str(panel)
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.box.model_id
+    assert isinstance(panel.box, ipywidgets.VBox)

@@ -1,0 +1,107 @@
+"""The chunked loss against torch's own cross entropy, its gradient against autograd's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thuglm.chunked_loss import chunked_cross_entropy
+
+
+def problem(rows, hidden, vocab, share_ignored, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, hidden, generator=generator).to(dtype)
+    weight = (torch.randn(vocab, hidden, generator=generator) * 0.3).to(dtype)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < share_ignored] = -100
+    return states, weight, labels
+
+
+def both(states, weight, labels, chunk):
+    results = []
+    for loss_of in (
+        lambda h: chunked_cross_entropy(h, weight, labels, chunk),
+        lambda h: F.cross_entropy((h @ weight.T).float(), labels, ignore_index=-100, reduction="sum"),
+    ):
+        leaf = states.clone().requires_grad_()
+        loss = loss_of(leaf)
+        (loss * 0.25).backward()
+        results.append((loss.detach(), leaf.grad))
+    return results
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(2, 50),
+    chunk=st.integers(1, 64),
+    share=st.sampled_from([0.0, 0.3, 0.9]),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_plain_loss_for_any_chunk(rows, vocab, chunk, share, seed):
+    (loss, grad), (plain, plain_grad) = both(*problem(rows, 8, vocab, share, seed=seed), chunk)
+    torch.testing.assert_close(loss, plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(grad, plain_grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_float16_is_as_near_to_the_exact_result_as_the_plain_loss(chunk):
+    states, weight, labels = problem(100, 32, 500, 0.2, torch.float16)
+    (loss, grad), (plain, plain_grad) = both(states, weight, labels, chunk)
+    _, (exact, exact_grad) = both(states.double(), weight.double(), labels, chunk)
+    assert loss.dtype == torch.float32
+    assert (loss - exact).abs() <= 2 * (plain - exact).abs() + 1e-3 * exact.abs()
+    distance, plain_distance = (grad - exact_grad).norm(), (plain_grad - exact_grad).norm()
+    assert distance <= 2 * plain_distance + 1e-3 * exact_grad.norm()
+
+
+def test_equals_torchs_linear_cross_entropy_where_it_exists():
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip(f"torch {torch.__version__} has no linear_cross_entropy (2.15 has)")
+    states, weight, labels = problem(50, 16, 200, 0.3)
+    want = F.linear_cross_entropy(states, weight, labels, reduction="sum")
+    torch.testing.assert_close(chunked_cross_entropy(states, weight, labels, 16), want, atol=1e-4, rtol=1e-5)
+
+
+def test_never_more_than_one_chunk_of_logits_alive():
+    """Every tensor a kernel returns is watched: the sum of those of vocabulary width alive at once stays within a chunk."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    states, weight, labels = problem(96, 8, 700, 0.0)
+    alive, peak = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal peak
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == 700:
+                    key = tensor.untyped_storage()._cdata
+                    alive[key] = tensor.numel()
+                    weakref.finalize(tensor, alive.pop, key, None)
+            peak = max(peak, sum(alive.values()))
+            return out
+
+    leaf = states.clone().requires_grad_()
+    with Watch():
+        chunked_cross_entropy(leaf, weight, labels, 16).backward()
+    assert 0 < peak <= 3 * 16 * 700  # logits, log-probabilities and one conversion of a single chunk
+
+
+def test_a_trainable_head_gets_its_gradient():
+    states, weight, labels = problem(20, 8, 30, 0.3)
+    head, plain_head = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    chunked_cross_entropy(states, head, labels, 4).backward()
+    F.cross_entropy(states @ plain_head.T, labels, reduction="sum").backward()
+    torch.testing.assert_close(head.grad, plain_head.grad)
+
+
+def test_without_gradients_nothing_is_kept():
+    states, weight, labels = problem(20, 8, 30, 0.0)
+    with torch.no_grad():
+        loss = chunked_cross_entropy(states, weight, labels, 4)
+    assert loss.grad_fn is None
+    torch.testing.assert_close(loss, F.cross_entropy(states @ weight.T, labels, reduction="sum"))

@@ -1,0 +1,113 @@
+"""Costs of limits against counting by hand; the pictures show what they say."""
+
+from collections import Counter
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmhelpers import plots, plots_data
+from glmhelpers.collate import RightPadCollator
+from glmhelpers.data import convert_alpaca
+from glmhelpers.lengths import count_lengths, limit_costs, quantile
+from glmhelpers.tokens import encode_example
+from tests.reference import CHECKPOINT, tokenizer
+from thuglm import ChatGLMConfig
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    plots.use_style()
+    yield
+    plt.close("all")
+
+
+many = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+@given(many, st.integers(1, 70))
+def test_cost_of_a_limit(lengths, limit):
+    (cost,) = limit_costs(count_lengths(lengths), [limit])
+    assert cost.kept == sum(n <= limit for n in lengths)
+    assert cost.kept + cost.dropped == len(lengths)
+    assert cost.tokens_if_dropped == pytest.approx(sum(n for n in lengths if n > limit) / sum(lengths))
+    assert cost.tokens_if_cut == pytest.approx(sum(max(0, n - limit) for n in lengths) / sum(lengths))
+
+
+@given(many, st.floats(0.01, 1))
+def test_quantile(lengths, share):
+    found = quantile(count_lengths(lengths), share)
+    assert found in lengths
+    assert sum(n <= found for n in lengths) >= share * len(lengths) - 1e-9
+    assert sum(n < found for n in lengths) < share * len(lengths)
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="no examples"):
+        limit_costs({}, [5])
+    with pytest.raises(ValueError, match="no examples"):
+        quantile({}, 0.5)
+
+
+def words(figure) -> str:
+    figure.canvas.draw()
+    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_the_report_as_a_picture(tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / "good.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (source / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    (source / "空.json").write_text("")
+    axes = plots_data.draw_report(convert_alpaca(source, tmp_path / "out.jsonl"))
+    text = words(axes.figure)
+    for part in ("3 rows found, 2 written", "bad.json", "1 of 2", "no output", "empty", "1 other files"):
+        assert part in text
+
+
+def test_the_lengths_as_a_picture():
+    figure = plots_data.draw_lengths(Counter({10: 5, 20: 3, 600: 2}), 512)
+    text = words(figure)
+    for part in ("limit 512", "8 fit", "2 are longer", "512: 20.0 %", "longest 600"):
+        assert part in text
+    heights = Counter()
+    for bar in figure.axes[0].patches:
+        heights[bar.get_x() >= 512] += bar.get_height()
+    assert heights == {False: 8, True: 2}
+
+
+@pytest.mark.parametrize("lengths", [{1: 1}, {5: 3}, {2048: 1}, {7: 1, 5000: 1}])
+def test_the_lengths_as_a_picture_of_few_rows(lengths):
+    assert "fit" in words(plots_data.draw_lengths(lengths, 16))
+
+
+def test_one_example_as_a_picture():
+    tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
+    example = encode_example(tok, {"instruction": "What is 2+2?", "output": "It is 4."})
+    figure = plots_data.draw_example(example, tok, config)
+    top, bottom = figure.axes
+    length, context = len(example["input_ids"]), example["input_ids"].index(tok.bos_token_id)
+    cells = [text.get_text() for text in top.texts]
+    assert cells[context] == "<sop>"
+    assert [cell for cell in cells if cell.isdigit()][: 2 * length] != []
+    white = matplotlib.colors.to_rgba("white")
+    filled = sum(patch.get_facecolor() != white for patch in bottom.patches)
+    # Prompt rows see the prompt; answer row k sees the prompt and k tokens of the answer.
+    answer = length - context
+    assert filled == context * context + answer * context + answer * (answer + 1) // 2
+
+
+def test_a_batch_as_a_picture():
+    tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
+    pairs = (("a", "b"), ("What is 2+2?", "It is 4."))
+    rows = [encode_example(tok, {"instruction": question, "output": answer}) for question, answer in pairs]
+    axes = plots_data.draw_batch(RightPadCollator(tok)(rows), config)
+    text = words(axes.figure)
+    targets = sum(label != -100 for row in rows for label in row["labels"])
+    assert f"2 x 16 tokens: {targets} targets" in text
+    assert sum(patch.get_width() for patch in axes.patches) == 2 * 16

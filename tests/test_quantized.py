@@ -1,0 +1,87 @@
+"""The base in 8 and 4 bits. Most of it needs bitsandbytes, which the course does not install."""
+
+import pytest
+import torch
+from reference import CHECKPOINT, fresh_model, model, tokenizer
+from resumable_run import rows
+
+from glmhelpers import quantized
+from glmhelpers.attach import attach_lora
+from glmhelpers.collate import RightPadCollator
+from glmhelpers.devicemap import plan_device_map
+from glmhelpers.fingerprints import base_checksum
+from glmhelpers.fit import model_settings, predict_training
+from glmhelpers.quantized import load_quantized, stored_bytes, why_not
+from glmhelpers.training import train, training_arguments
+from glmhelpers.watch import Watch
+from thuglm import ChatGLMConfig
+
+needs_library = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def test_a_missing_library_is_a_reason_not_a_traceback(monkeypatch):
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    assert "bitsandbytes is not installed" in why_not()
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        load_quantized(CHECKPOINT, 8)
+
+
+def test_other_numbers_of_bits_are_refused():
+    with pytest.raises(ValueError, match="bits is 3"):
+        load_quantized(CHECKPOINT, 3)
+
+
+def test_the_planner_knows_what_fewer_bits_save():
+    peaks = [
+        plan_device_map(ChatGLMConfig(), ["T4"], 1, 256, "memory", base_bits=bits).peak_bytes[0] for bits in (16, 8, 4)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    matrices = 28 * 12 * 4096**2
+    assert peaks[0] - peaks[1] == pytest.approx(matrices, rel=0.05)
+
+
+def test_stored_bytes_of_a_plain_base():
+    assert stored_bytes(attach_lora(fresh_model())) == sum(p.numel() * 4 for p in model().parameters())
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_shrink_as_predicted(bits):
+    packed = attach_lora(load_quantized(CHECKPOINT, bits, dtype=torch.float32))
+    assert model_settings(packed)["base_bits"] == bits
+    terms = predict_training(packed, 2, 16).breakdown[0]
+    assert stored_bytes(packed) == pytest.approx(terms["weights"] + terms["embedding"], rel=0.02)
+    assert packed.base_model.model.lm_head.weight.dtype == torch.float32
+
+
+@needs_library
+def test_four_bits_compute_what_their_unpacked_weights_compute():
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed, unpacked = load_quantized(CHECKPOINT, 4, dtype=torch.float32), fresh_model()
+    for one, other in zip(packed.transformer.layers.modules(), unpacked.transformer.layers.modules(), strict=True):
+        if isinstance(other, torch.nn.Linear):
+            other.weight.data = dequantize_4bit(one.weight.data, one.weight.quant_state)
+    ids = tokenizer()(["晚上睡不着应该怎么办"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, unpacked(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+@needs_library
+def test_eight_bits_stay_near_the_whole_base():
+    """Activations are packed into 8 bits too, so only nearness can be asked for."""
+    ids = tokenizer()(["晚上睡不着应该怎么办"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        want, got = model()(ids).logits, load_quantized(CHECKPOINT, 8, dtype=torch.float32)(ids).logits
+    assert 0 < (want - got).norm() / want.norm() < 0.15
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_learns_on_a_packed_base_and_leaves_it_alone(bits, tmp_path):
+    packed = attach_lora(load_quantized(CHECKPOINT, bits, dtype=torch.float32), dropout=0.0)
+    before = base_checksum(packed)
+    arguments = training_arguments(tmp_path, False, max_steps=8, learning_rate=5e-3, logging_steps=1)
+    log = train(packed, rows(), RightPadCollator(tokenizer()), arguments, micro_batches=2, watch=Watch(live=False))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert base_checksum(packed) == before

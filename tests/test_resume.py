@@ -1,0 +1,238 @@
+"""Killed at a random step and started again: the same losses, bit for bit. And checkpoints that must not be used."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from resumable_run import STEPS, PrintSteps, rows, run
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from glmhelpers.checkpoints import (
+    MARKER,
+    checkpoints,
+    keep_last,
+    last_complete,
+    mark_complete,
+    read_state,
+    rows_digest,
+    run_folder,
+    what_is_wrong,
+)
+from glmhelpers.watch import EveryMinutes
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def numbers(log):
+    """The losses of a log, without times."""
+    return [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in log]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    log, _ = run(output)
+    (folder,) = output.iterdir()
+    return numbers(log), folder
+
+
+def kill_at(step, output):
+    """Start the training in a process of its own and kill -9 it when it has printed this step."""
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROJECT / "tests" / "resumable_run.py"), str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line == f"STEP {step}\n":
+                process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "".join(seen)
+    return seen
+
+
+def same_state(one, other):
+    """Every file of two checkpoints that training depends on holds the same bits."""
+    left, right = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt"):
+        first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        assert str(first) == str(second), name
+    first, second = (torch.load(folder / "rng_state.pth", weights_only=False) for folder in (one, other))
+    assert torch.equal(first["cpu"], second["cpu"])
+    assert first["python"] == second["python"]
+
+
+def test_killed_twice_and_started_again_gives_the_same_bits(uninterrupted, tmp_path):
+    want, folder = uninterrupted
+    chosen = random.SystemRandom()
+    first, second = chosen.randrange(1, STEPS // 2), chosen.randrange(STEPS // 2, STEPS)
+    print(f"killed at steps {first} and {second}")
+    kill_at(first, tmp_path)
+    seen = kill_at(second, tmp_path)
+    assert any("goes on from step" in line for line in seen)
+    assert f"STEP {first - 5}\n" not in seen, "it started from the beginning"
+    log, _ = run(tmp_path)
+    assert numbers(log) == want
+    (again,) = tmp_path.iterdir()
+    assert again.name == folder.name
+    same_state(again / f"checkpoint-{STEPS}", folder / f"checkpoint-{STEPS}")
+
+
+class StopAt(TrainerCallback):
+    """The stop button of a notebook."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 9, 10, 15])
+def test_interrupted_before_at_and_after_a_checkpoint_or_an_epoch(step, uninterrupted, tmp_path, capsys):
+    """9 steps are 3 epochs: the order of the rows must come back at a border as well as within an epoch."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [StopAt(step)])
+    assert f"stopped at step {step}; the same call will go on from checkpoint-" in capsys.readouterr().out
+    assert numbers(run(tmp_path)[0]) == uninterrupted[0]
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_reason(uninterrupted, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [StopAt(17)])
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-15", "checkpoint-10"]
+    (folder / "checkpoint-15" / MARKER).unlink()
+    capsys.readouterr()
+    log, _ = run(tmp_path)
+    said = capsys.readouterr().out
+    assert "checkpoint-15 is skipped: it has no complete.json" in said
+    assert "goes on from step 10 of 26" in said
+    assert numbers(log) == uninterrupted[0]
+
+
+def test_a_finished_run_is_read_back(uninterrupted, capsys):
+    want, folder = uninterrupted
+    log, model = run(folder.parent, [StopAt(1)])
+    assert "is finished: step 26 of 26" in capsys.readouterr().out
+    assert numbers(log) == want
+    stored = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    mine = dict(model.named_parameters())
+    for name, tensor in stored.items():
+        assert torch.equal(mine[name.replace(".weight", ".default.weight")], tensor)
+
+
+def test_other_settings_are_another_run_and_lose_nothing(uninterrupted, tmp_path):
+    run(tmp_path, learning_rate=1e-3, max_steps=2)
+    run(tmp_path, learning_rate=2e-3, max_steps=2)
+    first, second = sorted(tmp_path.iterdir())
+    rates = {json.loads((folder / "settings.json").read_text())["learning_rate"] for folder in (first, second)}
+    assert rates == {1e-3, 2e-3}
+    assert all((folder / "checkpoint-2").is_dir() for folder in (first, second))
+
+
+def test_how_the_work_is_cut_is_no_other_run(uninterrupted, tmp_path):
+    """Four rows twice or two rows four times: eight rows a step, in the same order."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [StopAt(6)])
+    log, _ = run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [step for step, *_ in numbers(log)] == [step for step, *_ in uninterrupted[0]]
+
+
+def test_only_the_last_checkpoints_are_kept(uninterrupted):
+    names = [path.name for path in checkpoints(uninterrupted[1])]
+    assert names == ["checkpoint-26", "checkpoint-25"]
+    assert read_state(uninterrupted[1] / "checkpoint-26")["global_step"] == STEPS
+
+
+# The marker ------------------------------------------------------------------------------------------------------------
+
+
+def make(run_, step, complete=True):
+    folder = run_ / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "adapter.bin").write_bytes(b"12345")
+    if complete:
+        mark_complete(folder, step=step)
+    return folder
+
+
+def test_every_kind_of_damage_is_named(tmp_path):
+    good = make(tmp_path, 1)
+    assert what_is_wrong(good) is None
+    (good / "adapter.bin").write_bytes(b"123")
+    assert what_is_wrong(good) == "adapter.bin has 3 bytes, 5 were written"
+    (good / "adapter.bin").unlink()
+    assert what_is_wrong(good) == "adapter.bin is missing"
+    (good / MARKER).write_text("{")
+    assert what_is_wrong(good) == "its complete.json cannot be read"
+    assert "stopped while it was written" in what_is_wrong(make(tmp_path, 2, complete=False))
+
+
+def test_the_newest_complete_one_counts_by_number_not_by_name(tmp_path):
+    for step in (5, 10, 100):
+        make(tmp_path, step)
+    make(tmp_path, 105, complete=False)
+    (tmp_path / "checkpoint-note").mkdir()
+    said = []
+    assert last_complete(tmp_path, said.append) == tmp_path / "checkpoint-100"
+    assert len(said) == 1
+    assert "checkpoint-105 is skipped" in said[0]
+    assert last_complete(tmp_path / "nothing") is None
+
+
+def test_pruning_counts_complete_ones_only(tmp_path):
+    for step in (5, 10, 15):
+        make(tmp_path, step)
+    make(tmp_path, 12, complete=False)
+    make(tmp_path, 20, complete=False)
+    keep_last(tmp_path, None)
+    assert len(checkpoints(tmp_path)) == 5
+    keep_last(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-20",
+        "checkpoint-15",
+        "checkpoint-12",
+        "checkpoint-10",
+    ]
+    keep_last(tmp_path, 0)  # never the last one
+    assert last_complete(tmp_path, lambda _: None) == tmp_path / "checkpoint-15"
+
+
+def test_one_changed_label_is_another_run(tmp_path):
+    examples = rows(4)
+    count, digest = rows_digest(examples)
+    assert count == 4
+    table = datasets.Dataset.from_list(examples)
+    assert rows_digest(table) == (count, digest), "the same rows, however they are kept"
+    assert rows_digest(table.select([0, 1, 3, 2]))[1] != digest
+    examples[2]["labels"][-1] += 1
+    assert rows_digest(examples)[1] != digest
+    one, other = run_folder(tmp_path, {"rows": digest}), run_folder(tmp_path, {"rows": "other"})
+    assert one != other
+    assert json.loads((one / "settings.json").read_text()) == {"rows": digest}
+
+
+def test_checkpoints_by_minutes(tmp_path):
+    now = [0.0]
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            now[0] += 60.0
+
+    every = EveryMinutes(3, clock=lambda: now[0])
+    run(tmp_path, [Clock(), every, PrintSteps()], save_steps=1000, max_steps=8, save_total_limit=None)
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in (8, 6, 3, 0)]

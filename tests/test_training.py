@@ -1,0 +1,183 @@
+"""Training, the adapter on disk and its proof, on the small reference checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from reference import fresh_model, tokenizer
+
+from glmhelpers.adapter import fingerprint, load_adapter, lora_b_norms, prove, save_adapter
+from glmhelpers.collate import RightPadCollator
+from glmhelpers.inference import answers, compare, share_right
+from glmhelpers.plots_training import draw_lora, plot_b_norms, plot_loss, plot_sampling
+from glmhelpers.tokens import encode_example
+from glmhelpers.training import attach_lora, check_adapter, count_parameters, train, training_arguments
+
+ROWS = [{"instruction": f"数字{i}", "output": f"答案是{i}。" * (1 + i % 3)} for i in range(12)]
+
+
+def encoded():
+    return [encode_example(tokenizer(), row) for row in ROWS]
+
+
+def trained(tmp_path, **changes):
+    model = attach_lora(fresh_model(), dropout=0.0)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1, **changes}
+    rows = encoded()
+    log = train(
+        model, rows, RightPadCollator(tokenizer()), training_arguments(tmp_path / "run", False, **settings), rows
+    )
+    return model, log
+
+
+@pytest.fixture(scope="module")
+def model_and_log(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("train"), eval_strategy="steps", eval_steps=6)
+
+
+def test_only_adapters_learn_and_the_loss_falls(model_and_log):
+    model, log = model_and_log
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert any("eval_loss" in entry for entry in log)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    base = dict(fresh_model().named_parameters())
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, base[plain]), f"{name} was frozen, but moved"
+
+
+def test_reported_loss_is_the_mean_over_all_labels(tmp_path):
+    """One step without learning: the Trainer's loss against cross entropy from all logits, rows one by one."""
+    _, log = trained(tmp_path, max_steps=1, per_device_train_batch_size=12, learning_rate=0.0)
+    model, total, count = fresh_model(), 0.0, 0
+    for row in encoded():
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = model(input_ids=ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+        count += int((labels[:, 1:] != -100).sum())
+    assert log[0]["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_accumulated_steps_equal_one_large_batch(tmp_path):
+    results = []
+    for size, steps in ((12, 1), (3, 4)):
+        model, log = trained(
+            tmp_path / str(size), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+        )
+        results.append(
+            (log[0]["loss"], {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        )
+    (loss, weights), (other_loss, other_weights) = results
+    assert other_loss == pytest.approx(loss, abs=1e-5)
+    for name, weight in weights.items():
+        if "lora_B" in name:
+            torch.testing.assert_close(other_weights[name], weight, atol=1e-4, rtol=1e-2)
+
+
+def test_adapter_survives_the_disk(model_and_log, tmp_path):
+    model, _ = model_and_log
+    folder = save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(fresh_model(), folder, template="chatglm")
+    ids = tokenizer()(["数字3"], return_tensors="pt")["input_ids"]
+    proof = prove(model, again, ids)
+    assert proof.ok, str(proof)
+    assert proof.trained_to_reloaded == 0
+    assert "[OK]" in str(proof)
+    assert "[FAIL]" not in str(proof)
+    save_adapter(model, folder)  # again, over the old one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_proof_fails_for_an_adapter_that_learnt_nothing():
+    model = attach_lora(fresh_model())
+    ids = tokenizer()(["数字3"], return_tensors="pt")["input_ids"]
+    assert not prove(model, model, ids).ok
+
+
+def test_empty_adapter_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="Every lora_B is 0"):
+        save_adapter(attach_lora(fresh_model()), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapter_of_another_base_or_template_is_refused(model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter", template="alpaca")
+    with pytest.raises(ValueError, match="template 'alpaca', not 'chatglm'"):
+        load_adapter(fresh_model(), folder, template="chatglm")
+    other = fresh_model()
+    with torch.no_grad():
+        other.transformer.layers[1].mlp.dense_h_to_4h.weight.add_(0.1)
+    with pytest.raises(ValueError, match="trained on a base with fingerprint"):
+        load_adapter(other, folder)
+    with pytest.raises(ValueError, match="template 'nonsense' is unknown"):
+        save_adapter(model_and_log[0], tmp_path / "x", template="nonsense")
+
+
+def test_incomplete_adapter_names_what_is_missing(model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter/ lacks adapter_model\.safetensors"):
+        load_adapter(fresh_model(), folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="run notebook 04"):
+        load_adapter(fresh_model(), folder)
+
+
+def test_fingerprint_ignores_adapter_and_dtype():
+    base = fingerprint(fresh_model())
+    assert fingerprint(attach_lora(fresh_model())) == base
+    assert fingerprint(fresh_model(torch.float16)) == base
+
+
+def test_misplaced_or_halved_adapters_are_refused():
+    with pytest.raises(RuntimeError, match="no LoRA layer"):
+        check_adapter(fresh_model())
+    model = attach_lora(fresh_model())
+    layer = model.base_model.model.transformer.layers[2].attention.query_key_value
+    layer.lora_A["default"].half()
+    with pytest.raises(RuntimeError, match=r"layers\.2\..*lora_A\.default is torch\.float16"):
+        check_adapter(model)
+    layer.lora_A["default"].to("meta", torch.float32)
+    with pytest.raises(RuntimeError, match="lies on meta, its base layer on cpu"):
+        check_adapter(model)
+
+
+def test_parameters_follow_the_formula():
+    trainable, total = count_parameters(attach_lora(fresh_model(), r=4))
+    assert trainable == 4 * 4 * (64 + 3 * 64)
+    assert total == trainable + sum(p.numel() for p in fresh_model().parameters())
+
+
+def test_compare_switches_the_adapter_off_for_the_base(model_and_log):
+    model, _ = model_and_log
+    questions = ["数字1", "数字22", "你好"]
+    rows = compare(model, tokenizer(), questions, max_new_tokens=6)
+    assert [row.question for row in rows] == questions
+    assert [row.base for row in rows] == answers(fresh_model(), tokenizer(), questions, max_new_tokens=6)
+    one_by_one = [answers(model, tokenizer(), [question], max_new_tokens=6)[0] for question in questions]
+    assert [row.tuned for row in rows] == one_by_one
+
+
+def test_share_right_ignores_spaces_and_case():
+    assert share_right(["I am TinyGLM.", "3 + 4 = 7"], ["tinyglm", "3+4=8"]) == 0.5
+    assert share_right([], []) == 0
+
+
+def test_figures_show_their_numbers(model_and_log):
+    model, log = model_and_log
+    text = " ".join(t.get_text() for t in draw_lora(4096, 12288, 8).texts)
+    assert "131,072" in text
+    assert len(plot_loss(log).lines) == 2
+    norms = lora_b_norms(model)
+    assert [bar.get_height() for bar in plot_b_norms(norms).patches] == list(norms.values())
+    assert len(plot_sampling({"a": [0.5, 0.5], "b": [0.9, 0.1]}, ["x", "y"]).patches) == 4
+
+
+def test_note_beside_the_adapter_says_what_it_belongs_to(model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    note = json.loads((folder / "course.json").read_text())
+    assert note["template"] == "chatglm"
+    assert note["base_fingerprint"] == fingerprint(fresh_model())
