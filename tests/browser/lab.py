@@ -165,9 +165,13 @@ class LabPage:
         )
 
     def wait(self, script: str, seconds: int = 240):
+        return self.until(lambda: self.driver.execute_script(script), seconds)
+
+    def until(self, condition, seconds: int = 60):
+        """Wait for `condition()`: the page answers some time after a key or a click."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, seconds).until(lambda driver: driver.execute_script(script))
+        return WebDriverWait(self.driver, seconds).until(lambda _: condition())
 
     def find(self, selector: str, text: str = ""):
         from selenium.webdriver.common.by import By

@@ -42,9 +42,7 @@ class ExplorerPage(LabPage):
         return re.findall(r'class="total"[^>]*>([^<]*)<', self.html())
 
     def changed(self, before: str) -> str:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.driver, 30).until(lambda _: self.html() != before)
+        self.until(lambda: self.html() != before)
         return self.html()
 
     def slide(self, label: str, keys: list[str]) -> None:
@@ -75,10 +73,9 @@ def test_the_explorer_answers_to_sliders_and_buttons(lab):
 
     lab.slide("cut 1", [Keys.ARROW_RIGHT] * 6)
     lab.changed(start)
-    lab.wait("return document.body.innerText.includes('transformer.layers.20')")
+    lab.until(lambda: '"transformer.layers.20" to ".27": 1' in lab.html().replace("&quot;", '"'))
     assert lab.totals() != first
     assert float(lab.totals()[0].split()[0]) > float(first[0].split()[0])
-    assert '"transformer.layers.20" to ".27": 1' in lab.html().replace("&quot;", '"')
     lab.picture("2-cut-moved")
 
     moved = lab.html()
