@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --gpus 1 --batch 4 --length 1024                the whole model on one GPU
     python benchmarks/train_step.py --gpus 2 --stage 0 --batch 4 --length 1024      stage 0 of a 2-GPU split, alone
     python benchmarks/train_step.py --suite memory                                  the table of notebook 03
+    python benchmarks/train_step.py --suite planned                                 the planner's choice, stage by stage
     python benchmarks/train_step.py --tiny                                          a small model on the CPU
 
     whole model        ids ─► embedding ─► blocks ─► head, loss ─► backward ─► Adam
@@ -22,7 +23,8 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +55,7 @@ class Case:
     batch: int = 4
     length: int = 1024
     micro_batches: int = 1
-    checkpointed: str = "all"
+    checkpointed: str | tuple[int, ...] = "all"
     embedding: str = "tied"
     cut: tuple[int, ...] | None = None
     lora: str = "fused"
@@ -154,6 +156,24 @@ def device_map_of(config: ChatGLMConfig, case: Case) -> tuple[dict[str, int], tu
     }, cut
 
 
+def planned_cases(config: ChatGLMConfig, gpu: str = "15GiB") -> list[Case]:
+    """The planner's fastest plan for two such GPUs at 4 x 1024, as two stages to be measured alone."""
+    base = Case(gpus=2)
+    plan = plan_device_map(config, [gpu] * 2, base.batch, base.length, "speed")
+    return [
+        replace(
+            base,
+            stage=stage,
+            cut=tuple(len(blocks) for blocks in plan.blocks),
+            micro_batches=plan.micro_batches,
+            checkpointed=tuple(plan.checkpointed_layers),
+            embedding=plan.embedding,
+            loss_chunk=plan.setting.loss_chunk,
+        )
+        for stage in (0, 1)
+    ]
+
+
 def random_ids(config: ChatGLMConfig, case: Case) -> dict[str, Tensor]:
     """Half prompt, half answer; the share of labels is what the case says, wherever they fall."""
     ids = torch.randint(10, min(1000, config.vocab_size), (case.batch, case.length))
@@ -175,8 +195,8 @@ def measure(config: ChatGLMConfig, case: Case, device: str, steps: int, profile:
     return result
 
 
-def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, profile: bool) -> dict:
-    """Build, warm up, run `steps` steps."""
+def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[str, Tensor]], None]:
+    """Build the model of this case, or its stage; returns a function that trains one step on a batch."""
     on_gpu = device != "cpu"
     dtype = torch.float16 if on_gpu else torch.float32
     device_map, cut = device_map_of(config, case)
@@ -186,7 +206,7 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
     start = sum(cut[:stage])
     blocks = range(start, start + cut[stage])
     holds_embedding = device_map["transformer.word_embeddings"] == stage and (stage == 0 or case.gpus == 1)
-    marks = is_checkpointed(Shape.of(config), _checkpointed(case.checkpointed, config.num_layers))
+    marks = marked_blocks(config, case)
 
     torch.manual_seed(0)
     last = stage == len(cut) - 1
@@ -195,9 +215,8 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
-    batch = random_ids(config, case)
 
-    def one_step() -> None:
+    def one_step(batch: dict[str, Tensor]) -> None:
         run_step(
             model,
             batch,
@@ -210,24 +229,33 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+    return one_step
+
+
+def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, profile: bool) -> dict:
+    """Build, warm up, run `steps` steps."""
+    on_gpu = device != "cpu"
+    one_step, batch = make_step(config, case, device), random_ids(config, case)
     for _ in range(2):
-        one_step()
+        one_step(batch)
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(steps):
         begin = time.perf_counter()
-        one_step()
+        one_step(batch)
         if on_gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
+    device_map, cut = device_map_of(config, case)
+    stage = case.stage or 0
     forecast = predict(
         config,
         device_map,
         case.batch,
         case.length,
-        checkpointed=[block for block, marked in enumerate(marks) if marked],
+        checkpointed=[block for block, marked in enumerate(marked_blocks(config, case)) if marked],
         gpus=["H100"] * len(cut),
         micro_batches=case.micro_batches,
         loss_chunk=case.loss_chunk,
@@ -250,7 +278,7 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
         "moment": dict(zip(forecast.devices, forecast.moments, strict=True))[stage],
     }
     if profile:
-        print_profile(one_step)
+        print_profile(lambda: one_step(batch))
     return result
 
 
@@ -267,8 +295,13 @@ def print_profile(one_step) -> None:
         print(f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:5} x {event.key[:150]}")
 
 
-def _checkpointed(text: str, layers: int) -> str | int:
-    if text in ("all", "none"):
+def marked_blocks(config: ChatGLMConfig, case: Case) -> list[bool]:
+    """For each block of the model, whether this case checkpoints it."""
+    return is_checkpointed(Shape.of(config), _checkpointed(case.checkpointed, config.num_layers))
+
+
+def _checkpointed(text: str | tuple[int, ...], layers: int) -> str | int | tuple[int, ...]:
+    if text in ("all", "none") or isinstance(text, tuple):
         return text
     return layers // 2 if text == "half" else int(text)
 
@@ -308,7 +341,7 @@ def main() -> None:
             kind = int if field.default is None else type(field.default)
             parser.add_argument("--" + name.replace("_", "-"), type=kind, default=field.default)
     parser.add_argument("--cut", type=int, nargs="+", help="blocks on each GPU; default: the planner's memory plan")
-    parser.add_argument("--suite", choices=list(SUITES), help="a list of cases in place of one")
+    parser.add_argument("--suite", choices=[*SUITES, "planned"], help="a list of cases in place of one")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="print the longest kernels")
     parser.add_argument("--tiny", action="store_true", help="the tiny model's shape on the CPU")
@@ -321,7 +354,8 @@ def main() -> None:
         config = ChatGLMConfig.from_pretrained(Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm")
     elif not torch.cuda.is_available():
         raise SystemExit("no CUDA device: use --tiny for a small model on the CPU")
-    for case in SUITES[suite] if suite else [Case(**options)]:
+    cases = planned_cases(config) if suite == "planned" else SUITES[suite] if suite else [Case(**options)]
+    for case in cases:
         try:
             print(json.dumps(measure(config, case, "cpu" if tiny else "cuda", steps, profile)), flush=True)
         except torch.cuda.OutOfMemoryError as error:
