@@ -29,9 +29,19 @@ import pyarrow as pa
 from glmhelpers.atomic import whole_file
 from glmhelpers.readers import read_rows
 from glmhelpers.report import FileReport, Report, report_path
-from glmhelpers.rows import UNDECODABLE, Refused, clean_row, find_columns, is_untranslated
+from glmhelpers.rows import (
+    ENCODING_HINT,
+    UNDECODABLE,
+    Refused,
+    check_columns,
+    clean_row,
+    find_columns,
+    is_untranslated,
+    layout_hint,
+    missing_columns,
+)
 from glmhelpers.salvage import Found, Notes
-from glmhelpers.sources import SourceFile, open_source
+from glmhelpers.sources import ENDINGS, SourceFile, open_source, written_by_report
 from glmhelpers.templates import with_input
 from glmhelpers.whole_and_parts import rows_in_parts
 
@@ -95,16 +105,18 @@ def convert_alpaca(
 
     Raises:
         FileNotFoundError: the source is not there.
+        FileExistsError: the output is a file that would have to be read: it must not be written over.
         IsADirectoryError: the output is a folder.
         LookupError: Python knows no such encoding.
-        ValueError: not one row is valid; the message names each file and why.
+        TypeError: the source is a dict, or a table of another library.
+        ValueError: not one row is valid, and the message names each file and why; or `columns` names no column of ours.
 
     A file that holds the rows of smaller files of the same source (the full English file beside its 18 parts) does
     not count twice: its rows that are in the parts are left out of it.
     """
     output = Path(output)
-    if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
+    _check_output(source, output)
+    check_columns(columns or {})
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:
         codecs.lookup(encoding)
@@ -113,7 +125,7 @@ def convert_alpaca(
     writer = _Writer(report, limits, columns or {}, encoding)
     with whole_file(output) as unfinished:
         with open(unfinished, "wb") as file:
-            writer.write_all(source, file)
+            writer.write_all(source, file, unfinished)
         _choose(writer.kept, dedupe, drop_untranslated)
         if not report.rows_valid:
             raise ValueError(f"no valid row in {report.source}: nothing was written\n{report}")
@@ -121,6 +133,22 @@ def convert_alpaca(
             _rewrite(unfinished, writer.kept)
     report.save()
     return report
+
+
+def _check_output(source: Any, output: Path) -> None:
+    """Whether the output can be written without a loss of somebody's rows."""
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
+    if not (isinstance(source, str | Path) and output.exists()):
+        return
+    folder, place = Path(source).resolve(), output.resolve()
+    if place == folder:
+        raise FileExistsError(f"{output} is the source itself, with rows that may be refused; write to another file")
+    if folder in place.parents and written_by_report(report_path(output)) != output.name:
+        raise FileExistsError(
+            f"{output} lies in the source, and no report beside it says that convert_alpaca wrote it: "
+            "it may hold rows of yours. Write to another file, or take it away first"
+        )
 
 
 class _Writer:
@@ -138,17 +166,19 @@ class _Writer:
         # The rows of a file mostly have the same keys.
         self.find_columns = lru_cache(256)(partial(find_columns, columns=columns))
 
-    def write_all(self, source: Any, file: BinaryIO) -> None:
+    def write_all(self, source: Any, file: BinaryIO, unfinished: Path) -> None:
         if not isinstance(source, str | Path):
             if isinstance(source, Mapping):
                 raise TypeError("source is one dict; give a list of rows, or the path of a file")
+            if hasattr(source, "iterrows"):
+                raise TypeError("source is a DataFrame; give its rows: source.to_dict('records')")
             rows = (Found(number, row) for number, row in enumerate(source, 1))
-            self._write_rows(Path(ROWS_SOURCE), rows, Notes(), file)
+            self._write_rows(Path(ROWS_SOURCE), rows, Notes(unit="row"), file)
             return
-        own = [self.report.output, report_path(self.report.output)]
-        with open_source(Path(source), own) as (files, self.report.left_alone):
+        with open_source(Path(source), [unfinished]) as (files, self.report.left_alone):
             if not files:
-                raise ValueError(f"{source} holds no .json, .jsonl, .ndjson, .csv, .tsv or .parquet file")
+                lines = [f"{source} holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"]
+                raise ValueError("\n".join(lines + self.report.other_lines()))
             for each in files:
                 self._write_file(each, file)
 
@@ -168,7 +198,7 @@ class _Writer:
         seen = Counter()
         try:
             for found in rows:
-                self._write_row(found, kept, seen, file)
+                self._write_row(found, kept, notes, seen, file)
         except UNREADABLE as error:
             if path == Path(ROWS_SOURCE):
                 raise
@@ -178,17 +208,22 @@ class _Writer:
         self.report.placeholders += seen.pop("placeholder input", 0)
         _finish(kept.report, notes, seen)
 
-    def _write_row(self, found: Found, kept: _Kept, seen: Counter, file: BinaryIO) -> None:
+    def _write_row(self, found: Found, kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
         report = kept.report
+        report.unit = notes.unit
         report.rows += 1
         if found.broken:
             report.reject(found.line, "broken", found.broken)
             return
         if not isinstance(found.value, Mapping):
-            report.reject(found.line, "not an object")
+            report.reject(found.line, "not an object", f"not an object with names, but {type(found.value).__name__}")
             return
         names = self.find_columns(tuple(found.value))
         seen["with our columns"] += bool(names)
+        if not names and not notes.foreign:
+            notes.foreign = missing_columns(list(found.value))
+        if report.rows == notes.top_level == 1:
+            notes.hint = layout_hint(found.value, names)
         try:
             row = clean_row(found.value, names, seen)
             self._check_limits(row)
@@ -218,6 +253,7 @@ def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
     known, foreign = seen.pop("with our columns", 0), report.rejected[UNDECODABLE]
     broken = report.rejected["broken"] + foreign
     report.repairs = notes.repairs + seen
+    is_one_object = report.rows == notes.top_level == 1
     if report.message:
         report.status = "refused"
     elif notes.not_data:
@@ -225,15 +261,21 @@ def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
     elif not report.rows:
         report.status = "empty"
     elif broken == report.rows:
-        hint = "; say what its text is, such as encoding='gb18030'" if foreign else ""
+        hint = f"; {ENCODING_HINT}" if foreign else ""
+        if not report.path.name.lower().endswith(ENDINGS):
+            hint = "; it was read as JSON, since its name does not end in .csv or .tsv"
         report.status, report.message = "refused", f"no row of it can be read{hint}"
     elif not known and not broken:
-        report.status, report.message = "not_data", "nothing in it has an instruction or an output"
-        if report.rows == notes.top_level == 1:
+        report.status = "not_data"
+        report.message = "; ".join(filter(None, (notes.foreign, is_one_object and notes.hint)))
+        report.message = report.message or "nothing in it has an instruction or an output"
+        if is_one_object:
             # One object or value that is no row is a settings file, not a file with one bad row.
             report.rows, report.rejected, report.problems = 0, Counter(), []
+    elif is_one_object and notes.hint and not report.valid:
+        report.status, report.message = "refused", notes.hint
     elif broken or report.repairs:
-        report.status = "repaired"
+        report.status, report.message = "repaired", ENCODING_HINT if foreign else ""
 
 
 def _choose(files: list[_Kept], dedupe: bool, drop_untranslated: bool) -> None:

@@ -44,7 +44,7 @@ def draw_report(report: Report, axes: Axes | None = None) -> Axes:
     """
     named = [file for file in report.files if file.status != "ok" or file.rejected][:20]
     others = [file for file in report.files if file not in named]
-    bars = [(file.path.name, file.status, file.rows, file.valid, file.rejected) for file in named]
+    bars = [(_short(report.name_of(file)), file.status, file.rows, file.valid, file.rejected) for file in named]
     if others:
         rows, valid = sum(file.rows for file in others), sum(file.valid for file in others)
         gone = sum((file.rejected for file in others), type(report.rejected)())
@@ -247,6 +247,11 @@ def _legend(kinds: set[str]) -> list[Patch]:
 def _piece(token: int, tokenizer: Any) -> str:
     piece = tokenizer.convert_ids_to_tokens(token).replace("▁", "_")
     return piece if cjk_font() or piece.isascii() else str(token)
+
+
+def _short(name: str, most: int = 40) -> str:
+    """The end of a long path, which tells more than its beginning."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
 def _plain(name: str) -> str:

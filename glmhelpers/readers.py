@@ -179,6 +179,7 @@ def _is_table(names: list[str], columns: Mapping[str, str]) -> bool:
 
 
 def _read_parquet(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
+    notes.unit = "row"
     table = pyarrow.parquet.ParquetFile(file)
     if not _is_table(table.schema_arrow.names, columns):
         notes.not_data = missing_columns(table.schema_arrow.names)

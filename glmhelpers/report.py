@@ -17,6 +17,7 @@ from typing import Any
 from glmhelpers.atomic import whole_file
 
 STATUSES = ("ok", "repaired", "refused", "empty", "not_data")
+ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z", ".rar")
 PROBLEMS_KEPT = 100
 """Problems of one file that are kept with their line; all are counted."""
 
@@ -28,9 +29,10 @@ class Problem:
     line: int
     reason: str
     detail: str = ""
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.detail or self.reason}"
+        return f"{self.unit} {self.line}: {self.detail or self.reason}"
 
 
 @dataclass
@@ -46,7 +48,8 @@ class FileReport:
         rejected: reason -> rows.
         repairs: what was mended or overlooked -> times.
         problems: the first rejected rows with their lines.
-        message: why a file was refused, or is no data.
+        message: why a file was refused or is no data, or what could be done for more of its rows.
+        unit: what the problems count: "line", or "row" where there are no lines.
     """
 
     path: Path
@@ -57,12 +60,13 @@ class FileReport:
     repairs: Counter = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     message: str = ""
+    unit: str = "line"
 
     def reject(self, line: int, reason: str, detail: str = "") -> None:
         """Count one row as rejected."""
         self.rejected[reason] += 1
         if len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(Problem(line, reason, detail))
+            self.problems.append(Problem(line, reason, detail, self.unit))
 
 
 @dataclass
@@ -74,7 +78,8 @@ class Report:
         output: the JSON Lines file that was written.
         options: the options of the conversion that were set.
         files: one FileReport for each file, in the order of reading.
-        left_alone: names of files in the source that are no data by their ending.
+        left_alone: names of files in the source that were not read: no data by their ending, archives inside the
+            source, links to folders, and what an earlier conversion wrote.
         placeholders: inputs such as "No input" that became "".
     """
 
@@ -113,10 +118,10 @@ class Report:
         shown = [file for file in self.files if not (file.status == "ok" and not file.rejected)]
         if len(plain) <= 3:
             shown, plain = self.files, []
-        width = max([28, *(_width(self._name(file)) for file in shown)])
+        width = max([28, *(_width(self.name_of(file)) for file in shown)])
         lines = [_row("file", "status", "rows", "valid", "rejected", width)]
         for file in shown:
-            lines.append(_row(self._name(file), file.status, file.rows, file.valid, _counts(file.rejected), width))
+            lines.append(_row(self.name_of(file), file.status, file.rows, file.valid, _counts(file.rejected), width))
             lines += _remarks(file, problems)
         if plain:
             rows = sum(file.rows for file in plain)
@@ -124,10 +129,16 @@ class Report:
         lines.append(_row("all", "", self.rows, self.rows_valid, _counts(self.rejected), width))
         if self.placeholders:
             lines.append(f"{self.placeholders:,} inputs only said that there is none (无输入, No input ...)")
-        if self.left_alone:
-            more = f" and {len(self.left_alone) - 5} more" if len(self.left_alone) > 5 else ""
-            lines.append(f"left alone: {', '.join(self.left_alone[:5])}{more}")
-        return lines
+        return lines + self.other_lines()
+
+    def other_lines(self) -> list[str]:
+        """About the files that were not read."""
+        # Archives come first: there may be rows in them.
+        names = sorted(map(printable, self.left_alone), key=lambda name: (not name.lower().endswith(ARCHIVES), name))
+        lines = [f"left alone: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")]
+        if names and names[0].lower().endswith(ARCHIVES):
+            lines.append("   unpack what is packed inside the source, if there are rows in it")
+        return lines if names else []
 
     def save(self) -> Path:
         """Write the report as JSON beside the output; returns its path."""
@@ -135,17 +146,19 @@ class Report:
         values = asdict(self) | {"source": self.source, "output": self.output.name}
         values["rows"], values["rows_valid"], values["rejected"] = self.rows, self.rows_valid, self.rejected
         for file, saved in zip(self.files, values["files"], strict=True):
-            saved |= {"path": self._name(file), "rejected": file.rejected, "repairs": file.repairs}
+            saved |= {"path": self.name_of(file), "rejected": file.rejected, "repairs": file.repairs}
         with whole_file(path) as unfinished:
             text = json.dumps(values, ensure_ascii=False, indent=1)
             unfinished.write_text(text, "utf-8", errors="backslashreplace")
         return path
 
-    def _name(self, file: FileReport) -> str:
+    def name_of(self, file: FileReport) -> str:
+        """A file's path below the source, in characters that can be printed."""
         try:
-            return file.path.relative_to(self.source).as_posix() if file.path != Path(self.source) else file.path.name
+            name = file.path.relative_to(self.source).as_posix() if file.path != Path(self.source) else file.path.name
         except ValueError:
-            return str(file.path)
+            name = str(file.path)
+        return printable(name)
 
 
 def report_path(output: Path) -> Path:
@@ -153,9 +166,14 @@ def report_path(output: Path) -> Path:
     return output.with_suffix(".report.json")
 
 
+def printable(name: str) -> str:
+    """A file's name with escapes in place of bytes that are no UTF-8, as in archives packed on other systems."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _remarks(file: FileReport, problems: int) -> list[str]:
     remarks = [file.message] if file.message else []
-    remarks += [f"mended: {_counts(file.repairs)}"] if file.repairs else []
+    remarks += [f"mended: {_counts(file.repairs)}"] if file.repairs and file.status == "repaired" else []
     remarks += map(str, file.problems[:problems])
     if (more := sum(file.rejected.values()) - problems) > 0 and file.problems:
         remarks.append(f"... and {more:,} more")

@@ -47,6 +47,7 @@ NO_INPUT = {
 
 UNDECODABLE = "text that is not UTF-8"
 """Reason of rows with bytes that could not be decoded."""
+ENCODING_HINT = "say what its text is, such as encoding='gb18030'"
 
 _AROUND = " \t\n.。!！<>()（）[]【】\"'“”"
 # Control characters other than tab and newline, and surrogates (halves of a character, or undecodable bytes).
@@ -75,12 +76,45 @@ def find_columns(names: Sequence[Any], columns: Mapping[str, str]) -> dict[str, 
     return found
 
 
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Whether each column is said to be one of ours.
+
+    Raises:
+        ValueError: one is not; a wrong name would be passed over, and every row be refused for another reason.
+    """
+    for theirs, ours in columns.items():
+        if ours not in NAMES:
+            turned = f"; turn it round: {{{ours!r}: {theirs!r}}}" if theirs in NAMES else ""
+            raise ValueError(
+                f"columns says {{{theirs!r}: {ours!r}}}, but {ours!r} is none of {', '.join(NAMES)}: "
+                f"the name in your files comes first, our name second{turned}"
+            )
+
+
 def missing_columns(names: Sequence[Any]) -> str:
-    """What to tell about a table without instruction or output."""
+    """What to tell about a table, or about objects, without instruction or output."""
+    if any(_LOST_BYTE.search(name) for name in names if isinstance(name, str)):
+        return f"the names of its columns are no UTF-8; {ENCODING_HINT}"
+    more = ", ..." if len(names) > 8 else ""
     return (
-        f"its columns are {', '.join(repr(name) for name in names[:8])}; instruction and output are needed "
+        f"its columns are {', '.join(repr(name)[:40] for name in names[:8])}{more}; instruction and output are needed "
         '(say which they are: columns={"their name": "instruction", ...})'
     )
+
+
+def layout_hint(row: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    """What to do about an object that is no row, but holds rows in itself; "" if it seems to hold none.
+
+    Args:
+        row: the only object of a file.
+        found: from `find_columns`.
+    """
+    if any(isinstance(row[found[name]], Mapping | list) for name in ("instruction", "output") if name in found):
+        return "each column is one list; one object a row is needed: with pandas, to_json(..., orient='records')"
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            return f"{len(value):,} objects are inside {name!r}: write that list alone into a file, or pass the list"
+    return ""
 
 
 class Refused(ValueError):
@@ -137,8 +171,8 @@ def clean_text(text: str, changes: Counter) -> str:
 
 
 def is_untranslated(row: Mapping[str, Any]) -> bool:
-    """Neither question nor answer has a Chinese character, and there are words in Latin letters."""
-    text = f"{row['instruction']}\n{row['output']}"
+    """Neither question (with its input) nor answer has a Chinese character, and there are words in Latin letters."""
+    text = f"{row['instruction']}\n{row['input']}\n{row['output']}"
     return not _CHINESE.search(text) and bool(_LATIN.search(text))
 
 
@@ -181,7 +215,8 @@ def _history(value: Any, changes: Counter) -> list[list[str]]:
             raise Refused("history is not pairs of texts") from None
     if _is_null(value):
         return []
-    pairs = isinstance(value, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value)
+    lists = (list, tuple)
+    pairs = isinstance(value, lists) and all(isinstance(turn, lists) and len(turn) == 2 for turn in value)
     if not pairs or not all(isinstance(text, str) for turn in value for text in turn):
         raise Refused("history is not pairs of texts")
     return [[clean_text(question, changes), clean_text(answer, changes)] for question, answer in value]

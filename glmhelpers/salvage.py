@@ -51,11 +51,17 @@ class Notes:
         repairs: what had to be overlooked to read it -> how many times.
         top_level: JSON values that stood in no array.
         not_data: why the file holds no rows at all, "" if it may.
+        unit: what `Found.line` counts, "line" or "row".
+        foreign: about the first object that has none of our columns.
+        hint: what to do about an only object that holds rows in itself.
     """
 
     repairs: Counter = field(default_factory=Counter)
     top_level: int = 0
     not_data: str = ""
+    unit: str = "line"
+    foreign: str = ""
+    hint: str = ""
 
 
 class _Window:

@@ -3,10 +3,14 @@
 folder/                        -> history/zh/a.json     read
   history/zh/a.json               data/b.csv            read
   data/b.csv                      README.md             left alone, but named in the report
-  README.md                       .git/...              not looked at
+  README.md                       inner.zip             left alone, but named in the report
+  inner.zip                       train.jsonl           left alone, but named: an earlier conversion wrote it
+  train.jsonl                     .git/...              not looked at
+  train.report.json
   .git/...
 """
 
+import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +34,12 @@ class SourceFile:
 
 @contextmanager
 def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[list[SourceFile], list[str]]]:
-    """The files of a source in sorted order, and the names of those that are no data by their names.
+    """The files of a source in sorted order, and the names of those that are left alone: no data by their names, or
+    what an earlier conversion wrote.
 
     Args:
         source: a file, a folder (all folders below it too) or a zip.
-        leave_out: files that are not to be read, such as the output of an earlier run.
+        leave_out: files that are neither read nor named, such as the unfinished output.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -63,15 +68,38 @@ def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], li
     # Without onerror, a folder that cannot be listed would be passed over in silence.
     for here, folders, names in os.walk(folder, onerror=stop):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        # os.walk does not follow links to folders, which could lead round in a circle.
+        names += [name for name in folders if Path(here, name).is_symlink()]
+        own = _own_files(Path(here), names)
         for name in names:
             path = Path(here, name)
-            if name.lower().endswith(ENDINGS) and not _is_hidden(name):
-                if path.resolve() not in leave_out:
-                    files.append(path)
-            elif not _is_hidden(name):
+            if _is_hidden(name) or path.resolve() in leave_out:
+                continue
+            if name.lower().endswith(ENDINGS) and name not in own and not path.is_dir():
+                files.append(path)
+            else:
                 others.append(path.relative_to(folder).as_posix())
     ordered = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
     return [SourceFile(path, partial(open, path, "rb")) for path in ordered], sorted(others)
+
+
+def _own_files(folder: Path, names: list[str]) -> set[str]:
+    """Those of the names that this package wrote: outputs with their reports, and the reports beside token files."""
+    own = {name for name in names if name.endswith(".json") and f"{name[:-5]}.arrow" in names}
+    for name in names:
+        output = written_by_report(folder / name) if name.endswith(".report.json") else None
+        own |= {name, output} if output else set()
+    return own
+
+
+def written_by_report(path: Path) -> str | None:
+    """The name of the output that a report file stands beside; None if it is no report of this package."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(report, dict) and {"output", "rows", "rows_valid", "files"} <= report.keys()
+    return report["output"] if is_ours and isinstance(report["output"], str) else None
 
 
 def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], list[str]]:

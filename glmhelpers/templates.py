@@ -41,11 +41,20 @@ def build_prompt(
     """
     if template not in TEMPLATES:
         raise ValueError(f"no template is called {template!r}; use one of {sorted(TEMPLATES)}")
-    for number, turn in enumerate(history):
-        if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"turn {number} of the history is {turn!r}; expected (question, answer)")
+    check_history(history)
     prompt = TEMPLATES[template](query, history, input)
     return f"{system}\n{prompt}" if system else prompt
+
+
+def check_history(history: History) -> None:
+    """Whether each turn is a pair of texts.
+
+    Raises:
+        ValueError: one is not; the message gives its number.
+    """
+    for number, turn in enumerate(history):
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"turn {number} of the history is {turn!r}; expected (question, answer)")
 
 
 def with_input(query: str, input: str = "") -> str:

@@ -31,9 +31,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+import thuglm.prompt
 from glmhelpers import templates
 from glmhelpers.atomic import whole_file
-from glmhelpers.templates import build_prompt, with_input
+from glmhelpers.templates import build_prompt, check_history, with_input
 
 IGNORE = -100
 CHUNK = 512
@@ -249,7 +250,7 @@ def cache_key(path: Path, tokenizer: Any, settings: Settings) -> str:
     # Two tokenizers can share a model file and still differ in what they do before and after it.
     probes = [tokenizer.encode(probe, probe) for probe in PROBES]
     key.update(json.dumps([asdict(settings), probes], sort_keys=True).encode())
-    for module in (__file__, templates.__file__):
+    for module in (__file__, templates.__file__, thuglm.prompt.__file__):
         key.update(Path(module).read_bytes())
     return key.hexdigest()
 
@@ -286,16 +287,17 @@ def split_by_prompt(
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 texts = row["instruction"], row["output"]
+                check_history(row.get("history") or [])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no row with instruction and output ({error!r}); "
+                    f"{path}, line {number} is no row with instruction and output ({type(error).__name__}: {error}); "
                     "let glmhelpers.data.convert_alpaca write this file"
                 ) from error
             if not all(isinstance(text, str) and text.strip() for text in texts):

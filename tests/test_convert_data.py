@@ -183,13 +183,18 @@ PAIRS = [["你好", "你好！"], ["再见", "再见！"]]
 
 @pytest.mark.parametrize(
     ("history", "expected"),
-    [(PAIRS, PAIRS), ([], None), ("", None), (None, None), (json.dumps(PAIRS), PAIRS), ("[]", None)],
+    [(PAIRS, PAIRS), ([], None), ("", None), (None, None), (json.dumps(PAIRS), PAIRS), ("[]", None), ("null", None)],
 )
 def test_history(tmp_path, history, expected):
     rows = [{"prompt": "a", "response": "b", "history": history}]
     _, written = convert(tmp_path, array(rows))
     assert written[0].get("history") == expected
     assert (written[0]["instruction"], written[0]["output"]) == ("a", "b")
+
+
+def test_history_of_tuples(tmp_path):
+    convert_alpaca([row(1, history=(("你好", "你好！"), ("再见", "再见！")))], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text("utf-8"))["history"] == PAIRS
 
 
 @pytest.mark.parametrize("history", ["words", 5, [["only one"]], [["a", None]], {"a": "b"}, [5]])
@@ -250,7 +255,7 @@ def test_parquet(tmp_path):
     file, written = convert_folder(tmp_path, "t.parquet")
     assert [(each["instruction"], each["output"]) for each in written] == [("a", "x"), ("c", "N/A")]
     assert written[1]["history"] == PAIRS
-    assert [problem.line for problem in file.problems] == [2]
+    assert [str(problem) for problem in file.problems] == ["row 2: no instruction"]
 
 
 def test_a_parquet_file_that_is_cut_off_is_refused(tmp_path):
@@ -264,6 +269,54 @@ def test_columns_with_other_names(tmp_path):
     rows = [{"question": "a", "answer": "b", "instruction": "not this"}]
     _, written = convert(tmp_path, array(rows), columns={"question": "instruction", "answer": "output"})
     assert written == [{"instruction": "a", "input": "", "output": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "word"),
+    [
+        ({"instruction": "question"}, "turn it round: {'question': 'instruction'}"),
+        ({"q": "instruktion"}, "instruktion"),
+    ],
+)
+def test_columns_that_name_none_of_ours(tmp_path, columns, word):
+    (tmp_path / "a.json").write_text(array([row(1)]))
+    with pytest.raises(ValueError) as caught:
+        convert_alpaca(tmp_path / "a.json", tmp_path / "out.jsonl", columns=columns)
+    assert word in str(caught.value)
+
+
+LAYOUTS = {
+    # name: (content, status, words of the message)
+    "other names": ([{"question": "a", "answer": "b"}] * 2, "not_data", ("'question', 'answer'", "columns=")),
+    "rows in an object": ({"version": 1, "data": [row(1), row(2)]}, "not_data", ("'version'", "2 objects", "'data'")),
+    "columns as lists": ({"instruction": ["a", "b"], "output": ["c", "d"]}, "refused", ("orient='records'",)),
+    "columns as objects": ({"instruction": {"0": "a"}, "output": {"0": "c"}}, "refused", ("orient='records'",)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_in_another_layout_are_not_passed_over_without_a_word(tmp_path, name):
+    content, status, words = LAYOUTS[name]
+    file, _ = convert(tmp_path, array(content))
+    assert file.status == status
+    for word in words:
+        assert word in file.message
+
+
+def test_rows_in_another_encoding_are_told_how_to_be_read(tmp_path):
+    file, _ = convert(tmp_path, "instruction,output\na,b\n你,好\n".encode("gb18030"), "t.csv")
+    assert (file.status, file.rejected) == ("repaired", {"text that is not UTF-8": 1})
+    assert "encoding=" in file.message
+    file, _ = convert(tmp_path, "问题,回答\n你,好\n".encode("gb18030"), "t.csv")
+    assert file.status == "not_data"
+    assert "encoding=" in file.message
+
+
+def test_a_table_under_another_name_is_told_how_it_was_read(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("instruction,output\na,b\n")
+    with pytest.raises(ValueError, match=r"read as JSON.*\.csv"):
+        convert_alpaca(path, tmp_path / "out.jsonl")
 
 
 def test_another_encoding(tmp_path):

@@ -2,14 +2,23 @@
 
 import io
 import json
+import os
 import zipfile
 
+import datasets
+import matplotlib as mpl
+import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from test_convert_data import array, check, convert, row
 
+from glmhelpers import plots_data
 from glmhelpers.data import convert_alpaca
+from glmhelpers.tokens import encode_file
+from tests.reference import tokenizer
+
+mpl.use("agg")
 
 
 @pytest.mark.parametrize("root", ["history", "."])
@@ -74,6 +83,13 @@ def test_drop_untranslated(tmp_path):
     assert (file.rejected, len(written)) == ({}, 3)
 
 
+def test_an_english_task_on_a_chinese_text_is_no_untranslated_row(tmp_path):
+    translate = {"instruction": "Translate into English", "input": "你好", "output": "Hello"}
+    file, written = convert(tmp_path, array([row(1), row(2), translate]), drop_untranslated=True)
+    assert file.rejected == {}
+    assert translate in written
+
+
 def test_limits_on_length(tmp_path):
     rows = [row(1), row(2, input="a" * 50), row(3, output="b" * 50)]
     file, _ = convert(tmp_path, array(rows), max_prompt_chars=20, max_answer_chars=30)
@@ -115,6 +131,21 @@ def test_a_zip_member_that_breaks_off_is_refused_whole(tmp_path):
     assert report.rows_valid == 1
 
 
+def test_a_zip_in_a_zip_is_named_and_not_opened(tmp_path):
+    inner, path = tmp_path / "inner.zip", tmp_path / "set.zip"
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("a.json", array([row(1)]))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(inner, "inner.zip")
+    with pytest.raises(ValueError, match=r"left alone: inner\.zip\n.*unpack"):
+        convert_alpaca(path, tmp_path / "out.jsonl")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("b.json", array([row(2)]))
+    report = convert_alpaca(path, tmp_path / "out.jsonl")
+    assert (report.rows_valid, report.left_alone) == (1, ["inner.zip"])
+    assert "unpack" in str(report)
+
+
 def test_a_file_that_only_starts_like_a_zip(tmp_path):
     path = tmp_path / "set.zip"
     path.write_bytes(b"PK\x03\x04 and nothing")
@@ -145,3 +176,73 @@ def test_one_file_whatever_its_name(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text(array([row(1)]))
     assert convert_alpaca(str(path), str(tmp_path / "out.jsonl")).rows_valid == 1
+
+
+def test_the_source_is_never_written_over(tmp_path):
+    own = tmp_path / "train.jsonl"
+    text = json.dumps(row(1)) + "\n" + json.dumps({"instruction": "not finished"}) + "\n"
+    own.write_text(text)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(own)
+    # As a file, by another name, and as one of a folder's files.
+    for source, output in ((own, own), (own, link), (tmp_path, own)):
+        with pytest.raises(FileExistsError, match="another file"):
+            convert_alpaca(source, output)
+    assert own.read_text() == text
+
+
+def test_what_earlier_conversions_wrote_into_the_source_is_not_read_again(tmp_path):
+    (tmp_path / "a.json").write_text(array([row(1), row(2)]))
+    first = convert_alpaca(tmp_path, tmp_path / "first.jsonl")
+    encode_file(first.output, tokenizer())
+    second = convert_alpaca(tmp_path, tmp_path / "second.jsonl")
+    check(second, second.output)
+    assert (second.rows, [file.path.name for file in second.files]) == (2, ["a.json"])
+    assert {name.rpartition(".")[2] for name in second.left_alone if name.startswith("tokens/")} == {"json", "arrow"}
+    assert {"first.jsonl", "first.report.json"} < set(second.left_alone)
+    assert not any(name.endswith(".tmp") for name in second.left_alone)
+    # Asked for by its name, it is a file as any other.
+    assert convert_alpaca(first.output, tmp_path / "third.jsonl").rows_valid == 2
+
+
+@pytest.mark.parametrize("content", ["words", "[]", '{"output": "a.jsonl"}', "\ud800"])
+def test_a_report_of_somebody_else_hides_no_rows(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row(1)))
+    (tmp_path / "a.report.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert convert_alpaca(tmp_path, tmp_path / "out" / "t.jsonl").rows_valid == 1
+
+
+def test_a_link_to_a_folder_is_named(tmp_path):
+    source, other = tmp_path / "s", tmp_path / "other"
+    source.mkdir()
+    other.mkdir()
+    (source / "a.json").write_text(array([row(1)]))
+    (other / "b.json").write_text(array([row(2)]))
+    (source / "more").symlink_to(other)
+    report = convert_alpaca(source, tmp_path / "out.jsonl")
+    assert (report.rows, report.left_alone) == (1, ["more"])
+
+
+def test_names_that_are_no_utf8_can_be_printed(tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / os.fsdecode(b"\xd6\xd0.json")).write_text(array([row(1), {"instruction": "a"}]))
+    (source / os.fsdecode(b"\xce\xc4.md")).write_text("words")
+    report = convert_alpaca(source, tmp_path / "out.jsonl")
+    str(report).encode("utf-8")
+    assert r"\udcd6\udcd0.json" in str(report)
+    plots_data.draw_report(report).figure.canvas.draw()
+
+
+def test_what_is_no_list_of_rows_is_told(tmp_path):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(TypeError, match="to_dict"):
+        convert_alpaca(pandas.DataFrame([row(1)]), output)
+    with pytest.raises(ValueError, match=r"row 1: .*PosixPath|row 1: .*WindowsPath"):
+        convert_alpaca([tmp_path / "a.json"], output)
+
+
+def test_a_data_set_of_the_hub_is_an_iterable_of_rows(tmp_path):
+    rows = datasets.Dataset.from_list([row(1, history=[]), row(2, history=[["a", "b"]])])
+    report = convert_alpaca(rows, tmp_path / "out.jsonl")
+    assert report.rows_valid == 2

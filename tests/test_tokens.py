@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import thuglm.prompt
 from glmhelpers import templates, tokens
 from glmhelpers.templates import build_prompt
 from glmhelpers.tokens import (
@@ -193,10 +194,13 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         ("{", "line 2"),
         ('{"instruction": "a"}', "output"),
         ('{"instruction": "a", "output": " "}', "empty"),
+        ('{"instruction": "a", "output": "b", "history": [["only one"]]}', "turn 0"),
+        ('{"instruction": "你", "output": "好"}', "can't decode byte"),
     ):
-        path.write_text(json.dumps(row("a", "b")) + "\n" + line + "\n")
-        with pytest.raises(ValueError, match=word):
+        path.write_bytes((json.dumps(row("a", "b")) + "\n" + line + "\n").encode("gb18030"))
+        with pytest.raises(ValueError, match=word) as caught:
             encode_file(path, tokenizer())
+        assert f"{path}, line 2" in str(caught.value)
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
@@ -241,10 +245,16 @@ def test_the_key_follows_everything_the_tokens_depend_on(file, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(templates, "__file__", str(changed))
         keys.append(cache_key(file, tok, Settings()))
+    # The published chat prompt, on which the template "chatglm" is built.
+    changed = tmp_path / "prompt.py"
+    changed.write_text(Path(thuglm.prompt.__file__).read_text("utf-8").replace("[Round", "[Turn"), "utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(thuglm.prompt, "__file__", str(changed))
+        keys.append(cache_key(file, tok, Settings()))
     text = file.read_text("utf-8")
     file.write_text(text.replace("问题 7", "问题 8", 1), "utf-8")
     keys.append(cache_key(file, tok, Settings()))
-    assert len(set(keys)) == len(keys) == 9
+    assert len(set(keys)) == len(keys) == 10
     file.write_text(text, "utf-8")
     assert cache_key(file, tok, Settings()) == keys[0]
 
