@@ -5,7 +5,8 @@
 
     placement    the planner's map at several batches: predicted and measured peak of each GPU
     equality     LoRA gradients of one batch on two GPUs against one; with dropout, checkpointed against not
-    overlap      a step in 1, 2, 4, 8 micro-batches; Gantt chart of the first and the last; idle share of each GPU
+    overlap      a step in 1, 2, 4, 8 micro-batches, with the cut for the least memory and that for the most speed;
+                 Gantt charts of the first and the last; idle share of each GPU
     trainer      50 steps on rows of the course, killed and taken up again, against an unbroken run; the adapter's proof
     chat         an answer of the split model; tokens a second split and unsplit
 
@@ -156,8 +157,18 @@ def equality(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     set_dropout(model, 0.1)
 
 
-def overlap(machine: Machine, model: nn.Module, out: Path) -> None:
-    """Seconds of a step by number of micro-batches, and the picture of who worked when."""
+def overlap(machine: Machine, model: nn.Module, net: nn.Module, out: Path) -> None:
+    """Seconds of a step by number of micro-batches and cut, and pictures of who worked when."""
+    layers = machine.config.num_layers
+    checkpoint_only(model, range(layers))
+    for cut in (machine.cut, (layers // 2, layers - layers // 2)):
+        net.place(machine.device_map(cut))
+        overlap_of(machine, model, cut, out / f"gantt-{cut[0]}-{cut[1]}.png")
+    net.place(machine.device_map())
+
+
+def overlap_of(machine: Machine, model: nn.Module, cut: tuple[int, ...], picture: Path) -> None:
+    """The same for one cut."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -177,7 +188,7 @@ def overlap(machine: Machine, model: nn.Module, out: Path) -> None:
             machine.sync()
             if attempt:
                 times.append(time.perf_counter() - start)
-        with StepRecorder(model, machine.cut) as recorder:
+        with StepRecorder(model, cut) as recorder:
             run_step(model, batch, parts, backward=recorder.backward)
         model.zero_grad(set_to_none=True)
         tasks = charts[parts] = recorder.tasks()
@@ -185,6 +196,7 @@ def overlap(machine: Machine, model: nn.Module, out: Path) -> None:
         first = first or seconds
         line(
             "overlap",
+            cut=cut,
             rows=rows,
             length=machine.length,
             micro_batches=parts,
@@ -197,7 +209,8 @@ def overlap(machine: Machine, model: nn.Module, out: Path) -> None:
     until = max(task.end for task in charts[1])
     for ax, parts in zip(axes, (1, 8), strict=True):
         draw_schedule(charts[parts], ax, until=until)
-    figure.savefig(out / "gantt.png", dpi=120)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
 
 
 # The Trainer, in processes of its own --------------------------------------------------------------------------------
@@ -331,7 +344,7 @@ def on_one_model(machine: Machine, out: Path, only: list[str]) -> bool:
     parts = {
         "placement": lambda: placement(machine, model),
         "equality": lambda: equality(machine, model, net),
-        "overlap": lambda: overlap(machine, model, out),
+        "overlap": lambda: overlap(machine, model, net, out),
     }
     results = [attempt(name, part) for name, part in parts.items() if name in only]
     return all(results)
