@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from glmhelpers.collate import IGNORE, SAMPLING, RightPadCollator
 from glmhelpers.lengths import padding_share
 from glmhelpers.tokens import encode_example
-from tests.reference import CHECKPOINT, tokenizer
+from tests.reference import CHECKPOINT, logit_cases, tensors, tokenizer
 from thuglm import ChatGLMForConditionalGeneration
 
 TEXTS = [("你好", "你好！我是助手。"), ("What is 2+2?", "4"), ("介绍一下清华大学", "它在北京。" * 6), ("a", "b")]
@@ -56,6 +56,17 @@ def test_wrong_rows_are_named():
         RightPadCollator(3)([])
     with pytest.raises(ValueError, match="pad_token_id"):
         RightPadCollator(type("NoPad", (), {"pad_token_id": None})())
+
+
+def test_against_original_right_padded_batch(model):
+    """From texts to the loss: what the original gave for three rows that were padded on the right."""
+    pairs, golden = logit_cases()["f_right_padded_train"]["text"], tensors("f_right_padded_train")
+    rows = [encode_example(tokenizer(), {"instruction": a, "output": b}, train_sop=True) for a, b in pairs]
+    batch = RightPadCollator(tokenizer(), multiple_of=2)(rows)
+    for name in ("input_ids", "labels"):
+        assert batch[name].tolist() == golden[name].tolist()
+    with torch.no_grad():
+        assert model(**batch).loss.item() == pytest.approx(golden["loss"].item(), abs=1e-4)
 
 
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows(model):

@@ -13,7 +13,7 @@ from glmhelpers.collate import RightPadCollator
 from glmhelpers.data import convert_alpaca
 from glmhelpers.lengths import count_lengths, limit_costs, quantile
 from glmhelpers.tokens import encode_example
-from tests.reference import CHECKPOINT, tokenizer
+from tests.reference import CHECKPOINT, logit_cases, tensors, tokenizer
 from thuglm import ChatGLMConfig
 
 matplotlib.use("agg")
@@ -86,20 +86,28 @@ def test_the_lengths_as_a_picture_of_few_rows(lengths):
     assert "fit" in words(plots_data.draw_lengths(lengths, 16))
 
 
-def test_one_example_as_a_picture():
+def test_against_original_the_picture_of_one_example():
+    """Positions, labels and mask are drawn as the original model derived them."""
     tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
-    example = encode_example(tok, {"instruction": "What is 2+2?", "output": "It is 4."})
-    figure = plots_data.draw_example(example, tok, config)
-    top, bottom = figure.axes
-    length, context = len(example["input_ids"]), example["input_ids"].index(tok.bos_token_id)
-    cells = [text.get_text() for text in top.texts]
-    assert cells[context] == "<sop>"
-    assert [cell for cell in cells if cell.isdigit()][: 2 * length] != []
+    question, answer = logit_cases()["b_train"]["text"]
+    example = encode_example(tok, {"instruction": question, "output": answer})
+    top, bottom = plots_data.draw_example(example, tok, config).axes
+    golden = tensors("b2_train_answer_only")
+    length = golden["input_ids"].shape[1]
+    cells = {text.get_position(): text.get_text() for text in top.texts}
+    assert cells[13, 0] == "[gMASK]"
+    assert cells[14, 0] == "<sop>"
+    for line in (0, 1):
+        drawn = [int(cells[place, 1 + line]) for place in range(length)]
+        assert drawn == golden["position_ids"][0, line].tolist()
+    labelled = [(place, 3) in cells for place in range(length)]
+    assert labelled == (golden["labels"][0] != -100).tolist()
     white = matplotlib.colors.to_rgba("white")
-    filled = sum(patch.get_facecolor() != white for patch in bottom.patches)
-    # Prompt rows see the prompt; answer row k sees the prompt and k tokens of the answer.
-    answer = length - context
-    assert filled == context * context + answer * context + answer * (answer + 1) // 2
+    seen = [[False] * length for _ in range(length)]
+    for patch in bottom.patches:
+        seen[round(patch.get_y() + 0.5)][round(patch.get_x() + 0.5)] = patch.get_facecolor() != white
+    # True in the golden mask means hidden.
+    assert seen == (~golden["attention_mask"][0, 0]).tolist()
 
 
 def test_a_batch_as_a_picture():

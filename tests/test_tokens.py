@@ -22,7 +22,7 @@ from glmhelpers.tokens import (
     text_ids,
     token_report,
 )
-from tests.reference import generation_cases, tokenizer, tokenizer_cases
+from tests.reference import generation_cases, logit_cases, tensors, tokenizer, tokenizer_cases
 
 GMASK, SOP, EOP, MASK, PAD = 2657, 2660, 2661, 2656, 3
 
@@ -57,6 +57,15 @@ def test_against_original_tokenizer(pair):
 def test_against_original_chat_prompts(case):
     example = encode_example(tokenizer(), row(case["query"], "x", history=case["history"]))
     assert example["input_ids"][: len(case["input_ids"])] == case["input_ids"]
+
+
+@pytest.mark.parametrize(("train_sop", "name"), [(True, "b_train"), (False, "b2_train_answer_only")])
+def test_against_original_training_example(train_sop, name):
+    """The labels with which the original model gave its golden loss, in both treatments of <sop>."""
+    question, answer = logit_cases()["b_train"]["text"]
+    example = encode_example(tokenizer(), row(question, answer), train_sop=train_sop)
+    golden = tensors(name)
+    assert example == {column: golden[column][0].tolist() for column in ("input_ids", "labels")}
 
 
 def test_labels_are_the_answer_and_its_end():
