@@ -13,15 +13,16 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftModel
 
+from glmhelpers.busy import held_alone
 from glmhelpers.decode import Decoder
 from glmhelpers.merge import is_merged
-from glmhelpers.templates import TEMPLATES, build_prompt
+from glmhelpers.templates import TEMPLATES, build_prompt, check_history
 from thuglm.prompt import process_response
 
 LEAST_ROOM = 16
@@ -107,11 +108,26 @@ def plain_text(text: str, tokenizer: Any) -> str:
     Half characters (lone surrogates, which no encoding can store) become U+FFFD, which
     the tokenizer reads as a space. A spelled-out `<sop>` or `[MASK]`
     would become that token and move the start of the answer; with a full-width bracket it is read as the same letters.
+
+    Raises:
+        TypeError: it is no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is a {type(text).__name__}: expected text")
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, {"<": "＜", "[": "［"}.get(token[0], token[0]) + token[1:])
     return text
+
+
+def plain_turns(history: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str, str]]:
+    """`plain_text` of every turn.
+
+    Raises:
+        ValueError: a turn is no pair of texts.
+    """
+    check_history(history)
+    return [(plain_text(question, tokenizer), plain_text(answer, tokenizer)) for question, answer in history]
 
 
 @dataclass
@@ -129,6 +145,7 @@ class ChatSession:
     Attributes:
         history: finished turns, (question, answer), oldest first; may be changed between answers.
         adapter: whether the adapter is used; set it at any time, it counts from the next answer on.
+        busy: whether an answer is being written.
 
     Raises:
         ValueError: unknown template.
@@ -148,7 +165,7 @@ class ChatSession:
         self.decoder = Decoder(self.model, graphs=self.graphs)
         self._adapter = self.has_adapter
         self._stop = threading.Event()
-        self._answering = threading.Lock()
+        self.busy = False
 
     @property
     def has_adapter(self) -> bool:
@@ -165,11 +182,6 @@ class ChatSession:
         if on and not self.has_adapter:
             raise ValueError("this model has no adapter: load one with load_adapter(base, folder)")
         self._adapter = bool(on)
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is being written."""
-        return self._answering.locked()
 
     def clear(self) -> None:
         """Forget the conversation."""
@@ -206,8 +218,10 @@ class ChatSession:
         """Yield the growing answer after each token; the last one has `ended`. Leaving the loop early stops the model.
 
         Raises:
-            ValueError: an empty question, or one that is too long for the model.
-            RuntimeError: the previous answer is still being written, or the base is wanted while the adapter is merged.
+            TypeError: the question is no text.
+            ValueError: it is empty, or too long for the model.
+            RuntimeError: the model is still writing another answer, of this session or of any other; or the base is
+                wanted while the adapter is merged.
             FloatingPointError: the logits are NaN.
         """
         question = plain_text(query, self.tokenizer)
@@ -215,13 +229,13 @@ class ChatSession:
             raise ValueError("the question is empty: write something")
         if self.has_adapter and not self.adapter and is_merged(self.model):
             raise RuntimeError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
-        if not self._answering.acquire(blocking=False):
-            raise RuntimeError("the previous answer is still being written: wait, or call stop() first")
-        try:
+        with held_alone(self.model):
             self._stop.clear()
-            yield from self._answer(question)
-        finally:
-            self._answering.release()
+            self.busy = True
+            try:
+                yield from self._answer(question)
+            finally:
+                self.busy = False
 
     def _answer(self, question: str) -> Iterator[Answer]:
         started, settings, adapter = time.perf_counter(), self.settings, self.adapter
@@ -264,9 +278,11 @@ class ChatSession:
     def _fit(self, question: str) -> tuple[Any, int, tuple[str, ...]]:
         """Ids [1, L] of the prompt with as much history as fits, tokens left for the answer, and notices."""
         limit, wanted = self.decoder.net.config.max_sequence_length, self.settings.max_new_tokens
-        kept, notices = list(self.history), []
+        # An answer, too, may spell a special token, and anybody may have written this list.
+        kept = plain_turns(self.history, self.tokenizer)
+        system, notices = plain_text(self.system, self.tokenizer), []
         while True:
-            prompt = build_prompt(question, kept, self.template, system=self.system)
+            prompt = build_prompt(question, kept, self.template, system=system)
             input_ids = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
             room = limit - input_ids.shape[1]
             if not kept or room >= min(wanted, limit // 4):

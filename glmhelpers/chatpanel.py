@@ -56,7 +56,7 @@ class ChatPanel:
         self.answers: list[Answer] = []
         self._growing: Answer | None = None
         self._worker: threading.Thread | None = None
-        self._expected = threading.Event()
+        self._expected, self._stopping = threading.Event(), threading.Event()
         self.window, self.message = ui.HTML(), ui.HTML()
         self.text = ui.Text(
             placeholder="Ask something, then Enter",
@@ -81,14 +81,21 @@ class ChatPanel:
             description="temperature",
             style=whole,
         )
-        self.top_p = ui.FloatSlider(settings.top_p, min=0.05, max=1, step=0.05, description="top-p", style=whole)
+        self.top_p = ui.FloatSlider(
+            settings.top_p,
+            min=min(0.05, settings.top_p),
+            max=1,
+            step=0.05,
+            description="top-p",
+            style=whole,
+        )
         with warnings.catch_warnings():
             # Deprecated, but the only sign of Enter: a change alone also comes when the box is left.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.text.on_submit(lambda _: self._entered())
         self.text.observe(self._typed, "value")
         self.send_button.on_click(lambda _: self._send() if self.text.value.strip() else self._entered())
-        self.stop_button.on_click(lambda _: self.session.stop())
+        self.stop_button.on_click(lambda _: self.stop())
         self.clear_button.on_click(lambda _: self.clear())
         self.which.observe(self._switched, "value")
         self.temperature.observe(lambda change: session.change(temperature=change["new"]), "value")
@@ -99,7 +106,7 @@ class ChatPanel:
                 ui.HBox([self.text, self.send_button, self.stop_button]),
                 ui.HBox(
                     [self.which, self.temperature, self.top_p, self.clear_button],
-                    layout=ui.Layout(flex_flow="row wrap"),
+                    layout=ui.Layout(flex_flow="row wrap", align_items="center", grid_gap="0 12px"),
                 ),
                 self.message,
             ],
@@ -114,6 +121,9 @@ class ChatPanel:
             RuntimeError: the previous answer is still being written.
             ValueError, FloatingPointError: see `ChatSession.stream`.
         """
+        if self._worker is not None and self._worker.is_alive():
+            raise RuntimeError("the window is still writing the previous answer: wait() for it, or stop() it")
+        self._stopping.clear()
         self._follow(question)
         return self.answers[-1]
 
@@ -122,9 +132,14 @@ class ChatPanel:
         if self._worker is not None:
             self._worker.join(seconds)
 
+    def stop(self) -> None:
+        """What the button "stop" does: the answer ends after its next token, also if it has not begun yet."""
+        self._stopping.set()
+        self.session.stop()
+
     def clear(self) -> None:
         """What the button "clear" does: stop, forget the conversation, empty the window."""
-        self.session.stop()
+        self.stop()
         self.wait()
         self.session.clear()
         self.answers = []
@@ -149,6 +164,7 @@ class ChatPanel:
             self._say("Write a question first.")
         elif self._worker is None or not self._worker.is_alive():
             self.text.value = ""
+            self._stopping.clear()
             self._worker = threading.Thread(target=self._follow_and_report, args=(question,), daemon=True)
             self._worker.start()
 
@@ -160,6 +176,7 @@ class ChatPanel:
         try:
             self._follow(question)
         except Exception as error:  # in a thread nobody would see it
+            self.text.value = self.text.value or question  # to be mended and sent again
             self._say(f"<span style='color:#D55E00'>{type(error).__name__}: {escape(str(error))}</span>")
 
     def _follow(self, question: str) -> None:
@@ -170,6 +187,8 @@ class ChatPanel:
         try:
             for answer in self.session.stream(question):
                 self._growing = answer
+                if self._stopping.is_set():  # the session hears only what comes while it answers
+                    self.session.stop()
                 if time.monotonic() - shown >= REFRESH_SECONDS:
                     self._show()
                     shown = time.monotonic()

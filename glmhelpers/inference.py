@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from glmhelpers.chat import plain_text
+from glmhelpers.busy import held_alone
+from glmhelpers.chat import plain_text, plain_turns
 from glmhelpers.merge import is_merged
 from glmhelpers.templates import build_prompt
 from thuglm.prompt import process_response
 
 
-@torch.no_grad()
 def answer(
     model: Any,
     tokenizer: Any,
@@ -40,7 +40,6 @@ def answer(
     return answers(model, tokenizer, [question], history, template, max_new_tokens, **settings)[0]
 
 
-@torch.no_grad()
 def answers(
     model: Any,
     tokenizer: Any,
@@ -51,15 +50,31 @@ def answers(
     batch_size: int = 16,
     **settings: Any,
 ) -> list[str]:
-    """An answer to each question, in batches that are padded on the left."""
+    """An answer to each question, in batches that are padded on the left.
+
+    Raises:
+        RuntimeError: the model is writing another answer, as in a chat window.
+    """
+    prompts = _prompts(tokenizer, questions, history, template)
+    with held_alone(model):
+        return _answers(model, tokenizer, prompts, max_new_tokens, batch_size, **settings)
+
+
+def _prompts(tokenizer: Any, questions: Iterable[str], history: Sequence[tuple[str, str]], template: str) -> list[str]:
+    said = plain_turns(history, tokenizer)
+    return [build_prompt(plain_text(question, tokenizer), said, template) for question in questions]
+
+
+@torch.no_grad()
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48, batch_size: int = 16, **settings: Any
+) -> list[str]:
     texts: list[str] = []
     # The padding rows of the embedding have no text; a random draw could hit one.
     beyond = list(range(tokenizer.vocab_size, model.config.vocab_size))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": beyond or None, **settings}
-    for start in range(0, len(questions), batch_size):
-        asked = [plain_text(question, tokenizer) for question in questions[start : start + batch_size]]
-        prompts = [build_prompt(question, history, template) for question in asked]
-        batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
+    for start in range(0, len(prompts), batch_size):
+        batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt").to(model.device)
         ids = model.generate(**batch, **settings)
         new = ids[:, batch["input_ids"].shape[1] :].tolist()
         texts += [process_response(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
@@ -75,20 +90,28 @@ class Comparison:
     tuned: str
 
 
-def compare(model: PeftModel, tokenizer: Any, questions: Iterable[str], **settings: Any) -> list[Comparison]:
-    """Answers without and with the adapter, side by side; `settings` as for `answers`.
+def compare(
+    model: PeftModel,
+    tokenizer: Any,
+    questions: Iterable[str],
+    history: Sequence[tuple[str, str]] = (),
+    template: str = "chatglm",
+    **settings: Any,
+) -> list[Comparison]:
+    """Answers without and with the adapter, side by side; arguments as for `answers`.
 
     Raises:
         ValueError: the adapter is merged into the weights, so there is no base to compare with.
+        RuntimeError: the model is writing another answer, as in a chat window.
     """
     if is_merged(model):
         raise ValueError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
-    questions = list(questions)
-    model.eval()
-    both = []
-    for context in (model.disable_adapter(), nullcontext()):
-        with context:
-            both.append(answers(model, tokenizer, questions, **settings))
+    questions, both = list(questions), []
+    prompts = _prompts(tokenizer, questions, history, template)
+    with held_alone(model):
+        for context in (model.disable_adapter(), nullcontext()):
+            with context:
+                both.append(_answers(model, tokenizer, prompts, **settings))
     return [Comparison(*row) for row in zip(questions, *both, strict=True)]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmhelpers.busy import held_alone
 from glmhelpers.inference import Comparison, answers, share_right
 
 ADGEN_COLUMNS = {"content": "instruction", "summary": "output"}
@@ -125,13 +126,13 @@ def held_out_loss(
 
     Raises:
         ValueError: there are no rows, or a batch without labels.
+        RuntimeError: the model is writing an answer, as in a chat window.
     """
     if not len(rows):
         raise ValueError("no held-out rows: nothing can be measured")
-    device, was_training = model.get_input_embeddings().weight.device, model.training
-    model.eval()
+    device = model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
-    try:
+    with held_alone(model):
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[at] for at in range(start, min(start + batch_size, len(rows)))])
             count = int((batch["labels"][:, 1:] != -100).sum())
@@ -139,8 +140,6 @@ def held_out_loss(
             # Labels stay on the CPU: there their places are found without waiting.
             total += model(**inputs, labels=batch["labels"], return_logits=False).loss.item() * count
             tokens += count
-    finally:
-        model.train(was_training)
     return HeldOutLoss(total / tokens, tokens)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import re
 import threading
+from collections import deque
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from reference import CHECKPOINT, fresh_model, generation_cases, model, tokenizer
 
 from glmhelpers.chat import ChatSession, Generation, plain_text, settled
+from glmhelpers.inference import answers, compare
 from glmhelpers.runtime import find_project
 from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from thuglm.prompt import process_response
@@ -227,6 +229,36 @@ def test_stop_from_another_thread_ends_the_answer():
     assert not chat.busy
 
 
+def test_one_model_has_one_user_at_a_time(adapted):
+    """A second session, or a comparison, would switch the adapter in the middle of the first one's answer."""
+    first, second = session(adapted), session(adapted)
+    wanted = first.chat("你好").text
+    first.clear()
+    second.adapter = False
+    stream = first.stream("你好")
+    next(stream)
+    for use in (lambda: second.chat("你好"), lambda: compare(adapted, tokenizer(), ["你好"])):
+        with pytest.raises(RuntimeError, match="still being written"):
+            use()
+    assert deque(stream, maxlen=1).pop().text == wanted
+    assert second.chat("你好").text != wanted
+
+
+def test_answers_are_without_dropout_and_leave_the_mode_alone():
+    torch.manual_seed(0)
+    net = get_peft_model(fresh_model(), LoraConfig(r=4, lora_dropout=0.9, target_modules=["query_key_value"]))
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    wanted = [session(net.eval()).chat("你好").text, answers(net, tokenizer(), ["你好"])]
+    net.train()
+    net.get_base_model().transformer.layers[1].eval()
+    modes = [module.training for module in net.modules()]
+    for _ in range(2):
+        assert [session(net).chat("你好").text, answers(net, tokenizer(), ["你好"])] == wanted
+    assert [module.training for module in net.modules()] == modes
+
+
 def test_leaving_the_stream_keeps_what_was_shown():
     chat = session(max_new_tokens=100)
     for answer in chat.stream("你好"):
@@ -276,6 +308,30 @@ def test_whatever_is_typed_is_text(text):
     spelled = tokenizer().decode(ids[:-2])
     half = re.sub("[\ud800-\udfff]", " ", text)  # U+FFFD, which the tokenizer reads as a space
     assert spelled.strip() == half.strip()
+
+
+def test_special_tokens_in_history_and_system_stay_text():
+    """The model may write "[gMASK]" itself, and it would start the answer inside the next prompt."""
+    chat = session(max_new_tokens=2)
+    chat.history, chat.system = [("<sop>", "a [gMASK]"), ("\ud800", "<eop>")], "[MASK]"
+    ids = chat._fit("你好")[0][0].tolist()
+    assert ids[-2:] == [GMASK, SOP]
+    assert not set(ids[:-2]) & {0, 1, 3, 2656, GMASK, SOP, EOP}
+    chat.chat("你好")
+    assert chat.history[0] == ("<sop>", "a [gMASK]"), "only the prompt is changed"
+
+
+@pytest.mark.parametrize("query", [None, 5, b"abc", ["a"]])
+def test_what_is_no_text_is_refused(query):
+    with pytest.raises(TypeError, match="expected text"):
+        session().chat(query)
+
+
+def test_a_turn_that_is_no_pair_is_named():
+    chat = session()
+    chat.history = [("a", "b"), ("c",)]
+    with pytest.raises(ValueError, match="turn 1 of the history"):
+        chat.chat("d")
 
 
 @settings(max_examples=60, deadline=None)

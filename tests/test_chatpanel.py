@@ -1,5 +1,6 @@
 """The chat window without a browser: what its controls do, what it shows, what it survives."""
 
+import threading
 import time
 
 import ipywidgets
@@ -92,6 +93,45 @@ def test_stop_button_ends_the_answer_and_the_kernel_stays_free():
     assert ", stopped" in panel.window.value
 
 
+def test_stop_is_heard_before_the_answer_begins(monkeypatch):
+    """The session forgets what was said before it began: the window has to say it again."""
+    panel = panel_of(max_new_tokens=2000)
+    began, may_begin, stream = threading.Event(), threading.Event(), panel.session.stream
+
+    def late(question):
+        began.set()
+        may_begin.wait(60)
+        yield from stream(question)
+
+    monkeypatch.setattr(panel.session, "stream", late)
+    panel.text.value = "你好"
+    panel.send_button.click()
+    began.wait(60)
+    panel.stop_button.click()
+    may_begin.set()
+    panel.wait(60)
+    assert panel.answers[0].ended == "stopped"
+    assert panel.answers[0].new_tokens <= 2
+    panel.clear()
+    panel.session.change(max_new_tokens=4)
+    assert panel.ask("你好").new_tokens == 4, "a stop counts for one answer"
+
+
+def test_asking_while_an_answer_is_written_leaves_that_answer_alone():
+    panel = panel_of(max_new_tokens=2000)
+    panel.text.value = "你好"
+    panel.send_button.click()
+    deadline = time.monotonic() + 60
+    while not (panel._growing and panel._growing.new_tokens) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match="still writing"):
+        panel.ask("again")
+    assert not panel.stop_button.disabled
+    panel.stop()
+    panel.wait(60)
+    assert [answer.question for answer in panel.answers] == ["你好"]
+
+
 def test_adapter_switch_counts_for_the_next_answer(adapted):
     panel = panel_of(adapted)
     assert panel.which.value == "tuned"
@@ -116,6 +156,11 @@ def test_sliders_change_the_settings():
     assert (panel.session.settings.temperature, panel.session.settings.top_p) == (1.5, 0.3)
 
 
+def test_sliders_show_the_settings_as_they_are():
+    panel = panel_of(temperature=3.0, top_p=0.01)
+    assert (panel.temperature.value, panel.top_p.value) == (3.0, 0.01)
+
+
 def test_clear_forgets_window_and_conversation():
     panel = panel_of()
     panel.ask("你好")
@@ -131,6 +176,7 @@ def test_errors_are_shown_and_the_panel_goes_on():
     assert "Write a question first" in panel.message.value
     enter(panel, "长" * 5000)
     assert "ValueError: the question has 50" in panel.message.value
+    assert panel.text.value == "长" * 5000, "so it can be shortened"
     assert panel.ask("你好").text
     assert "ValueError" not in panel.message.value
 
