@@ -6,8 +6,8 @@
 
 BLEU and ROUGE of Chinese depend on what counts as a word. The authors' evaluation of ChatGLM-6B on ADGEN takes single
 characters for BLEU (nltk, smoothing method 3) and the words of jieba for ROUGE (rouge_chinese, F1), averages over
-answers, and reports percent: LoRA had BLEU-4 7.62, ROUGE-1 30.60, ROUGE-2 6.96, ROUGE-L 24.80 there. `score_texts` is
-that recipe, with the same three libraries; only an empty answer, which stopped the original with an error, scores 0.
+answers, and reports percent. `score_texts` is that recipe, with the same three libraries; only an empty answer, which
+stopped the original with an error, scores 0. Data and settings of the published table are in `adgen`.
 """
 
 import math
@@ -20,22 +20,6 @@ from torch import nn
 
 from glmhelpers.busy import held_alone
 from glmhelpers.inference import Comparison, answers, share_right
-
-ADGEN_COLUMNS = {"content": "instruction", "summary": "output"}
-"""Names in the advertisement data -> ours, for `convert_alpaca(columns=)`."""
-
-ADGEN_GENERATION = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "max_new_tokens": 64}
-"""How the answers of the published table were drawn, as far as its scripts say."""
-
-ADGEN_TRAINING = {
-    "max_steps": 3000,
-    "per_device_train_batch_size": 16,
-    "learning_rate": 5e-4,
-    "max_prompt_tokens": 64,
-    "max_answer_tokens": 64,
-}
-"""Settings that the authors give beside the LoRA column of their table, as far as we know them."""
-
 
 # Counts ---------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +192,7 @@ def evaluate(
     Args:
         rows: `instruction` and `output`.
         seed: of the sampling.
-        settings: as for `inference.answers`; greedy if none are given, ADGEN_GENERATION for the published table.
+        settings: as for `inference.answers`; greedy if none are given, `adgen.GENERATION` for the published table.
 
     Returns:
         the scores, and the answers in order.

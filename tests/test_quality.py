@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from reference import fresh_model, model, tokenizer
 
 from glmhelpers.collate import RightPadCollator
-from glmhelpers.data import convert_alpaca
 from glmhelpers.inference import Comparison, answers
 from glmhelpers.quality import (
-    ADGEN_COLUMNS,
     COUNT_HEADER,
     count_by_topic,
     evaluate,
@@ -195,16 +193,3 @@ def test_loss_leaves_the_mode_as_it_was_and_needs_rows():
     assert net.training
     with pytest.raises(ValueError, match="no held-out rows"):
         held_out_loss(net, [], RightPadCollator(tokenizer()))
-
-
-# ADGEN
-
-
-def test_advertisement_rows_pass_through_the_converter(tmp_path):
-    rows = [{"content": f"类型#裤{n}", "summary": AD} for n in range(3)]
-    path = tmp_path / "dev.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    report = convert_alpaca(path, tmp_path / "dev.jsonl", columns=ADGEN_COLUMNS)
-    assert report.rows_valid == 3
-    found = [json.loads(line) for line in report.output.read_text(encoding="utf-8").splitlines()]
-    assert [(row["instruction"], row["output"]) for row in found] == [(row["content"], AD) for row in rows]
