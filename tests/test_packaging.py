@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,47 @@ def test_readme_gives_the_figures_of_the_planner():
     first, second = (f"{total / GIB:.2f}" for total in plan.total_bytes)
     assert f"need {first} and {second} GiB" in readme
     assert f"up to {largest_batch(config, ['T4', 'T4'], 1024)} rows fit" in readme
+
+
+def test_readme_gives_the_measured_figures():
+    table = (PROJECT / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    row = {what: here for what, _, here, _ in cells}
+    lines = {
+        path.stem.removesuffix("_h100"): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (PROJECT / "benchmarks" / "results").glob("*_h100.jsonl")
+    }
+    placed = {line["batch"]: line for line in lines["two_gpus"] if line["figure"] == "placement"}
+    assert row["peaks of two GPUs, 4 x 1024 tokens"] == "{:.2f} and {:.2f} GB".format(
+        *(peak / 1e9 for peak in placed[4]["peak_bytes"])
+    )
+    assert row["rows of 1024 tokens that fit on both"] == str(max(placed))
+    memory = lines["train_step_memory"]
+    assert f"predicted peak against the measured one, {len(memory)} cases" in row
+    assert max(abs(line["difference"]) for line in memory) <= 0.0003
+    steps = {line["checkpointed"]: line["ms"] for line in reversed(lines["train_step_speed"]) if line["gpus"] == 1}
+    whole = next(line for line in lines["train_step_speed"])
+    assert row["a step on one GPU, 4 x 1024 tokens, every block checkpointed"] == f"{whole['ms']:.0f} ms"
+    assert row["the same, nothing checkpointed"] == f"{steps['none']:.0f} ms"
+    speedups = [line["speedup"] for line in lines["two_gpus"] if line.get("micro_batches") == 8 and "speedup" in line]
+    assert row["two GPUs, 8 micro-batches against 1"] == f"{speedups[0]} times as fast"
+    tokens = [line["tokens_per_s"] for line in lines["decode"] if line.get("way") == "graphs" and line["gpus"] == 1]
+    assert row["tokens per second of one answer"] == f"{min(tokens):.0f} to {max(tokens):.0f}"
+
+
+def test_every_import_is_declared():
+    optional = {"bitsandbytes", "modelscope", "IPython"}  # imported where they are needed, and there may be none
+    readme = (PROJECT / "README.md").read_text()
+    declared = {canonicalize_name(Requirement(need).name).replace("-", "_") for need in PACKAGES}
+    for name, text in texts().items():
+        if not name.startswith(("glmhelpers/", "thuglm/")) or not name.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in {module.split(".")[0] for module in modules}:
+                known = module in sys.stdlib_module_names or module in declared or module in ("thuglm", "glmhelpers")
+                assert known or module in optional or f"`{module}`" in readme, f"{name} imports {module}"
 
 
 def test_readme_names_files_and_folders_that_exist():
