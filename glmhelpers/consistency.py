@@ -6,8 +6,8 @@
          |                         |
          +--- num_layers           +--- tokenizer_config.json: num_image_tokens
 
-ChatGLM-6B was published twice with the same file names. Files of v1.0 (vocabulary 150528, 20000 image tokens) beside
-files of v1.1 load without an error in most programs, and then the model talks nonsense.
+ChatGLM-6B was published twice with the same file names. In v1.0 20,000 image tokens came first, so every id of a text
+token was 20,000 higher. A tokenizer of v1.0 beside weights of v1.1 gives ids of other words or of none at all.
 """
 
 import json

@@ -23,7 +23,7 @@ from glmhelpers.atomic import whole_file
 from glmhelpers.checksums import read_facts, remember
 from glmhelpers.layout import HEAD
 from glmhelpers.manifest import MANIFEST_NAME
-from glmhelpers.progress import TextProgress
+from glmhelpers.progress import TextProgress, size_text
 from glmhelpers.shards import read_entries
 
 SMALL_FILES = ("config.json", "tokenizer_config.json", "ice_text.model")
@@ -56,6 +56,8 @@ def convert_to_safetensors(
     sizes = {path: sum(read_entries(path)[name].nbytes for name in names) for path, names in kept.items() if names}
     to_do = {path: size for path, size in sizes.items() if _target_name(path) not in done}
     output.mkdir(parents=True, exist_ok=True)
+    for unfinished in output.glob("model*.safetensors.*.tmp"):
+        unfinished.unlink()  # of a call that was killed: up to 2 GB that nobody would look for
     _check_disk(output, list(to_do.values()), replace)
     bar = TextProgress(sum(sizes.values()), sum(sizes.values()) - sum(to_do.values()), show=progress)
     for path, size in to_do.items():
@@ -97,7 +99,7 @@ def _check_disk(output: Path, sizes: list[int], replace: bool) -> None:
         hint = "" if replace else ", or replace=True, which needs room for one shard"
         raise OSError(
             errno.ENOSPC,
-            f"{need / 1e9:.2f} GB are needed in {output}, {free / 1e9:.2f} GB are free: choose another output{hint}",
+            f"{size_text(need)} are needed in {output}, {size_text(free)} are free: choose another output{hint}",
         )
 
 

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from glmhelpers.atomic import whole_file
-from glmhelpers.checksums import checksums, read_facts, remember
+from glmhelpers.checksums import checksums, read_facts, remember, remembered
 from glmhelpers.machine import short
 from glmhelpers.manifest import read_manifest, total_bytes
-from glmhelpers.progress import TextProgress
+from glmhelpers.progress import TextProgress, reading, size_text
 from glmhelpers.remotes import DownloadError, Remote
 from glmhelpers.shards import read_entries
 from glmhelpers.verify import Report, check_size, verify_weights
@@ -51,31 +52,43 @@ def download_weights(
         manifest: what to bring, see `glmhelpers.manifest`; None: ChatGLM-6B v1.1.
         endpoint: a mirror of the Hugging Face hub; None: the environment variable HF_ENDPOINT, else the hub itself.
         revision: another revision of the repository than the manifest's.
-        progress: print one line of text.
+        progress: print one line of text for what is fetched, and for what must be read to be checked.
 
     Returns:
         the report of `verify_weights`, without problems.
 
     Raises:
         DownloadError: a file could not be fetched or came with wrong bytes; what is good stays, call again.
-        OSError: the disk is too small (errno ENOSPC), or another process is downloading to the same folder.
+        OSError: the disk is too small (errno ENOSPC), the folder cannot be written (EROFS, EACCES, ...), or another
+            process is downloading to it (EBUSY).
         FileNotFoundError: the source folder lacks a file.
         ValueError: the source or the manifest is none.
     """
     facts, folder = read_manifest(manifest), Path(folder)
     origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
-    folder.mkdir(parents=True, exist_ok=True)
     say: Callable[[str], None] = print if progress else lambda _: None
     try:
+        _make_writable(folder)
+    except OSError:
+        # A Kaggle input folder cannot be written, and need not be if all is there.
+        if not verify_weights(folder, facts, checksums=False).ok:
+            raise
+        report = verify_weights(folder, facts, progress=progress)
+        if not report.ok:
+            raise
+        say(str(report))
+        return report
+    try:
         with FileLock(folder / ".weights.lock").acquire(timeout=0):
-            wanted = wrong_or_missing(folder, facts)
+            _refuse_folders(folder, facts)
+            wanted = wrong_or_missing(folder, facts, progress)
             if not wanted:
                 say(f"{short(folder)}: all {len(facts['files'])} files are here already")
             elif isinstance(origin, Remote):
                 check_disk(folder, facts, wanted)
                 _fetch_all(folder, origin, wanted, progress, say)
             else:
-                _link_all(folder, origin, facts, wanted)
+                _link_all(folder, origin, facts, wanted, progress)
                 say(f"{short(folder)}: {len(wanted)} files linked to {short(origin)}, nothing copied")
             _write_small_files(folder, facts, say)
             shutil.rmtree(folder / ".modelscope", ignore_errors=True)
@@ -88,16 +101,49 @@ def download_weights(
     return report
 
 
-def wrong_or_missing(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+def _make_writable(folder: Path) -> None:
+    """Create `folder`, and try to write there.
+
+    Raises:
+        OSError: of the kind that the system gave, with advice.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} cannot be written ({error.strerror}), nothing was fetched: choose another folder, on Kaggle "
+            "download_weights('/kaggle/temp/chatglm-6b')",
+        ) from error
+
+
+def _refuse_folders(folder: Path, facts: dict[str, Any]) -> None:
+    """No folder may stand where a file belongs; to delete one with all that is in it is not for us."""
+    for name in facts["files"]:
+        for path in _both(folder, name):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, a file belongs there: remove or rename it")
+
+
+def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False) -> dict[str, str]:
     """Name -> kind of fault, of the files that must be fetched."""
     files = facts["files"]
     faults = {name: check_size(folder, name, wanted, "") for name, wanted in files.items()}
-    found = checksums(folder, [name for name, fault in faults.items() if fault is None])[0]
+    found = _sha256(folder, [name for name, fault in faults.items() if fault is None], files, progress, keep=True)
     return {
         name: faults[name].kind if faults[name] else "checksum"
         for name, wanted in files.items()
         if faults[name] is not None or found[name] != wanted["sha256"]
     }
+
+
+def _sha256(folder: Path, names: list[str], files: dict[str, Any], progress: bool, keep: bool) -> dict[str, str]:
+    known = remembered(folder)
+    to_read = sum(files[name]["size"] for name in names if name not in known)
+    with reading(f"sha256 of {len(names)} files", to_read, show=progress) as count:
+        return checksums(folder, names, progress=count, keep=keep)[0]
 
 
 def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list[str]) -> int:
@@ -112,8 +158,8 @@ def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list
     if free < need:
         raise OSError(
             errno.ENOSPC,
-            f"{need / 1e9:.2f} GB are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
-            f"{free / 1e9:.2f} GB are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
+            f"{size_text(need)} are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
+            f"{size_text(free)} are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
             "/kaggle/temp holds more; an input data set costs nothing (source='/kaggle/input/...'). "
             "Colab: choose a folder under /content, not the mounted drive, or delete what you do not need",
         )
@@ -139,7 +185,8 @@ def _fetch_all(
             say(f"{name} is fetched again: {kind}")
         _take_away(folder, name, kind)
         part = folder / f"{name}.part"
-        if part.is_file() and part.stat().st_size > files[name]["size"]:
+        # A link would be written through, to a file that is not ours.
+        if part.is_symlink() or (part.is_file() and part.stat().st_size > files[name]["size"]):
             part.unlink()
         there[name] = part.stat().st_size if part.is_file() else 0
     total = total_bytes(origin.facts)
@@ -184,22 +231,31 @@ def _fetch_one(folder: Path, origin: Remote, name: str, bar: TextProgress) -> No
             )
 
 
-def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str]) -> None:
-    """Links to the files of `origin`, after they have been checked there."""
-    files = facts["files"]
-    faults = [fault for name in wanted if (fault := check_size(origin, name, files[name], "mend the source"))]
+def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str], progress: bool) -> None:
+    """Links to the files of `origin`, after they have been checked there; `origin` itself is never written."""
+    files, again = facts["files"], "choose another source, such as source='huggingface'"
+    faults = [fault for name in wanted if (fault := check_size(origin, name, files[name], again))]
     if faults:
-        raise FileNotFoundError(f"the source folder {origin} is not complete: " + "; ".join(map(str, faults)))
-    found = {name: read_facts(origin / name) for name in wanted}
+        deeper = _folder_below(origin, faults[0].file)
+        hint = f" (there is one in {deeper}: give that as source)" if deeper else ""
+        raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: " + "; ".join(map(str, faults)))
+    found = _sha256(origin, list(wanted), files, progress, keep=False)
     for name in wanted:
-        if found[name][2] != files[name]["sha256"]:
-            raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: take another source")
+        if found[name] != files[name]["sha256"]:
+            raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: {again}")
     for name in wanted:
         path, part = _both(folder, name)
         part.unlink(missing_ok=True)
         part.symlink_to((origin / name).resolve())
         os.replace(part, path)
-    remember(folder, found)
+    sizes = {name: (folder / name).stat() for name in wanted}
+    remember(folder, {name: [sizes[name].st_size, sizes[name].st_mtime_ns, found[name]] for name in wanted})
+
+
+def _folder_below(origin: Path, name: str) -> Path | None:
+    """A folder at most three levels below `origin` that has a file of that name: Kaggle puts data sets that deep."""
+    depths = ["*/" * depth + name for depth in range(1, 4)]
+    return next((path.parent for depth in depths for path in sorted(origin.glob(depth))), None)
 
 
 def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> None:

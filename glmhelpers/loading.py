@@ -107,7 +107,8 @@ def load_model(
     started, folder = time.perf_counter(), Path(folder)
     headers = {path: read_entries(path) for path in list_shards(folder)}
     if problems := check_consistency(folder, {path.name: entries for path, entries in headers.items()}):
-        raise ValueError("the files do not belong together:\n" + "\n".join(f"  {problem}" for problem in problems))
+        lines = [f"  {problem}" for problem in problems]
+        raise ValueError("\n".join(["the files do not belong together:", *lines, _advice(folder)]))
     config = ChatGLMConfig.from_pretrained(folder)
     dtype = dtype or config.dtype or torch.float16
     expanded = expand_device_map(config.num_layers, device_map)
@@ -151,18 +152,23 @@ def choose_entries(headers: dict[Path, dict[str, Entry]], model: nn.Module) -> d
             if name.endswith(".rotary_emb.inv_freq") or name == HEAD:
                 continue
             if name not in shapes:
-                raise ValueError(f"{path.name} holds {name}, which this model does not have: it is of another model")
+                text = f"{path.name} holds {name}, which this model does not have: it is of another model"
+                raise ValueError(f"{text}. {_advice(path.parent)}")
             if shapes[name] != entry.shape:
-                raise ValueError(
-                    f"{name} is {list(entry.shape)} in {path.name}, config.json makes it {list(shapes[name])}"
-                )
+                text = f"{name} is {list(entry.shape)} in {path.name}, config.json makes it {list(shapes[name])}"
+                raise ValueError(f"{text}. {_advice(path.parent)}")
             if name in missing:
                 shards[path][name] = entry
                 missing.remove(name)
     if missing:
         first = EMBEDDING if EMBEDDING in missing else min(missing)
-        raise ValueError(f"{len(missing)} parameters are in no shard, the first is {first}: verify_weights")
+        advice = _advice(next(iter(headers)).parent)
+        raise ValueError(f"{len(missing)} parameters are in no shard, the first is {first}. {advice}")
     return shards
+
+
+def _advice(folder: Path) -> str:
+    return f"verify_weights({str(folder)!r}) names the wrong file and the command that mends it"
 
 
 def _load_shard(

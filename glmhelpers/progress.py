@@ -6,6 +6,8 @@ pytorch_model-00003-of-00008.bin  41 %  0.81 of 1.98 GB | all  33 %  4.43 of 13.
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -59,11 +61,10 @@ class TextProgress:
         seconds = max(time.monotonic() - self.started, 1e-3)
         speed = max(self.done - self.already, 0) / seconds
         left = f"{clock((self.total - self.done) / speed)} left" if speed and self.done < self.total else ""
-        part, whole = percent(self.in_file, self.size), percent(self.done, self.total)
-        return (
-            f"{self.name} {part} {amount(self.in_file, self.size)} | "
-            f"all {whole} {amount(self.done, self.total)}  {speed / 1e6:.0f} MB/s  {left}"
-        ).rstrip()
+        part = f"{self.name} {percent(self.in_file, self.size)} {amount(self.in_file, self.size)}"
+        whole = f" | all {percent(self.done, self.total)} {amount(self.done, self.total)}"
+        # One file is all there is: do not say it twice.
+        return f"{part}{whole if self.size != self.total else ''}  {speed / 1e6:.0f} MB/s  {left}".rstrip()
 
     def _print(self, end: str) -> None:
         if not self.show:
@@ -72,6 +73,19 @@ class TextProgress:
         self.out.write(line.ljust(self.width) + end)
         self.out.flush()
         self.width = len(line) if end == "\r" else 0
+
+
+@contextmanager
+def reading(what: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with each number of bytes read of `total`; prints nothing if it is over at once."""
+    bar = TextProgress(total, show=show)
+    bar.start(what, total)
+    try:
+        yield bar.add
+        if bar.printed > bar.started:
+            bar.finish()
+    finally:
+        bar.close()
 
 
 def percent(part: int, whole: int) -> str:

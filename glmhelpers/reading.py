@@ -57,25 +57,23 @@ class BlockReader:
             EOFError: the file ends before the entry does.
         """
         jobs: list[Future] = []
-        file = os.open(path, os.O_RDONLY)
         try:
             for entry, tensor in targets:
                 for offset, piece in _pieces(entry, tensor):
-                    jobs.append(self.pool.submit(self._read, file, path, offset, piece, entry.dtype))
+                    jobs.append(self.pool.submit(self._read, path, offset, piece, entry.dtype))
             for job in jobs:
                 job.result()
         finally:
             for job in jobs:
                 job.cancel()
             wait(jobs)
-            os.close(file)
 
-    def _read(self, file: int, path: Path, offset: int, piece: Tensor, dtype: torch.dtype) -> None:
+    def _read(self, path: Path, offset: int, piece: Tensor, dtype: torch.dtype) -> None:
         if piece.device.type == "cpu" and piece.dtype == dtype:
-            _read_exactly(file, path, offset, piece.view(torch.uint8))
+            _read_exactly(path, offset, piece.view(torch.uint8))
             return
         block = self._block()[: piece.numel() * dtype.itemsize]
-        _read_exactly(file, path, offset, block)
+        _read_exactly(path, offset, block)
         piece.copy_(block.view(dtype))
 
     def _block(self) -> Tensor:
@@ -91,12 +89,15 @@ def _pieces(entry: Entry, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield entry.offset + start * entry.dtype.itemsize, flat[start : start + step]
 
 
-def _read_exactly(file: int, path: Path, offset: int, out: Tensor) -> None:
+def _read_exactly(path: Path, offset: int, out: Tensor) -> None:
     view = memoryview(out.numpy())
-    while view:
-        count = os.preadv(file, [view], offset)
-        if not count:
-            raise EOFError(
-                f"{path} ends at byte {offset}, {len(view)} more were expected: verify_weights says what to do"
-            )
-        view, offset = view[count:], offset + count
+    # Opened for each block: threads share no position, and it works where there is no `preadv` (Windows).
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise EOFError(
+                    f"{path} ends at byte {file.tell()}, {len(view)} more were expected: verify_weights says what to do"
+                )
+            view = view[count:]

@@ -11,6 +11,7 @@ open file and the number of bytes that are already there: retries, 429 with Retr
 its own. It speaks plain HTTP, so hf_xet, which a plain mirror does not offer, is never asked.
 """
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ class Remote:
         except ImportError:
             raise
         except Exception as error:  # httpx or httpx2, by version of huggingface_hub: no common class to name
-            raise DownloadError(explain(error, name, self.where(name))) from error
+            why = wrong_answer(part, name, self.where(name), size) or explain(error, name, self.where(name))
+            raise DownloadError(why) from error
 
     def _fetch_http(self, name: str, part: Path, size: int, progress: Callable[[int], None]) -> None:
         # The reader's token goes to the hub and its mirrors, nowhere else.
@@ -156,8 +158,26 @@ class Remote:
         folder = part.parent / ".modelscope"
         revision = self.revision or place.get("revision")
         found = Path(model_file_download(place["model_id"], name, revision=revision, local_dir=str(folder)))
-        progress(found.stat().st_size)
+        progress(found.stat().st_size - (part.stat().st_size if part.is_file() else 0))
         os.replace(found, part)
+
+
+def wrong_answer(part: Path, name: str, url: str, size: int) -> str:
+    """Says so if what came is no beginning of the file at all, and throws it away; "" if it may be one."""
+    if not part.is_file():
+        return ""
+    with part.open("rb") as file:
+        head = file.read(256).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        what = "a web page, not the file: the network may want you to sign in, or the address is wrong"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "a git-lfs pointer, not the file: its address has /resolve/ or /media/ where yours may have /raw/"
+    elif part.stat().st_size > size:
+        what = f"more than the {size:,} bytes that were published: it is another file"
+    else:
+        return ""
+    part.unlink()
+    return f"{url} gave {what}. Put that right or choose another source, then call download_weights again"
 
 
 def explain(error: Exception, name: str, url: str) -> str:
@@ -170,11 +190,17 @@ def explain(error: Exception, name: str, url: str) -> str:
         return f"{url} refuses to give {name} ({status}): check that the address is right and that you may read it"
     if status == 429:
         return f"{url} says too many requests (429) for {name}: wait some minutes, then {again}"
+    if status == 416:
+        return f"{url} has fewer bytes than {name}: it is another version, choose another source"
     if status is not None and status >= 500:
         return f"{url} is in trouble ({status}) with {name}: {again}, later or from another source"
     if "Consistency check failed" in str(error):
         return f"{name} ended too early: {again}"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        return f"{name} could not be written ({error.strerror}): free some disk space, then {again}"
+        what = "free some disk space" if error.errno == errno.ENOSPC else "see to that"
+        return f"{name} could not be written ({error.strerror}): {what}, then {again}"
     internet = " (Kaggle: Settings > Internet must be on)" if machine_name() == "Kaggle" else ""
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+        mirror = "set HF_ENDPOINT to a mirror that you can reach, or choose source='modelscope'"
+        return f"there is no way to {url} ({error}): look after the network{internet}, {mirror}; then {again}"
     return f"the connection broke off in {name} ({type(error).__name__}: {error}): {again}{internet}"

@@ -88,8 +88,11 @@ def _check_files(project: Path) -> Check:
         return Check("files", True, f"real weights complete in {short(real)}")
     if any((folder / name).is_file() for name in ("pytorch_model-00001-of-00008.bin", "ice_text.model")):
         report = verify_weights(folder, checksums=False)
-        faults = f"{len(report.problems)} of {report.files} files are wrong or missing"
-        return Check("files", report.ok, f"real weights in thuglm: {faults}", "; ".join(map(str, report.problems[:1])))
+        if report.ok:
+            advice = f"download_weights({str(folder)!r}) writes what is missing and fetches nothing"
+            return Check("files", False, "real weights in thuglm, without config.json or index", advice)
+        count = f"{len(report.problems)} {'file is' if len(report.problems) == 1 else 'files are'} wrong or missing"
+        return Check("files", False, f"real weights in thuglm: {count}", str(report.problems[0]))
     tiny = verify_weights(project / "data" / "tiny-chatglm", checksums=False)
     if not tiny.ok:
         return Check("files", False, "data/tiny-chatglm is not as it should be", str(tiny.problems[0]))
@@ -195,13 +198,15 @@ def find_real_weights(project: Path | None = None) -> Path | None:
     return None
 
 
-def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto") -> Run:
+def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto", may_fetch: bool = False) -> Run:
     """Choose checkpoint and devices, print the choice in one line, return it.
 
     Args:
         weights: "tiny", "real", a folder with a checkpoint, or "auto": real where the real weights are
             complete and the GPUs are large enough, else tiny.
         devices: "cpu", a list of GPU numbers such as [0, 1], or "auto": every GPU there is, else the CPU.
+        may_fetch: True where the caller can fetch them: then "real" weights that are not here are no error, but the
+            run is on the tiny ones and its `wants_download` is True.
 
     Raises:
         FileNotFoundError: the wanted weights are not there.
@@ -227,8 +232,10 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
             )
     elif weights == "real":
         folder = find_real_weights(project)
-        if folder is None:
+        if folder is None and not may_fetch:
             raise FileNotFoundError("the real weights are not complete in thuglm/: run notebook 01 first")
+        if folder is None:
+            folder, reason, wants_download = tiny, "the real weights are not here", True
     else:
         folder = tiny if weights == "tiny" else Path(weights).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():

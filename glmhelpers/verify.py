@@ -5,12 +5,14 @@
       is it a git-lfs pointer (some 135 bytes of text)? -- yes -->     lfs_pointer
       has it the right size?  -- shorter ------------------------>     truncated
            |                  -- a whole file, but another ------>     version
-      do the files belong together? (consistency.py) -- no ------>     version
+      is config.json the manifest's? do the files belong
+      together? (consistency.py)            -- no -------------->     version
       sha256 as published?    -- no ----------------------------->     checksum
 
 Everything above the last line takes well under a second. The sha256 of 13.4 GB takes as long as reading them.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -18,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.checksums import checksums
+from glmhelpers.checksums import checksums, remembered
 from glmhelpers.consistency import EMBEDDING, V1_0_VOCAB_SIZE, Problem, check_consistency
 from glmhelpers.machine import short
 from glmhelpers.manifest import mending_command, read_manifest, total_bytes
+from glmhelpers.progress import reading
 from glmhelpers.shards import ShardError, read_entries
 
 KINDS = ("missing", "lfs_pointer", "truncated", "checksum", "version")
@@ -59,7 +62,8 @@ class Report:
         what = "size and sha256" if self.checksums_done else "size"
         if self.ok:
             return f"[OK] {short(self.folder)}: {self.files} files, {self.bytes:,} bytes, {what} as in the manifest"
-        lines = [f"[FAIL] {short(self.folder)}: {len(self.problems)} problem(s) in {self.files} files"]
+        count = f"{len(self.problems)} {'problem' if len(self.problems) == 1 else 'problems'}"
+        lines = [f"[FAIL] {short(self.folder)}: {count}, {what} against the manifest"]
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
 
@@ -68,7 +72,7 @@ def verify_weights(
     manifest: dict[str, Any] | str | Path | None = None,
     checksums: bool = True,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] = False,
 ) -> Report:
     """Compare a checkpoint folder with its manifest.
 
@@ -77,7 +81,8 @@ def verify_weights(
         manifest: a manifest or its path; None: the folder's own `weights_manifest.json`, else that of ChatGLM-6B v1.1.
         checksums: False leaves out sha256: under a second, and finds everything but changed bytes.
         workers: files read at a time for the sha256; None: one a core, at most 8.
-        progress: called with a number of bytes after each block read.
+        progress: True prints one line of text while the sha256 take longer than a moment; or a function that is called
+            with a number of bytes after each block read.
 
     Returns:
         a report: `.ok`, `.problems` (each with `.file`, `.kind`, `.message`), and times in seconds.
@@ -93,13 +98,14 @@ def verify_weights(
         if problem is not None:
             report.problems.append(problem)
     faulty = {problem.file for problem in report.problems}
-    for problem in check_consistency(folder) if folder.is_dir() else []:
+    small = [*check_consistency(folder), *check_config(folder, facts)] if folder.is_dir() else []
+    for problem in small:
         if problem.file not in faulty:
+            faulty.add(problem.file)
             mend = mending_command(facts, folder, problem.file)
             report.problems.append(Problem(problem.file, problem.kind, f"{problem.message}. Mend: {mend}"))
     report.seconds_quick = time.perf_counter() - started
     if checksums:
-        faulty |= {problem.file for problem in report.problems}
         sound = [name for name in facts["files"] if name not in faulty]
         _compare_checksums(report, facts, sound, workers, progress)
     return report
@@ -115,6 +121,8 @@ def check_size(folder: Path, name: str, wanted: dict[str, Any], mend: str) -> Pr
         mend: the command to name in the message.
     """
     path = folder / name
+    if path.is_dir():
+        return Problem(name, "missing", f"{name} is a folder in {short(folder)}. Mend: remove that folder, then {mend}")
     if not path.is_file():
         link = " (a link to a file that is gone)" if path.is_symlink() else ""
         return Problem(name, "missing", f"{name} is not in {short(folder)}{link}. Mend: {mend}")
@@ -134,6 +142,28 @@ def check_size(folder: Path, name: str, wanted: dict[str, Any], mend: str) -> Pr
         return Problem(name, "truncated", f"{text}. Mend: {mend}")
     text = f"{name} has {size:,} bytes, {wanted['size']:,} were published"
     return Problem(name, "checksum", f"{text}: it is another file. Mend: {mend}")
+
+
+def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
+    """Problems of config.json against the "config" of a manifest: it is small, but decides how all files are read.
+
+    What the manifest does not say, and what config.json leaves out, is no problem.
+    """
+    path, wanted = folder / "config.json", facts.get("config")
+    if not wanted:
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [Problem(path.name, "missing", f"{path.name} is not in {short(folder)}")]
+    except ValueError as error:
+        return [Problem(path.name, "truncated", f"{path.name} is not whole JSON ({error})")]
+    for key, value in wanted.items():
+        if not isinstance(found, dict) or found.get(key, value) != value:
+            says = found.get(key) if isinstance(found, dict) else found
+            text = f"{path.name} says {key} {says}, the manifest says {value}: it is of another model"
+            return [Problem(path.name, "version", text)]
+    return []
 
 
 def read_lfs_pointer(path: Path) -> str | None:
@@ -167,10 +197,14 @@ def _whole_file_of_other_release(path: Path) -> str:
 
 
 def _compare_checksums(
-    report: Report, facts: dict, names: list[str], workers: int | None, progress: Callable[[int], None] | None
+    report: Report, facts: dict, names: list[str], workers: int | None, progress: bool | Callable[[int], None]
 ) -> None:
     started = time.perf_counter()
-    found, report.bytes_read = checksums(report.folder, names, workers, progress)
+    known = remembered(report.folder)
+    to_read = sum(facts["files"][name]["size"] for name in names if name not in known)
+    with reading("sha256", to_read, show=progress is True) as count:
+        say = progress if callable(progress) else count
+        found, report.bytes_read = checksums(report.folder, names, workers, say)
     for name in names:
         if found[name] != facts["files"][name]["sha256"]:
             wanted, mend = facts["files"][name]["sha256"], mending_command(facts, report.folder, name)

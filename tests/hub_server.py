@@ -11,6 +11,11 @@ from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+OTHER_BODIES = {
+    "web page": b"<!DOCTYPE html><html>sign in to this network</html>",
+    "pointer": b"version https://git-lfs.example/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 427140\n",
+}
+
 
 class Hub:
     """Serves the files of `folder`; `requests` lists (name, first byte asked for, fault)."""
@@ -65,7 +70,7 @@ class Hub:
         self.requests.append((name, first, fault))
         if place not in ("store", "plain") or not path.is_file():
             fault = "404"
-        if fault in ("404", "429", "500"):
+        if fault in ("404", "416", "429", "500"):
             return self.reply(request, int(fault), headers={"Retry-After": "0"})
         if fault == "refuse":
             return self.hang_up(request)
@@ -75,7 +80,11 @@ class Hub:
         if fault == "wrong bytes":
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        if fault == "no range":
+        if fault == "longer":
+            data += b"more"
+        if fault in OTHER_BODIES:
+            data = OTHER_BODIES[fault]
+        if fault == "no range" or fault in OTHER_BODIES:
             first = 0
         if first >= len(data):
             return self.reply(request, 416)

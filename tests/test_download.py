@@ -1,73 +1,23 @@
-import errno
-import hashlib
+"""Weights from every kind of source, checked and linked; what goes wrong on the way is in test_download_faults.py."""
+
+# ruff: noqa: F811 - a fixture that is imported has the name of the parameters that ask for it
+
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from fault_table import COMMITTED, check_row, read
-from hub_server import Hub
+from fault_table import COMMITTED, read
+from hub_case import LARGE, assert_bit_exact, fetch, hub, manifest_of, published  # noqa: F401
 
-from glmhelpers import download, progress, remotes
+from glmhelpers import checksums, progress, remotes
 from glmhelpers.download import download_weights
 from glmhelpers.manifest import PUBLISHED, read_manifest, total_bytes
-from glmhelpers.remotes import DownloadError
 from glmhelpers.verify import verify_weights
-
-ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = Path(__file__).parent / "data" / "reference"
-LARGE = "pytorch_model-00001-of-00008.bin"
-CHUNK = 65536
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    """What the hub has: the reference checkpoint with its tokenizer."""
-    folder = tmp_path_factory.mktemp("published")
-    for path in [*(REFERENCE / "checkpoint").iterdir(), *(REFERENCE / "tokenizer").iterdir()]:
-        shutil.copy(path, folder / path.name)
-    return folder
-
-
-@pytest.fixture
-def hub(published, monkeypatch):
-    # Small files must be able to break in the middle, and nobody wants to wait between retries.
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    asleep = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(huggingface_hub.file_download, "time", asleep)
-    monkeypatch.setattr(huggingface_hub.utils._http, "time", asleep)
-    with Hub(published) as hub:
-        yield hub
-
-
-def manifest_of(hub: Hub) -> dict:
-    config = json.loads((hub.folder / "config.json").read_text())
-    tokenizer_config = json.loads((hub.folder / "tokenizer_config.json").read_text())
-    return hub.manifest(config=config, tokenizer_config=tokenizer_config)
-
-
-def fetch(hub: Hub, folder: Path, **more):
-    return download_weights(folder, manifest=manifest_of(hub), endpoint=hub.url, progress=False, **more)
-
-
-def assert_bit_exact(hub: Hub, folder: Path) -> None:
-    for name in manifest_of(hub)["files"]:
-        assert (folder / name).read_bytes() == (hub.folder / name).read_bytes(), name
-    assert not list(folder.glob("*.part"))
-
-
-def assert_no_wrong_file(hub: Hub, folder: Path) -> None:
-    for name, facts in manifest_of(hub)["files"].items():
-        if (folder / name).exists():
-            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"], name
 
 
 def test_everything_arrives_and_loads(hub, tmp_path):
@@ -113,6 +63,21 @@ def test_token_goes_to_the_hub_only(hub, tmp_path, monkeypatch):
         assert any("hf_secret" in str(value) for value in seen[0].values()) is sent
 
 
+def test_a_source_that_was_verified_is_not_read_again(hub, tmp_path, monkeypatch):
+    origin = shutil.copytree(hub.folder, tmp_path / "input")
+    assert verify_weights(origin, manifest_of(hub)).ok
+    monkeypatch.setattr(checksums, "sha256_of", lambda *a: pytest.fail("read again"))
+    assert download_weights(tmp_path / "w", origin, manifest=manifest_of(hub), progress=False).ok
+    assert (tmp_path / "w" / LARGE).samefile(origin / LARGE)
+
+
+def test_a_source_one_folder_too_high_is_told_where_to_look(hub, tmp_path):
+    origin = shutil.copytree(hub.folder, tmp_path / "input" / "chatglm" / "1")
+    with pytest.raises(FileNotFoundError, match=rf"there is one in {origin}: give that as source"):
+        download_weights(tmp_path / "w", tmp_path / "input", manifest=manifest_of(hub), progress=False)
+    assert download_weights(tmp_path / "w", origin, manifest=manifest_of(hub), progress=False).ok
+
+
 def test_folder_is_linked_not_copied(hub, tmp_path):
     origin = tmp_path / "input"
     shutil.copytree(hub.folder, origin)
@@ -121,6 +86,7 @@ def test_folder_is_linked_not_copied(hub, tmp_path):
     assert (tmp_path / "w" / LARGE).is_symlink()
     assert (tmp_path / "w" / LARGE).samefile(origin / LARGE)
     assert report.bytes_read == 0, "read once to check, not twice"
+    assert not list(origin.glob(".*")), "the source is never written"
     # A wrong copy that was there before is replaced, the source is never touched.
     (tmp_path / "w" / LARGE).unlink()
     (tmp_path / "w" / LARGE).write_bytes(b"old")
@@ -133,155 +99,6 @@ def test_folder_is_linked_not_copied(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="not complete"):
         download_weights(tmp_path / "v", origin, manifest=manifest_of(hub), progress=False)
     assert not list((tmp_path / "v").glob("*.bin"))
-
-
-@pytest.mark.parametrize(
-    ("fault", "first_answers", "resumes"),
-    [
-        ("connection cut in the middle, then refused", ["cut"] + ["refuse"] * 8, True),
-        ("body shorter than the file", ["truncated"], True),
-        ("wrong bytes from the source", ["wrong bytes"], False),
-        ("file not there (404)", ["404"], False),
-        ("too many requests (429), again and again", ["429"] * 8, False),
-        ("server error (500)", ["500"], False),
-        ("no answer at all", ["refuse"] * 8, False),
-    ],
-)
-def test_fault_then_second_call(hub, tmp_path, fault, first_answers, resumes):
-    hub.faults[LARGE] = first_answers
-    with pytest.raises(DownloadError) as caught:
-        fetch(hub, tmp_path)
-    assert LARGE in str(caught.value)
-    assert not (tmp_path / LARGE).exists()
-    assert_no_wrong_file(hub, tmp_path)
-    hub.faults.clear()
-    hub.requests.clear()
-    fetch(hub, tmp_path)
-    assert_bit_exact(hub, tmp_path)
-    assert hub.resumed(LARGE) is resumes
-    asked = {name for name, _, _ in hub.requests}
-    assert asked == {LARGE} | {name for name in asked if name > LARGE}, "what was good is not fetched again"
-    how = "went on where it stopped" if resumes else "fetched the file from its beginning"
-    check_row(fault, str(caught.value), f"the second call {how}; bit-exact", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("fault", "answers"),
-    [
-        ("connection cut once", ["cut"]),
-        ("too many requests (429), twice", ["429", "429"]),
-        ("slow", ["slow"]),
-        ("cut, and the server cannot resume", ["cut", "no range"]),
-    ],
-)
-def test_fault_mended_within_the_call(hub, tmp_path, fault, answers):
-    hub.faults[LARGE] = answers
-    assert fetch(hub, tmp_path).ok
-    assert_bit_exact(hub, tmp_path)
-    check_row(fault, "(none: it is tried again)", "none needed; bit-exact", tmp_path)
-
-
-def test_wrong_beginning_is_thrown_away_and_fetched_once_more(hub, tmp_path):
-    (tmp_path / f"{LARGE}.part").write_bytes(b"<html>sign in to this network</html>")
-    fetch(hub, tmp_path)
-    assert_bit_exact(hub, tmp_path)
-    assert [first > 0 for name, first, _ in hub.requests if name == LARGE] == [True, False]
-    check_row(
-        "a network's sign-in page at the beginning", "(none)", "thrown away, fetched once more; bit-exact", tmp_path
-    )
-
-
-def test_part_longer_than_the_file(hub, tmp_path):
-    (tmp_path / f"{LARGE}.part").write_bytes(b"x" * 10**6)
-    fetch(hub, tmp_path)
-    assert_bit_exact(hub, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "checksum", "lfs_pointer"])
-def test_wrong_file_under_its_final_name_is_replaced(hub, tmp_path, kind):
-    fetch(hub, tmp_path)
-    data = (hub.folder / LARGE).read_bytes()
-    wrong = {
-        "truncated": data[:200_000],
-        "checksum": data[:-1] + bytes([data[-1] ^ 255]),
-        "lfs_pointer": b"version https://git-lfs.example/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
-    }[kind]
-    (tmp_path / LARGE).write_bytes(wrong)
-    assert [problem.kind for problem in verify_weights(tmp_path, manifest_of(hub)).problems] == [kind]
-    hub.requests.clear()
-    hub.faults[LARGE] = ["404"]
-    with pytest.raises(DownloadError):
-        fetch(hub, tmp_path)
-    assert not (tmp_path / LARGE).exists()
-    fetch(hub, tmp_path)
-    assert_bit_exact(hub, tmp_path)
-    assert {name for name, _, _ in hub.requests} == {LARGE}
-    assert hub.resumed(LARGE) is (kind == "truncated")
-
-
-def test_killed_half_way(hub, tmp_path):
-    hub.faults[LARGE] = ["slow"]
-    (tmp_path / "m.json").write_text(json.dumps(manifest_of(hub)))
-    code = (
-        f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
-        "from glmhelpers.weights import download_weights\n"
-        f"download_weights({str(tmp_path / 'w')!r}, manifest={str(tmp_path / 'm.json')!r})"
-    )
-    env = os.environ | {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    part = tmp_path / "w" / f"{LARGE}.part"
-    deadline = time.monotonic() + 60
-    while not (part.is_file() and part.stat().st_size >= CHUNK):
-        assert worker.poll() is None, worker.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    worker.send_signal(signal.SIGKILL)
-    worker.communicate()
-    assert part.is_file()
-    assert not (tmp_path / "w" / LARGE).exists()
-    hub.requests.clear()
-    fetch(hub, tmp_path / "w")
-    assert_bit_exact(hub, tmp_path / "w")
-    assert hub.resumed(LARGE)
-    check_row(
-        "process killed half-way (SIGKILL)",
-        "(none: it is gone)",
-        "the second call went on where it stopped; bit-exact",
-        tmp_path,
-    )
-
-
-def test_two_downloads_to_one_folder(hub, tmp_path):
-    from filelock import FileLock
-
-    with FileLock(tmp_path / ".weights.lock"), pytest.raises(OSError, match="another process") as caught:
-        fetch(hub, tmp_path)
-    assert caught.value.errno == errno.EBUSY
-    check_row("two downloads to one folder", str(caught.value.strerror), "wait for the first one", tmp_path)
-
-
-def test_disk_too_small(hub, tmp_path, monkeypatch):
-    need = sum(facts["size"] for facts in manifest_of(hub)["files"].values()) + download.SPARE_BYTES
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need // 2))
-    with pytest.raises(OSError, match="are free") as caught:
-        fetch(hub, tmp_path)
-    assert caught.value.errno == errno.ENOSPC
-    assert "/kaggle/temp" in str(caught.value)
-    assert "Colab" in str(caught.value)
-    assert hub.requests == []
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need))
-    fetch(hub, tmp_path)
-    monkeypatch.undo()
-    check_row("disk too small", str(caught.value.strerror), "nothing was touched; choose the folder it names", tmp_path)
-
-
-def test_disk_check_counts_what_is_there(hub, tmp_path):
-    facts = manifest_of(hub)
-    half = facts["files"][LARGE]["size"] // 2
-    (tmp_path / f"{LARGE}.part").write_bytes(b"x" * half)
-    wanted = download.wrong_or_missing(tmp_path, facts)
-    assert set(wanted) == set(facts["files"])
-    assert download.check_disk(tmp_path, facts, wanted) == total_bytes(facts) - half
 
 
 def test_the_true_sum_is_checked_not_the_published_total():
@@ -359,7 +176,7 @@ def test_progress_line():
 
 def test_committed_fault_table_has_rows_that_tests_make():
     tests = " ".join(
-        (Path(__file__).parent / f"test_{name}.py").read_text() for name in ("download", "verify", "loading")
+        (Path(__file__).parent / f"test_{name}.py").read_text() for name in ("download_faults", "verify", "loading")
     )
     assert read(COMMITTED)
     for fault in read(COMMITTED):

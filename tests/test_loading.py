@@ -133,6 +133,8 @@ def test_refused_before_a_weight_is_copied(folder, tmp_path, monkeypatch, fault,
     monkeypatch.undo()
     with Hub(published) as hub:
         facts = hub.manifest(config=json.loads((published / "config.json").read_text()))
+    assert "verify_weights(" in str(caught.value)
+    assert not verify_weights(folder, facts, checksums=False).ok, "the advice must lead somewhere"
     download_weights(folder, published, facts, progress=False)
     assert_same_model(load_model(folder, progress=False), load_model(published, progress=False))
     check_row(fault, str(caught.value), "nothing was copied; after download_weights it loads", folder)
@@ -328,10 +330,13 @@ def test_interrupted_conversion_goes_on(folder, monkeypatch):
     monkeypatch.setattr(convert, "_convert", stops)
     with pytest.raises(KeyboardInterrupt):
         convert_to_safetensors(folder, replace=True, progress=False)
+    # What SIGKILL would have left behind: nobody else removes it, and a second one may not fit.
+    (folder / "model-00004-of-00008.safetensors.4711.tmp").write_bytes(bytes(1000))
     assert len(list(folder.glob("*.safetensors"))) == 3
     assert len(list(folder.glob("*.bin"))) == 5
     convert_to_safetensors(folder, replace=True, progress=False)
     assert len(calls) == 4 + 4
+    assert not list(folder.glob("*.tmp"))
     assert_same_model(load_model(folder, progress=False), wanted)
     with pytest.raises(FileNotFoundError, match=r"no .bin shards"):
         convert_to_safetensors(folder)

@@ -152,7 +152,7 @@ def test_files_line(tmp_path):
     (project / "thuglm" / "ice_text.model").write_bytes(b"version https://git-lfs.example\n")
     check = runtime._check_files(project)
     assert not check.ok
-    assert "9 of 9 files" in check.found
+    assert "10 files are wrong or missing" in check.found  # the nine of the manifest, and config.json
     assert "git-lfs pointer" in check.advice
 
 
@@ -164,6 +164,7 @@ def test_real_weights_by_name_and_size(tmp_path, monkeypatch):
             file.truncate(facts["size"])
     assert runtime.find_real_weights(project) is None
     for name in ("config.json", "pytorch_model.bin.index.json"):
+        assert not runtime._check_files(project).ok
         (project / "thuglm" / name).write_text("{}")
     assert runtime.find_real_weights(project) == project / "thuglm"
     assert runtime._check_files(project).ok
@@ -218,6 +219,10 @@ def test_gpus_without_real_weights(gpus, monkeypatch):
     assert not runtime.choose().wants_download
     with pytest.raises(FileNotFoundError, match="run notebook 01 first"):
         runtime.choose("real")
+    asked = runtime.choose("real", may_fetch=True)
+    assert (asked.is_tiny, asked.wants_download) == (True, True)
+    monkeypatch.setenv("GLM_WEIGHTS", "real")
+    assert runtime.choose(may_fetch=True).wants_download
 
 
 def test_environment_answers_for_auto(gpus, real_weights, monkeypatch):
