@@ -3,11 +3,11 @@
     adapter/
       adapter_config.json         rank, alpha, targets (PEFT)
       adapter_model.safetensors   lora_A and lora_B of every block (PEFT)
-      course.json                 template of the prompts, fingerprint of the base, settings of the training
+      course.json                 template of the prompts, what the base was, settings of the training
 
 "The loss falls but the model learns nothing" was often a saving problem: an empty file, or one that another base or
-another prompt template then loads without a word. So the note is compared at loading, and `prove` compares the reloaded
-model with the trained one.
+another prompt template then loads without a word. So the note is compared at loading, every tensor must find its place
+and every place its tensor, and `prove` compares the reloaded model with the trained one.
 """
 
 import json
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glmhelpers.attach import adapter_layers, check_adapter, quiet_peft
-from glmhelpers.fingerprints import base_checksum, fingerprint
-from glmhelpers.lora import fuse_lora
+from glmhelpers.attach import adapter_from, adapter_layers
+from glmhelpers.fingerprints import base_checksum, base_difference, base_note
 from glmhelpers.templates import TEMPLATES
 
 NOTE = "course.json"
@@ -56,11 +57,12 @@ def save_adapter(
     if not any(norm > 0 for norm in lora_b_norms(model).values()):
         raise ValueError("Every lora_B is 0: this adapter changes nothing. Train it before saving it.")
     folder = Path(folder)
-    draft, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    draft, old = folder.with_name(folder.name + ".part"), _aside(folder)
+    _bring_back(folder)
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(draft, save_embedding_layers=False)
-    note = {"template": template, "base_fingerprint": fingerprint(model), "settings": dict(settings or {}), "format": 1}
+    note = {"template": template, "base": base_note(model), "settings": dict(settings or {}), "format": 1}
     (draft / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if folder.exists():
         os.replace(folder, old)
@@ -69,37 +71,74 @@ def save_adapter(
     return folder
 
 
-def load_adapter(base: nn.Module, folder: str | Path, template: str | None = None) -> PeftModel:
+def _aside(folder: Path) -> Path:
+    """Where the old adapter lies for the moment in which the new one takes its place."""
+    return folder.with_name(folder.name + ".old")
+
+
+def _bring_back(folder: Path) -> None:
+    """If a process died in that moment, give the old adapter its name back."""
+    if not folder.exists() and _aside(folder).is_dir():
+        os.replace(_aside(folder), folder)
+
+
+def load_adapter(
+    base: nn.Module, folder: str | Path, template: str | None = None, trainable: bool = False
+) -> PeftModel:
     """The base with the adapter of `folder` on it, ready for use; adapters in float32, each beside its base layer.
 
     Args:
-        base: a ChatGLM without an adapter, on its devices.
+        base: a ChatGLM without an adapter, on its devices. Left as it is if anything is refused.
         template: the template you are going to use; compared with the one of the note if given.
+        trainable: to train on with it, instead of using it.
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
-        ValueError: the adapter was trained on another base or with another template.
+        ValueError: a file is damaged, a tensor has no place or a place no tensor, the base has an adapter already, or
+            the adapter was trained on another base or with another template; names the difference.
     """
     folder = Path(folder)
+    _bring_back(folder)
     if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves an adapter.")
-    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    here = fingerprint(base)
-    if note["base_fingerprint"] != here:
+    note = _read_note(folder)
+    if difference := base_difference(note["base"], base_note(base)):
         raise ValueError(
-            f"The adapter in {folder.name}/ was trained on a base with fingerprint {note['base_fingerprint']}, this "
-            f"base has {here}. Load the base it was trained on, or train again."
+            f"The adapter in {folder.name}/ was trained on another base: {difference}. Load the base it was trained "
+            "on, or train again."
         )
     if template is not None and note["template"] != template:
         raise ValueError(
             f"The adapter in {folder.name}/ was trained with the template {note['template']!r}, not {template!r}: it "
             "would read prompts it has never seen. Use its own template."
         )
-    with quiet_peft():
-        model = PeftModel.from_pretrained(base, folder)
-    fuse_lora(model)
-    check_adapter(model)
-    return model.eval()
+    config_file, tensor_file = (folder / name for name in ADAPTER_FILES[:2])
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = not trainable
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(_damaged(config_file, error)) from error
+    try:
+        tensors = load_file(tensor_file)
+    except SafetensorError as error:
+        raise ValueError(_damaged(tensor_file, error)) from error
+    return adapter_from(base, config, tensors, f"{folder.name}/{tensor_file.name}").eval()
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    """The note of an adapter; ValueError if it is not one."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        wanted = {"template", "base"} - set(note)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_damaged(folder / NOTE, error)) from error
+    if wanted:
+        raise ValueError(_damaged(folder / NOTE, f"it lacks {', '.join(sorted(wanted))}"))
+    return note
+
+
+def _damaged(path: Path, reason: object) -> str:
+    return f"{path.parent.name}/{path.name} is damaged ({reason}): save the adapter again, or copy it again."
 
 
 def lora_b_norms(model: nn.Module) -> dict[str, float]:

@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmhelpers.attach import attach_lora, fill_adapter
+from glmhelpers.attach import adapter_from, lora_config
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -45,9 +45,7 @@ def import_2023(base: nn.Module, path: str | Path, alpha: int = 32, dropout: flo
     name = Path(path).name
     tensors, rank, factor = _as_ordinary(tensors, base, name)
     targets = tuple(sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}))
-    model = attach_lora(base, r=rank, alpha=alpha * factor, dropout=dropout, targets=targets)
-    fill_adapter(model, tensors, name)
-    return model.eval()
+    return adapter_from(base, lora_config(rank, alpha * factor, dropout, targets), tensors, name).eval()
 
 
 def read_2023(path: str | Path) -> dict[str, Tensor]:

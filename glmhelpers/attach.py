@@ -8,6 +8,7 @@ LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685) leaves each chosen matr
              random        zero
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,17 +47,57 @@ def attach_lora(
         seed: for the random A.
 
     Raises:
-        ValueError: (from peft) a target that the model does not have.
+        ValueError: the model has an adapter already; or (from peft) it does not have a target.
         RuntimeError: an adapter is not float32, or not on the device of its base layer.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(
+    adapted = _adapted(model, lora_config(r, alpha, dropout, targets))
+    adapted.starts_from = f"fresh, seed {seed}"
+    return adapted
+
+
+def lora_config(r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
+    """Arguments as in `attach_lora`."""
+    return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
     )
+
+
+def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
+    if adapter_layers(model):
+        raise ValueError(
+            "This model has an adapter already, and a second one would be put around it. Load the base again, then "
+            "attach or load the adapter that you want."
+        )
     with quiet_peft():
         adapted = get_peft_model(model, config)
     fuse_lora(adapted)
     check_adapter(adapted)
+    return adapted
+
+
+def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], source: str) -> PeftModel:
+    """The model with an adapter that holds these tensors: all of them, and nothing else.
+
+    Args:
+        model: a ChatGLM without an adapter, on its devices. Without an adapter again if the tensors do not fit.
+        config: rank, alpha and targets.
+        tensors: name as in `adapter_weights` -> tensor.
+        source: where they come from, for messages.
+
+    Raises:
+        ValueError: see `fill_adapter` and `attach_lora`.
+    """
+    adapted = _adapted(model, config)
+    try:
+        fill_adapter(adapted, tensors, source)
+    except ValueError:
+        adapted.unload()
+        raise
+    digest = hashlib.sha256()
+    for name, weight in adapter_weights(adapted).items():
+        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    adapted.starts_from = f"loaded, {digest.hexdigest()[:16]}"
     return adapted
 
 

@@ -61,6 +61,7 @@ def run_settings(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: A
     counted = {name: getattr(args, name) for name in COUNTED}
     return {
         "base": fingerprint(model),
+        "starts_from": getattr(model, "starts_from", "unknown"),
         "rows": count,
         "rows_digest": digest,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps,

@@ -12,6 +12,8 @@ Any single changed bit changes the first sum, and two swapped values of up to 32
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +29,81 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """16 hex digits that tell one base from another: shape, and samples of every frozen 2-D weight.
+SIZES = ("num_layers", "hidden_size", "inner_hidden_size", "vocab_size")
+"""Fields of the configuration that a `base_note` records."""
 
-    Adapters, and the dtype a base was loaded in, do not change it.
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, bytes]]:
+    """(name, shape and samples) of every frozen 2-D weight.
+
+    A head that equals the embedding is left out: where both lie on one device they are a single tensor, on two GPUs
+    they are two, and it is the same base.
     """
-    digest = hashlib.sha256()
+    embedding = b""
     for name, parameter in model.named_parameters():
         if "lora_" in name or parameter.dim() != 2:
             continue
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float16)
-        digest.update(f"{_plain(name)} {tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float16).numpy().tobytes()
+        found, plain = f"{tuple(parameter.shape)}".encode() + sample, _plain(name)
+        if plain == "transformer.word_embeddings.weight":
+            embedding = found
+        if plain != "lm_head.weight" or found != embedding:
+            yield plain, found
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that tell one base from another: shape, and samples of every frozen 2-D weight.
+
+    Adapters, the dtype a base was loaded in, and where its parts lie do not change it.
+    """
+    digest = hashlib.sha256()
+    for name, found in _samples(model):
+        digest.update(f"{name} ".encode() + found)
     return digest.hexdigest()[:16]
+
+
+def base_bits(model: nn.Module) -> int:
+    """Bits of a weight in the blocks' matrices: 16 (or 32, which counts as the same), or packed to 8 or 4."""
+    return 8 if getattr(model, "is_loaded_in_8bit", False) else 4 if getattr(model, "is_loaded_in_4bit", False) else 16
+
+
+def base_note(model: nn.Module) -> dict[str, Any]:
+    """What is recorded of a base beside an adapter, ready for JSON: enough to name the difference to another base."""
+    parts: dict[str, Any] = {}
+    for name, found in _samples(model):
+        fields = name.split(".")
+        part = ".".join(fields[:3] if fields[1] == "layers" else fields[:-1])
+        parts.setdefault(part, hashlib.sha256()).update(f"{name} ".encode() + found)
+    return {
+        "fingerprint": fingerprint(model),
+        "sizes": {name: getattr(model.config, name) for name in SIZES},
+        "bits": base_bits(model),
+        "parts": {part: digest.hexdigest()[:8] for part, digest in parts.items()},
+    }
+
+
+def base_difference(noted: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """In words what sets the base of one `base_note` apart from that of another, or None if they are the same."""
+    if noted["fingerprint"] == here["fingerprint"]:
+        return None
+    told = [
+        f"{name} {noted['sizes'].get(name)} there, {size} here"
+        for name, size in here["sizes"].items()
+        if noted["sizes"].get(name) != size
+    ]
+    if noted["bits"] != here["bits"]:
+        told.append(f"blocks in {noted['bits']} bits there, in {here['bits']} here")
+    if not told:
+        there, mine = noted["parts"], here["parts"]
+        names = [name for name in {**there, **mine} if there.get(name) != mine.get(name)]
+        told.append(f"the same sizes, but other weights in {len(names)} of {len(mine)} parts: {_few(names)}")
+    return "; ".join(told)
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    """The first names, and that there are more."""
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
 
 
 def base_checksum(model: nn.Module) -> str:

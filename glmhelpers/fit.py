@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from glmhelpers.devicemap import DoesNotFit, Plan, plan_device_map
+from glmhelpers.fingerprints import base_bits
 from glmhelpers.gpus import GIB
 from glmhelpers.memory import Prediction, predict
 from glmhelpers.shapes import Setting
 
 _WHICH = re.compile(r"GPU (\d+) has a total capacity")
+
+_OF_THE_MODEL = ("lora_rank", "lora_targets", "lora_dropout", "dtype", "base_bits")
+"""Fields of a Setting that another plan must keep."""
 
 OWN_CONTEXT = GIB // 2
 """Bytes of a card in use, beside this process' tensors, that may be its own CUDA context: not other processes'."""
@@ -104,13 +108,15 @@ def describe(error: str, where: str, cards: list[CardState], config: Any, now: P
 
 
 def _card_line(card: CardState, now: Prediction) -> str:
-    predicted = dict(zip(now.devices, now.total_bytes, strict=True)).get(card.index)
-    text = (
-        f"  GPU {card.index}: predicted {predicted / GIB:.2f} GiB"
-        if predicted
-        else f"  GPU {card.index}: nothing predicted"
-    )
-    text += f", measured peak {card.peak / GIB:.2f} of {card.total / GIB:.2f} GiB"
+    text = f"  GPU {card.index}: measured peak of tensors {card.peak / GIB:.2f} GiB"
+    if card.index in now.devices:
+        at = now.devices.index(card.index)
+        text += (
+            f", predicted {now.peak_bytes[at] / GIB:.2f}, with slack and context {now.total_bytes[at] / GIB:.2f}"
+            f" of {card.total / GIB:.2f} GiB"
+        )
+    else:
+        text += f" of {card.total / GIB:.2f} GiB, nothing predicted: no part of the model is there"
     if card.others > GIB // 4:
         text += f"; {card.others / GIB:.2f} GiB are held by other processes (nvidia-smi): stop them"
     return text
@@ -118,9 +124,7 @@ def _card_line(card: CardState, now: Prediction) -> str:
 
 def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: str) -> str:
     """The nearest plan that fits: for the same batch if there is one, else with the smallest change that helps."""
-    wanted = {
-        name: getattr(setting, name) for name in ("lora_rank", "lora_targets", "lora_dropout", "dtype", "base_bits")
-    }
+    wanted = {name: getattr(setting, name) for name in _OF_THE_MODEL}
     wanted |= {"gpus": [card.total for card in cards], "reserve": [card.others for card in cards]}
     wanted |= {"seq_length": setting.seq_length, "objective": objective}
     try:
@@ -135,9 +139,14 @@ def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: s
             f"No plan fits this batch. The nearest that fits has {smaller} rows a batch "
             "(gradient_accumulation_steps makes up for the rest)"
         )
+    told = {name: wanted[name] for name in _OF_THE_MODEL if wanted[name] != getattr(Setting, name)}
+    told |= {"reserve": wanted["reserve"]} if max(wanted["reserve"]) > GIB // 4 else {}
+    told = "".join(f", {name}={value!r}" for name, value in {"objective": objective, **told}.items())
+    call = f"training_plan(run, config, {plan.setting.batch_size}, {setting.seq_length}{told})"
     return (
-        f"{change}: load the model with its device_map, checkpoint its checkpointed_layers, and call train with "
-        f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk}:\n{plan}"
+        f"{change}:\n{plan}\nTo use it: plan = {call}; load the model again with device_map=plan.device_map, "
+        "attach_lora, checkpoint_only(model, plan.checkpointed_layers), train(..., plan=plan), which takes "
+        f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk} from it."
     )
 
 
@@ -155,14 +164,13 @@ def card_states() -> list[CardState]:
 def model_settings(model: nn.Module) -> dict[str, Any]:
     """The fields of `shapes.Setting` that a PeftModel itself decides: LoRA, dtype, bits of the base."""
     adapter = model.peft_config[model.active_adapter]
-    bits = 8 if getattr(model, "is_loaded_in_8bit", False) else 4 if getattr(model, "is_loaded_in_4bit", False) else 16
     norm = next(parameter for name, parameter in model.named_parameters() if "input_layernorm" in name)
     return {
         "lora_rank": adapter.r,
         "lora_targets": tuple(sorted(adapter.target_modules)),
         "lora_dropout": adapter.lora_dropout,
         "dtype": str(norm.dtype).removeprefix("torch."),
-        "base_bits": bits,
+        "base_bits": base_bits(model),
     }
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from glmhelpers.attach import fill_adapter
-from glmhelpers.checkpoints import keep_last, last_complete, mark_complete, marker_facts
+from glmhelpers.checkpoints import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.guards import Guard
 from glmhelpers.step import first_device, label_rows, run_step, split_batch, to_device
 
@@ -189,7 +189,8 @@ class _Resumed(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Restore the sum of losses since the last log, or save checkpoint 0."""
         trainer = self.trainer
-        if state.global_step == 0 and args.save_strategy != "no" and not list(trainer.folder.glob("checkpoint-0")):
+        start = trainer.folder / "checkpoint-0"
+        if state.global_step == 0 and args.save_strategy != "no" and what_is_wrong(start):
             trainer._save_checkpoint(trainer.model, None)
         folder = trainer.folder / f"checkpoint-{state.global_step}"
         if state.global_step and folder.is_dir():

@@ -123,11 +123,17 @@ def train(
     Raises:
         TrainingStoppedError: the loss is no number or 0, every step is skipped, or a batch has no label
             (`NoLabelsError`, which is a ValueError too).
+        ValueError: nothing is trainable.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
     """
     refuse_many_processes()
     check_adapter(model)
+    if not count_parameters(model)[0]:
+        raise ValueError(
+            "No parameter of this model is trained: its adapter was loaded for use. load_adapter(..., trainable=True) "
+            "loads one to train on with."
+        )
     if plan is not None:
         micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
     settings = run_settings(model, dataset, args)

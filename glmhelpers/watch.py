@@ -161,7 +161,9 @@ def reset_gpu_peaks() -> None:
 def in_live_notebook() -> bool:
     """Whether somebody can see a figure grow: a kernel, and moving output is not switched off by TQDM_DISABLE."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ == "ZMQInteractiveShell" and os.environ.get("TQDM_DISABLE", "") in ("", "0")
+    # Colab's shell is a subclass with a name of its own.
+    names = {kind.__name__ for kind in type(shell).__mro__}
+    return "ZMQInteractiveShell" in names and os.environ.get("TQDM_DISABLE", "") in ("", "0")
 
 
 def clock_text(seconds: float) -> str:

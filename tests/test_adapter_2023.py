@@ -117,6 +117,17 @@ def test_what_does_not_fit_is_named_and_nothing_is_ignored(changes, message, tmp
         import_2023(fresh_model(), tmp_path / "chatglm-lora.pt")
 
 
+def test_a_refused_file_leaves_the_base_without_an_adapter(tmp_path):
+    base, want = fresh_model(), fresh_model()(input_ids=ids()).logits
+    old_file(tmp_path / "bad.pt", drop=[STEM.format(2, side, "") for side in ("lora_A", "lora_B")])
+    with pytest.raises(ValueError, match="lacks 2 of"):
+        import_2023(base, tmp_path / "bad.pt")
+    assert torch.equal(base(input_ids=ids()).logits, want)
+    assert not any("lora" in name for name, _ in base.named_parameters())
+    old_file(tmp_path / "good.pt")
+    import_2023(base, tmp_path / "good.pt")
+
+
 class Evil:
     """A pickle that would run code when it is loaded."""
 

@@ -169,12 +169,14 @@ def test_out_of_memory_names_the_gpu_the_figures_and_a_plan_that_fits():
     config, device_map, text = explained(32, 1024)
     assert text.startswith("GPU 1 (Tesla T4) ran out of memory in step 3.")
     now = predict(config, device_map, 32, 1024, gpus=[T4, T4])
-    assert f"GPU 1: predicted {now.total_bytes[1] / GIB:.2f} GiB, measured peak 14.00 of 14.75 GiB" in text
+    predicted = f"predicted {now.peak_bytes[1] / GIB:.2f}, with slack and context {now.total_bytes[1] / GIB:.2f}"
+    assert f"GPU 1: measured peak of tensors 14.00 GiB, {predicted} of 14.75 GiB" in text
     assert now.total_bytes[1] > T4
     plan = plan_device_map(config, [T4, T4], 32, 1024, "speed")
     assert f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk}" in text
     assert plan.fits
     assert str(plan) in text
+    assert "plan = training_plan(run, config, 32, 1024, objective='speed');" in text
 
 
 def test_out_of_memory_of_a_batch_that_no_plan_fits_says_how_many_rows_do():
@@ -187,6 +189,20 @@ def test_out_of_memory_of_a_batch_that_no_plan_fits_says_how_many_rows_do():
 def test_out_of_memory_beside_another_process_says_so():
     _, _, text = explained(4, 1024, others=6 * GIB)
     assert "6.00 GiB are held by other processes (nvidia-smi)" in text
+    assert f"training_plan(run, config, 4, 1024, objective='memory', reserve=[0, {6 * GIB}])" in text
+
+
+def test_the_call_that_makes_the_plan_keeps_the_adapter_and_the_base():
+    _, _, text = explained(4, 1024, settings={**SETTINGS, "lora_rank": 16, "base_bits": 8})
+    assert "objective='memory', lora_rank=16, base_bits=8)" in text
+
+
+def test_a_gpu_without_a_part_of_the_model_has_no_prediction():
+    config = ChatGLMConfig()
+    now = predict(config, plan_device_map(config, ["T4"], 1, 256).device_map, 1, 256, gpus=[T4, T4], **SETTINGS)
+    assert "GPU 1: measured peak of tensors 14.00 GiB of 14.75 GiB, nothing predicted" in describe(
+        ERROR, "step 3", two_t4(), config, now
+    )
 
 
 def test_out_of_memory_against_the_prediction_is_answered_with_the_most_careful_plan():

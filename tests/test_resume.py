@@ -11,10 +11,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from reference import fresh_model
 from resumable_run import STEPS, PrintSteps, rows, run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from glmhelpers import training
+from glmhelpers.attach import adapter_from, adapter_weights, lora_config
 from glmhelpers.checkpoints import (
     MARKER,
     checkpoints,
@@ -24,6 +27,7 @@ from glmhelpers.checkpoints import (
     read_state,
     rows_digest,
     run_folder,
+    run_settings,
     what_is_wrong,
 )
 from glmhelpers.watch import EveryMinutes
@@ -122,6 +126,18 @@ def test_damaged_checkpoints_are_passed_over_with_a_reason(uninterrupted, tmp_pa
     assert numbers(log) == uninterrupted[0]
 
 
+def test_killed_while_the_first_checkpoint_was_written(uninterrupted, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [StopAt(1)])
+    (folder,) = tmp_path.iterdir()
+    (folder / "checkpoint-0" / MARKER).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [StopAt(1)])
+    assert "checkpoint-0 is skipped" in capsys.readouterr().out
+    assert last_complete(folder) == folder / "checkpoint-0", "it was written again"
+    assert numbers(run(tmp_path)[0]) == uninterrupted[0]
+
+
 def test_a_finished_run_is_read_back(uninterrupted, capsys):
     want, folder = uninterrupted
     log, model = run(folder.parent, [StopAt(1)])
@@ -140,6 +156,19 @@ def test_other_settings_are_another_run_and_lose_nothing(uninterrupted, tmp_path
     rates = {json.loads((folder / "settings.json").read_text())["learning_rate"] for folder in (first, second)}
     assert rates == {1e-3, 2e-3}
     assert all((folder / "checkpoint-2").is_dir() for folder in (first, second))
+
+
+def test_another_start_is_another_run():
+    """A fresh adapter must not go on where an imported one stopped, and the other way round."""
+    arguments = training.training_arguments("nowhere", False, max_steps=2)
+    names = set()
+    for seed in (0, 1):
+        model = training.attach_lora(fresh_model(), seed=seed)
+        names.add(json.dumps(run_settings(model, rows(), arguments)))
+        tensors = {name: weight.detach() + seed for name, weight in adapter_weights(model).items()}
+        loaded = adapter_from(fresh_model(), lora_config(8, 32, 0.1, ("query_key_value",)), tensors, "x")
+        names.add(json.dumps(run_settings(loaded, rows(), arguments)))
+    assert len(names) == 4
 
 
 def test_how_the_work_is_cut_is_no_other_run(uninterrupted, tmp_path):

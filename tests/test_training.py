@@ -1,18 +1,27 @@
 """Training, the adapter on disk and its proof, on the small reference checkpoint."""
 
 import json
+import os
 import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from reference import fresh_model, tokenizer
+from safetensors.torch import load_file, save_file
 
-from glmhelpers.adapter import fingerprint, load_adapter, lora_b_norms, prove, save_adapter
+from glmhelpers.adapter import load_adapter, lora_b_norms, prove, save_adapter
+from glmhelpers.checkpoints import run_settings
 from glmhelpers.collate import RightPadCollator
+from glmhelpers.fingerprints import base_difference, base_note, fingerprint
 from glmhelpers.inference import answers, compare, share_right
 from glmhelpers.plots_training import draw_lora, plot_b_norms, plot_loss, plot_sampling
 from glmhelpers.tokens import encode_example
 from glmhelpers.training import attach_lora, check_adapter, count_parameters, train, training_arguments
+from thuglm import ChatGLMForConditionalGeneration
+
+TINY = Path(__file__).parents[1] / "data" / "tiny-chatglm"
 
 ROWS = [{"instruction": f"数字{i}", "output": f"答案是{i}。" * (1 + i % 3)} for i in range(12)]
 
@@ -110,8 +119,13 @@ def test_adapter_of_another_base_or_template_is_refused(model_and_log, tmp_path)
     other = fresh_model()
     with torch.no_grad():
         other.transformer.layers[1].mlp.dense_h_to_4h.weight.add_(0.1)
-    with pytest.raises(ValueError, match="trained on a base with fingerprint"):
+    with pytest.raises(
+        ValueError, match=r"the same sizes, but other weights in 1 of 5 parts: transformer\.layers\.1\."
+    ):
         load_adapter(other, folder)
+    tiny = ChatGLMForConditionalGeneration.from_pretrained(TINY)
+    with pytest.raises(ValueError, match="num_layers 4 there, 8 here; hidden_size 64 there, 128 here"):
+        load_adapter(tiny, folder)
     with pytest.raises(ValueError, match="template 'nonsense' is unknown"):
         save_adapter(model_and_log[0], tmp_path / "x", template="nonsense")
 
@@ -130,6 +144,104 @@ def test_fingerprint_ignores_adapter_and_dtype():
     base = fingerprint(fresh_model())
     assert fingerprint(attach_lora(fresh_model())) == base
     assert fingerprint(fresh_model(torch.float16)) == base
+
+
+def test_a_head_on_another_gpu_is_no_other_base():
+    """Embedding and head are one tensor on one device, and two equal ones where a split puts them on two."""
+    whole, split = fresh_model(), fresh_model()
+    split.lm_head.weight = torch.nn.Parameter(split.lm_head.weight.detach().clone())
+    assert "lm_head.weight" in dict(split.named_parameters())
+    assert fingerprint(split) == fingerprint(whole)
+    with torch.no_grad():
+        split.lm_head.weight[0] += 1
+    assert base_difference(base_note(whole), base_note(split)).endswith("in 1 of 6 parts: lm_head")
+
+
+def test_bits_of_the_base_are_named():
+    whole = base_note(fresh_model())
+    packed = {**whole, "fingerprint": "other", "bits": 4}
+    assert base_difference(whole, packed) == "blocks in 16 bits there, in 4 here"
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_tensors_without_a_place_and_places_without_a_tensor_are_refused(lost, model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    changed = (
+        {name: t for name, t in tensors.items() if name != first}
+        if lost
+        else {**tensors, "stray.weight": torch.ones(1)}
+    )
+    save_file(changed, file)
+    base = fresh_model()
+    message = "lacks 1 of the adapter's 8 tensors" if lost else r"holds stray\.weight .* has no place"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(base, folder)
+    save_file(tensors, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = load_adapter(base, folder)  # the refusal has left the base as it was
+    ids = tokenizer()(["数字3"], return_tensors="pt")["input_ids"]
+    assert torch.equal(again(input_ids=ids).logits, model_and_log[0].eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("course.json", b"{", r"adapter/course\.json is damaged"),
+        ("course.json", b"[1]", r"adapter/course\.json is damaged \(it lacks base, template\)"),
+        ("adapter_config.json", b"{", r"adapter/adapter_config\.json is damaged"),
+        ("adapter_model.safetensors", b"1234", r"adapter/adapter_model\.safetensors is damaged"),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(fresh_model(), folder)
+
+
+def test_killed_between_the_two_renames_the_old_adapter_is_still_there(model_and_log, tmp_path, monkeypatch):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    real, calls = os.replace, []
+
+    def dies(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise SystemExit
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(SystemExit):
+        save_adapter(model_and_log[0], folder)
+    monkeypatch.setattr(os, "replace", real)
+    assert not folder.exists()
+    load_adapter(fresh_model(), folder)
+    save_adapter(model_and_log[0], folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_second_adapter_is_not_put_around_the_first(model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapter(attach_lora(fresh_model()), folder)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        attach_lora(attach_lora(fresh_model()))
+
+
+def test_a_loaded_adapter_is_trained_on_only_if_that_was_wanted(model_and_log, tmp_path):
+    folder = save_adapter(model_and_log[0], tmp_path / "adapter")
+    rows, arguments = encoded(), training_arguments(tmp_path / "run", False, max_steps=2, learning_rate=1e-3)
+    collator, fresh = RightPadCollator(tokenizer()), attach_lora(fresh_model())
+    with pytest.raises(ValueError, match="trainable=True"):
+        train(load_adapter(fresh_model(), folder), rows, collator, arguments)
+    on = load_adapter(fresh_model(), folder, trainable=True)
+    before = lora_b_norms(on)
+    assert run_settings(on, rows, arguments) != run_settings(fresh, rows, arguments), "another start is another run"
+    train(on, rows, collator, arguments)
+    assert lora_b_norms(on) != before
 
 
 def test_misplaced_or_halved_adapters_are_refused():
@@ -180,4 +292,9 @@ def test_note_beside_the_adapter_says_what_it_belongs_to(model_and_log, tmp_path
     folder = save_adapter(model_and_log[0], tmp_path / "adapter")
     note = json.loads((folder / "course.json").read_text())
     assert note["template"] == "chatglm"
-    assert note["base_fingerprint"] == fingerprint(fresh_model())
+    assert note["base"] == json.loads(json.dumps(base_note(fresh_model())))
+    assert note["base"]["fingerprint"] == fingerprint(fresh_model())
+    assert list(note["base"]["parts"]) == [
+        "transformer.word_embeddings",
+        *(f"transformer.layers.{i}" for i in range(4)),
+    ]

@@ -137,6 +137,13 @@ def test_without_a_gpu_there_is_no_memory_panel():
     assert len(plot_progress([{"step": 1, "loss": 2.0, "memory": {}}]).axes) == 1
 
 
+def test_colabs_own_shell_is_a_notebook_too(monkeypatch):
+    kernel = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setitem(watch.sys.modules, "IPython", types.SimpleNamespace(get_ipython=type("Shell", (kernel,), {})))
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    assert in_live_notebook()
+
+
 @pytest.mark.parametrize(
     ("shell", "tqdm", "live"), [("ZMQInteractiveShell", "", True), ("ZMQInteractiveShell", "1", False)]
 )
