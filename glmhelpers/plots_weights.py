@@ -43,7 +43,7 @@ def draw_parts(config: Any) -> np.ndarray:
     Args:
         config: a ChatGLMConfig.
     """
-    _, axes = plt.subplots(2, 1, figsize=(7.5, 3.8))
+    _, axes = plt.subplots(2, 1, figsize=(7.5, 4.1))
     sizes, start = part_bytes(config), 0
     for part, size in sizes.items():
         axes[0].barh(0, size, left=start, height=0.6, linewidth=0.6, **_look(part))
@@ -62,7 +62,12 @@ def draw_parts(config: Any) -> np.ndarray:
     for place, size in enumerate(block.values()):
         axes[1].barh(0, size, left=start, height=0.6, linewidth=0.6, **BLOCK_LOOKS[place % 2])
         start += size
-    short = {"query_key_value": "query, key, value", "dense_h_to_4h": "h to 4h", "dense_4h_to_h": "4h to h"}
+    short = {
+        "query_key_value": "attention:\nquery, key, value",
+        "dense": "attention:\ndense",
+        "dense_h_to_4h": "MLP: h to 4h\n(wider)",
+        "dense_4h_to_h": "MLP: 4h to h\n(back again)",
+    }
     _name_spans(axes[1], [(short.get(name, name), size) for name, size in block.items()])
     rest = sizes["transformer.layers.0"] - sum(block.values())
     axes[1].set_title(
@@ -71,7 +76,7 @@ def draw_parts(config: Any) -> np.ndarray:
     for axis in axes:
         axis.set_yticks([])
         axis.set_xticks([])
-        axis.set_ylim(-0.75, 0.35)
+        axis.set_ylim(-0.8, 0.35)
         axis.grid(False)
         for spine in axis.spines.values():
             spine.set_visible(False)
@@ -124,7 +129,7 @@ def draw_mask(visible: np.ndarray, context: int, labels: Sequence[str]) -> Axes:
         labels: one short text for each token; keep to glyphs that every font has.
     """
     length = len(labels)
-    _, axes = plt.subplots(figsize=(0.36 * length + 2.6, 0.36 * length + 1.2))
+    _, axes = plt.subplots(figsize=(0.28 * length + 2.6, 0.28 * length + 1.2))
     for row in range(length):
         for column in range(length):
             if visible[row, column]:
@@ -133,7 +138,7 @@ def draw_mask(visible: np.ndarray, context: int, labels: Sequence[str]) -> Axes:
                 axes.add_patch(Rectangle((column, row), 1, 1, edgecolor="white", **look))
     axes.axhline(context, color=COLORS["black"], linewidth=1)
     axes.axvline(context, color=COLORS["black"], linewidth=1)
-    axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="is seen", ylabel="looks")
+    axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="token that is seen", ylabel="token that looks")
     places = np.arange(length) + 0.5
     axes.set_xticks(places, labels, rotation=90)
     axes.set_yticks(places, labels)
@@ -158,9 +163,11 @@ def draw_positions(position_ids: np.ndarray, context: int, labels: Sequence[str]
     _, axes = plt.subplots(figsize=(0.42 * length + 2.6, 2.6))
     looks = ((COLORS["blue"], "o", "where in the prompt"), (COLORS["vermillion"], "s", "where in the answer"))
     for row, (color, marker, name) in enumerate(looks):
-        values, offset = position_ids[row], (0, 6) if row == 0 else (0, -13)
+        values, others = position_ids[row], position_ids[1 - row]
         axes.plot(range(length), values, color=color, marker=marker, markersize=4, label=f"row {row}: {name}")
         for place, value in enumerate(values):
+            # The numbers stand outside: after the stairs have crossed, those of row 1 are the upper ones.
+            offset = (0, 6) if (value, -row) > (others[place], row - 1) else (0, -13)
             look = {"textcoords": "offset points", "ha": "center", "color": color, "fontsize": 8}
             axes.annotate(str(value), (place, value), offset, **look)
     axes.axvline(context - 0.5, color=COLORS["black"], linewidth=1)

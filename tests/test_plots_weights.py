@@ -61,6 +61,17 @@ def test_positions_are_drawn_as_they_are():
     assert [text.get_text() for text in axes.texts] == [str(value) for value in positions.ravel()]
 
 
+def test_numbers_of_the_positions_do_not_cover_each_other():
+    context, length = 4, 16
+    places = np.arange(length)
+    positions = np.array([np.minimum(places, context - 1), np.maximum(0, places - context + 1)])
+    axes = plots_weights.draw_positions(positions, context, [str(place) for place in places])
+    axes.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 2 * length
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_markdown_table_keeps_text_as_text():
     table = markdown_table([{"a": "x_y | <sop> [gMASK]", "b": 1}], ["b", "a"])
     assert table.splitlines() == ["| b | a |", "| --- | --- |", r"| 1 | x\_y \| &lt;sop> \[gMASK\] |"]
