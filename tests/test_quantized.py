@@ -63,6 +63,7 @@ def test_four_bits_compute_what_their_unpacked_weights_compute():
         if isinstance(other, torch.nn.Linear):
             other.weight.data = dequantize_4bit(one.weight.data, one.weight.quant_state)
     ids = tokenizer()(["晚上睡不着应该怎么办"], return_tensors="pt")["input_ids"]
+    packed.train()  # in eval mode, on CPUs that have bfloat16, the library multiplies in bfloat16
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, unpacked(ids).logits, atol=1e-3, rtol=1e-3)
 
