@@ -1,6 +1,6 @@
 """Rows per second and memory from JSON files to tokens on disk: this project's way and the way of 2023, one run.
 
-    python benchmarks/convert.py                    both ways on the made-up corpus of full size (about 8 minutes)
+    python benchmarks/convert.py                    both ways on the made-up corpus of full size (about 2 minutes)
     python benchmarks/convert.py --rows 5000        a smaller corpus
     python benchmarks/convert.py --source FOLDER    the real files, where they are at hand
 
