@@ -12,34 +12,39 @@ from glmhelpers.gpus import GIB
 from glmhelpers.memory import cache_bytes
 from glmhelpers.plots import COLORS, HATCHES
 from glmhelpers.shapes import Setting, Shape
-from glmhelpers.speed import LAUNCH_SECONDS, timeline, token_time
+from glmhelpers.speed import Speeds, timeline, token_time
 
 
-def draw_bounds(config: Any, gpus: Sequence[str] = ("T4", "H100"), kernels: int = 12) -> Figure:
-    """Who waits for whom: the first kernels of a token, started one by one and by a graph, on two GPUs.
+def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",), kernels: int = 12) -> Figure:
+    """Who waits for whom: the first kernels of a token, started one by one and by a graph.
 
-    Predicted from bandwidth and launch time (see `speed`); each GPU has a time axis of its own.
+    All kernels are drawn equally long: the sum is what counts.
+
+    Args:
+        config: ChatGLMConfig.
+        speeds: measured; its GPU is the first picture.
+        predicted: GPUs of the catalogue, drawn below from the bandwidth of their memory and the measured host.
+        kernels: how many to draw.
     """
-    figure, rows = plt.subplots(len(gpus), 1, figsize=(7.5, 1.9 * len(gpus)))
-    for axes, gpu in zip(np.atleast_1d(rows), gpus, strict=True):
-        time = token_time(config, gpu)
-        work = time.memory / (time.host / LAUNCH_SECONDS)
-        lanes = (("graph: GPU", 0.0, 0), ("plain: GPU", LAUNCH_SECONDS, 1))
-        for label, launch, height in lanes:
-            _, begins = timeline(work, launch, kernels)
-            axes.barh([height] * kernels, work * 1e6, 0.6, left=np.array(begins) * 1e6, **_GPU_BAR)
+    rows = [(speeds.device, speeds.kernel_seconds, speeds.host_seconds, speeds.graph_seconds, "measured")]
+    for gpu in predicted:
+        time = token_time(config, gpu, speeds.host_seconds)
+        rows.append((gpu, time.memory, time.plain, time.memory, "predicted, at most"))
+    figure, all_axes = plt.subplots(len(rows), 1, figsize=(7.5, 0.3 + 1.6 * len(rows)), sharex=True)
+    for axes, (gpu, busy, plain, graph, how) in zip(np.atleast_1d(all_axes), rows, strict=True):
+        work, launch = (seconds * 1e6 / speeds.launches for seconds in (busy, speeds.host_seconds))
+        for label, start, height in (("graph: GPU", 0.0, 0), ("one by one: GPU", launch, 1)):
+            _, begins = timeline(work, start, kernels)
+            axes.barh([height] * kernels, work, 0.6, left=begins, **_GPU_BAR)
             axes.annotate(label, (0, height), (-6, 0), textcoords="offset points", ha="right", va="center")
-        launched, _ = timeline(work, LAUNCH_SECONDS, kernels)
-        starts = np.array([0.0, *launched[:-1]]) * 1e6
-        axes.barh([2] * kernels, LAUNCH_SECONDS * 1e6, 0.6, left=starts, **_HOST_BAR)
-        axes.annotate("plain: host", (0, 2), (-6, 0), textcoords="offset points", ha="right", va="center")
-        plain, best = time.tokens_per_s
-        axes.set_title(
-            f"{gpu}: {plain:.0f} tokens/s plain, {best:.0f} at the limit of its memory (predicted)", loc="left"
-        )
-        axes.set(yticks=[], xlabel="microseconds", xlim=(0, None))
+        axes.barh([2] * kernels, launch, 0.6, left=launch * np.arange(kernels), **_HOST_BAR)
+        axes.annotate("one by one: host", (0, 2), (-6, 0), textcoords="offset points", ha="right", va="center")
+        axes.set_title(f"{gpu}, {how}: {1 / plain:.0f} tokens/s one by one, {1 / graph:.0f} by graph", loc="left")
+        axes.set_yticks([])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
+    axes.set_xlabel("microseconds")
+    axes.set_xlim(left=0)
     return figure
 
 
@@ -74,6 +79,15 @@ def plot_speeds(cases: Mapping[str, float], limit: float | None = None) -> Axes:
     axes.set_ylim(-0.6, len(cases) - 0.1)
     axes.grid(axis="y", visible=False)
     return axes
+
+
+def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """For the axis of a figure: the piece of text above its id; the id alone if not every font can draw the piece."""
+    pieces = [tokenizer.decode([number]) for number in ids]
+    return [
+        f"{piece}\n{number}" if piece.isascii() and piece.isprintable() and piece.strip() else str(number)
+        for piece, number in zip(pieces, ids, strict=True)
+    ]
 
 
 def plot_top_p(probabilities: Mapping[str, Sequence[float]], top_p: float) -> Axes:

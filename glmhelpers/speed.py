@@ -2,18 +2,20 @@
 
 One token at a time leaves a GPU almost nothing to compute: for each of its numbers a weight is read and used once. So
 
-    GPU     bytes read for a token / bytes a second of its memory          T4 41 ms      H100 3.9 ms
-    host    kernels of a step * time to start one                          about 600 kernels, some 10 us each
+    GPU     bytes read for a token / bytes a second of its memory          T4 39 ms      H100 3.7 ms
+    host    kernels of a step * time that Python needs to start one        about 500 kernels, some 60 us each
 
     host    |1|2|3|4|5|6|7|8|                         host    |1|2|3|4|5|6|7|8|
     GPU      |##1##|##2##|##3##| ...  never waits     GPU      |#|.|#|.|#|.|#| ...  waits for the host
-             a T4: bound by its memory                         an H100: bound by the host, unless a graph starts
+             slow memory, quick host                           fast memory: bound by the host, unless a graph starts
                                                                all kernels at once
 
-The step of a token takes the longer of the two. Nothing here needs a GPU.
+The step of a token takes the longer of the two, at best. Bytes are counted from the configuration; the host's time and
+the number of kernels are measured, by benchmarks/decode.py on an H100. Nothing here needs a GPU.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,11 @@ from glmhelpers.gpus import GPU, find_gpu
 from glmhelpers.memory import cache_bytes
 from glmhelpers.shapes import DTYPE_BYTES, Setting, Shape
 
-KERNELS_PER_BLOCK, KERNELS_BESIDE = 20, 20
-"""Kernels of one block (matrix products, LayerNorms, rotation, cache, attention, GELU, sums) and of the rest of a step:
-counted in `thuglm`; benchmarks/decode.py counts them on a GPU."""
+PUBLISHED_CODE = (29, 33)
+"""Tokens a second of the model code of 2023 on an H100, lowest and highest: measured before this project began."""
 
-LAUNCH_SECONDS = 12e-6
-"""Time that Python and CUDA need to start one kernel, the layers of PyTorch included; an estimate."""
+GOALS = {"plain": 60, "graphs": 150}
+"""Tokens a second that this project set itself on an H100, batch 1, by the way of decoding."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TokenTime:
 
     @property
     def tokens_per_s(self) -> tuple[float, float]:
-        """Tokens a second: plain, and at the limit of the memory."""
+        """Tokens a second, at most: plain, and at the limit of the memory."""
         return 1 / self.plain, 1 / self.memory
 
 
@@ -61,7 +62,7 @@ def bytes_for_token(config: Any, kv_length: int = 0, dtype: str = "float16") -> 
     return weights * element + cache_bytes(shape, Setting(1, dtype=dtype, training=False), kv_length, shape.layers)
 
 
-def token_time(config: Any, gpu: GPU | str, kv_length: int = 512, launch: float = LAUNCH_SECONDS) -> TokenTime:
+def token_time(config: Any, gpu: GPU | str, host: float, kv_length: int = 512) -> TokenTime:
     """Predicted time of one token on a GPU of the catalogue.
 
     A model split over several equal GPUs takes as long: they work one after the other.
@@ -69,11 +70,11 @@ def token_time(config: Any, gpu: GPU | str, kv_length: int = 512, launch: float 
     Args:
         config: ChatGLMConfig.
         gpu: name or GPU; the datasheet's bandwidth is taken, which no program reaches quite.
+        host: seconds that the host needs to start the kernels of a token, such as `Speeds.host_seconds`: another
+            machine's host may be slower.
         kv_length: tokens in the cache.
-        launch: seconds to start a kernel.
     """
-    kernels = KERNELS_PER_BLOCK * Shape.of(config).layers + KERNELS_BESIDE
-    return TokenTime(bytes_for_token(config, kv_length) / find_gpu(gpu).bandwidth, kernels * launch)
+    return TokenTime(bytes_for_token(config, kv_length) / find_gpu(gpu).bandwidth, host)
 
 
 def timeline(work: float, launch: float, kernels: int) -> tuple[list[float], list[float]]:
@@ -93,22 +94,72 @@ def timeline(work: float, launch: float, kernels: int) -> tuple[list[float], lis
     return launched, begins
 
 
-def read_speeds(path: str | Path, prompt: int = 64, gpus: int = 1) -> tuple[str, dict[str, float], float | None]:
-    """What benchmarks/decode.py printed: the device, label -> tokens a second, and the limit of the memory.
+@dataclass(frozen=True)
+class Speeds:
+    """What benchmarks/decode.py measured.
 
-    Args:
-        path: its lines; other lines with a `label` and `tokens_per_s` are taken as they are.
-        prompt: only cases with a prompt of so many tokens.
-        gpus: only cases on so many GPUs.
+    Attributes:
+        device: the GPU.
+        cases: (way, adapter, prompt tokens, GPUs) -> seconds a token; way is plain, fixed or graphs.
+        limit: tokens a second if a token took no longer than reading the weights, at the bandwidth of a copy.
+        launches: kernels that the host starts for a token.
+        kernel_seconds: how long they run, the gaps between them left out.
+    """
+
+    device: str
+    cases: Mapping[tuple[str, str, int, int], float]
+    limit: float
+    launches: int
+    kernel_seconds: float
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds a token where every kernel is started from Python (fixed cache, one GPU, shortest prompt)."""
+        return self.cases[self._counted("fixed")]
+
+    @property
+    def graph_seconds(self) -> float:
+        """The same with one graph."""
+        return self.cases[self._counted("graphs")]
+
+    def _counted(self, way: str) -> tuple[str, str, int, int]:
+        # Kernels were counted there: one GPU, the adapter beside the weights, the shortest prompt.
+        return way, "unmerged", min(prompt for _, _, prompt, _ in self.cases), 1
+
+    def tokens_per_s(self, way: str) -> tuple[float, float]:
+        """Lowest and highest of a way on one GPU, over all prompts, adapter merged or not."""
+        found = [1 / seconds for (name, _, _, gpus), seconds in self.cases.items() if (name, gpus) == (way, 1)]
+        return min(found), max(found)
+
+    def labelled(self, prompt: int = 64) -> dict[str, float]:
+        """Label -> tokens a second of all cases with that prompt, the code of 2023 first."""
+        found = {"published code of 2023": sum(PUBLISHED_CODE) / 2}
+        for (way, adapter, length, gpus), seconds in self.cases.items():
+            if length == prompt:
+                where = f", {gpus} GPUs" if gpus > 1 else ""
+                found[f"{way}, adapter {adapter}{where}"] = 1 / seconds
+        return found
+
+
+def read_speeds(path: str | Path) -> Speeds:
+    """Read what benchmarks/decode.py printed; of two lines on one case the later one counts.
+
+    Raises:
+        ValueError: a line that is needed is not there.
     """
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    device = next((line["device"] for line in lines if "device" in line), "unknown device")
-    cases: dict[str, float] = {}
-    limit = None
-    for line in lines:
-        if "label" in line:
-            cases[line["label"]] = line["tokens_per_s"]
-        elif line.get("what") == "decode" and (line["prompt"], line["gpus"]) == (prompt, gpus) and "way" in line:
-            cases[f"{line['way']}, adapter {line['adapter']}"] = line["tokens_per_s"]
-            limit = 1e3 / line["floor_ms"] if "floor_ms" in line else limit
-    return device, cases, limit
+    of = {what: [line for line in lines if line.get("what") == what] for what in ("machine", "decode", "kernels")}
+    measured = [line for line in of["decode"] if "way" in line and "floor_ms" in line]
+    counted = [line for line in of["kernels"] if "launches_per_token" in line]
+    if not (of["machine"] and measured and counted):
+        raise ValueError(f"{path} lacks lines: run benchmarks/decode.py on a GPU, with its profile, and keep them all")
+    return Speeds(
+        device=of["machine"][-1]["device"],
+        cases={
+            (line["way"], line["adapter"], line["prompt"], line["gpus"]): line["ms_per_token"] / 1e3
+            for line in measured
+        },
+        limit=1e3 / measured[-1]["floor_ms"],
+        launches=counted[-1]["launches_per_token"],
+        kernel_seconds=counted[-1]["kernel_ms_per_token"] / 1e3,
+    )
