@@ -56,9 +56,15 @@ def load_quantized(
     how = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
     places = {"": "cpu"} if device_map is None else device_map
-    return ChatGLMForConditionalGeneration.from_pretrained(
+    model = ChatGLMForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map=places
-    ).eval()
+    )
+    for module in model.modules():
+        # On CPUs that have bfloat16, bitsandbytes 0.50 rearranges the packed weights at the first answer: the base's
+        # checksum is another one then, and the next training step fails.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -63,7 +63,6 @@ def test_four_bits_compute_what_their_unpacked_weights_compute():
         if isinstance(other, torch.nn.Linear):
             other.weight.data = dequantize_4bit(one.weight.data, one.weight.quant_state)
     ids = tokenizer()(["晚上睡不着应该怎么办"], return_tensors="pt")["input_ids"]
-    packed.train()  # in eval mode, on CPUs that have bfloat16, the library multiplies in bfloat16
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, unpacked(ids).logits, atol=1e-3, rtol=1e-3)
 
@@ -80,9 +79,13 @@ def test_eight_bits_stay_near_the_whole_base():
 @needs_library
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_adapter_learns_on_a_packed_base_and_leaves_it_alone(bits, tmp_path):
+    """With an evaluation in the middle: what the library does in eval mode must not spoil the next step."""
     packed = attach_lora(load_quantized(CHECKPOINT, bits, dtype=torch.float32), dropout=0.0)
-    before = base_checksum(packed)
-    arguments = training_arguments(tmp_path, False, max_steps=8, learning_rate=5e-3, logging_steps=1)
-    log = train(packed, rows(), RightPadCollator(tokenizer()), arguments, micro_batches=2, watch=Watch(live=False))
-    assert log[-1]["loss"] < log[0]["loss"]
+    before, evaluate = base_checksum(packed), {"eval_strategy": "steps", "eval_steps": 4}
+    arguments = training_arguments(tmp_path, False, max_steps=8, learning_rate=5e-3, logging_steps=1, **evaluate)
+    watch = Watch(live=False)
+    log = train(packed, rows(), RightPadCollator(tokenizer()), arguments, rows(4), micro_batches=2, watch=watch)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert "eval_loss" in log[-1]
     assert base_checksum(packed) == before
