@@ -86,10 +86,10 @@ class Guard(TrainerCallback):
                 "and look for rows of garbage in the data (notebook 02).",
             )
 
-    def refuse_unlabelled(self, step: int, rows: int) -> None:
-        """Stop because of a batch in which every label is -100."""
+    def refuse_unlabelled(self, what_has: str) -> None:
+        """Stop because of rows in which every label is -100; `what_has` begins the sentence: "the batch ... has"."""
         self.stop(
-            f"the batch of step {step}, {rows} rows, has no label: every entry of labels[:, 1:] is -100",
+            f"{what_has} no label: every entry of labels[:, 1:] is -100",
             "Were the answers cut off by a length limit? Raise max_length of encode_file, or leave such rows out with "
             "too_long='drop' (notebook 02).",
             NoLabelsError,

@@ -24,7 +24,8 @@ def draw_lora(hidden: int, out: int, r: int) -> Axes:
     for x, y, width, height, text, color, hatch in boxes:
         axes.add_patch(Rectangle((x, y), width, height, facecolor=COLORS[color], hatch=hatch, edgecolor="black"))
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
-    axes.text(2.6, 1.5, "+", fontsize=20, ha="center", va="center")
+    axes.text(2.6, 1.5, r"$+\;\frac{\alpha}{r}\;\cdot$", fontsize=18, ha="center", va="center")
+    axes.text(3.87, 2.82, r"$\cdot$", fontsize=18, ha="center", va="center")
     axes.text(3.37, -0.45, f"B  {out} x {r}\nstarts at 0", ha="center", va="center")
     axes.text(5.2, 2.2, f"A  {r} x {hidden}\nstarts random", ha="center", va="center")
     axes.text(

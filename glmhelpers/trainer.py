@@ -86,7 +86,8 @@ class GLMTrainer(Trainer):
         self.batch_shape = tuple(inputs["input_ids"].shape)
         self.state.num_input_tokens_seen += count_tokens(inputs)
         if not len(label_rows(inputs["labels"])):
-            self.guard.refuse_unlabelled(self.state.global_step + 1, self.batch_shape[0])
+            step, rows = self.state.global_step + 1, self.batch_shape[0]
+            self.guard.refuse_unlabelled(f"the batch of step {step}, {rows} rows, has")
         loss = run_step(
             self.bare(model),
             inputs,
@@ -124,12 +125,16 @@ class GLMTrainer(Trainer):
             for batch in dataloader:
                 rows += len(batch["labels"])
                 self.batch_shape = tuple(batch["input_ids"].shape)
+                if not len(label_rows(batch["labels"])):
+                    continue  # adds nothing to either sum
                 for part in split_batch(batch, -(-len(batch["labels"]) // rows_at_once)):
                     labels += len(part["label_rows"])
                     placed = {key: to_device(value, device) for key, value in part.items()}
                     output = model(**placed, num_items_in_batch=1, use_cache=False, return_logits=False, **self.forward)
                     total = total.to(output.loss.device) + output.loss
-        metrics = {f"{metric_key_prefix}_loss": total.item() / max(labels, 1)}
+        if not labels:
+            self.guard.refuse_unlabelled(f"the {rows} rows for evaluation have")
+        metrics = {f"{metric_key_prefix}_loss": total.item() / labels}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     # The order of the rows -------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from glmhelpers.attach import attach_lora
 from glmhelpers.checkpoints import run_settings
 from glmhelpers.collate import RightPadCollator
 from glmhelpers.fingerprints import base_checksum, fingerprint, tensor_sums
+from glmhelpers.guards import NoLabelsError
 from glmhelpers.measure import checkpoint_only
 from glmhelpers.trainer import GLMTrainer, SameOrderSampler
 from glmhelpers.training import train, training_arguments
@@ -110,6 +111,15 @@ def test_evaluation_counts_labels_not_batches(eval_batch, train_batch, parts, tm
     batches = {"per_device_eval_batch_size": eval_batch, "per_device_train_batch_size": train_batch}
     trainer = make_trainer(tmp_path, parts, **batches)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_row_by_row(), abs=1e-5)
+
+
+def test_rows_without_a_label_count_for_nothing_in_an_evaluation_but_none_at_all_is_refused(tmp_path):
+    blank = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS[:3]]
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=3)
+    loss = trainer.evaluate(blank + ROWS)["eval_loss"]
+    assert loss == pytest.approx(loss_row_by_row(), abs=1e-5)
+    with pytest.raises(NoLabelsError, match="the 3 rows for evaluation have no label"):
+        trainer.evaluate(blank)
 
 
 class Largest(StorageTracker):
