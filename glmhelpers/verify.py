@@ -63,7 +63,7 @@ class Report:
         if self.ok:
             return f"[OK] {short(self.folder)}: {self.files} files, {self.bytes:,} bytes, {what} as in the manifest"
         count = f"{len(self.problems)} {'problem' if len(self.problems) == 1 else 'problems'}"
-        lines = [f"[FAIL] {short(self.folder)}: {count}, {what} against the manifest"]
+        lines = [f"[FAIL] {short(self.folder)}: {count}"]
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
 
