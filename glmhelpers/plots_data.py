@@ -134,7 +134,7 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
     """One example as the model sees it: a column for each token, and the prefix mask below.
 
     Args:
-        example: `input_ids` and `labels` of one length L (up to about 30 tokens stay readable).
+        example: `input_ids` and `labels` of one length L (up to about 40 tokens stay readable).
         tokenizer: gives the pieces; ids are drawn where no font has their characters.
         config: a ChatGLMConfig with the tokenizer's ids.
     """
@@ -149,13 +149,13 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(width, min(2.4 + 0.3 * length, 9.0)), height_ratios=[5, length], sharex=True
     )
-    # A cell of half an inch takes text of 8 points.
-    size = min(8.0, 16 * width / length)
+    # Points from side to side of a cell: the axes take about 0.86 of the figure, and 72 points are an inch.
+    room = 0.86 * 72 * width / length
     table = [("token", pieces), ("position row 0", positions[0]), ("position row 1", positions[1]), ("label", targets)]
     for line, (_, cells) in enumerate(table):
         for place, (cell, kind) in enumerate(zip(cells, kinds, strict=True)):
             filled = line == 0 or (line == 3 and cell)
-            _cell(top, place, line, kind if filled else None, str(cell), size)
+            _cell(top, place, line, kind if filled else None, str(cell), room)
     top.set(xlim=(-0.5, length - 0.5), ylim=(len(table) - 0.5, -0.5), title="Tokens, positions, labels")
     top.set_yticks(range(len(table)), [name for name, _ in table])
     top.legend(handles=_legend(set(kinds)), loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
@@ -163,7 +163,7 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
         for column in range(length):
             _cell(bottom, column, row, kinds[column] if visible[row, column] else None)
     bottom.set(ylim=(length - 0.5, -0.5), title="Who sees whom: each row is a token that looks, filled = it sees")
-    bottom.set_yticks(range(length), pieces, fontfamily=_fonts(), fontsize=size)
+    bottom.set_yticks(range(length), pieces, fontfamily=_fonts(), fontsize=min(8.0, room))
     bottom.set_xticks([])
     for axes in (top, bottom):
         axes.grid(visible=False)
@@ -210,7 +210,9 @@ def _kinds(ids: torch.Tensor, real: torch.Tensor, labels: torch.Tensor, config: 
     return kinds
 
 
-def _cell(axes: Axes, column: int, row: int, kind: str | None, text: str = "", size: float = 8, width: int = 1) -> None:
+def _cell(
+    axes: Axes, column: int, row: int, kind: str | None, text: str = "", room: float = 30, width: int = 1
+) -> None:
     color, hatch, ink = KINDS[kind] if kind else ("", "", COLORS["black"])
     fill = COLORS[color] if kind else "white"
     # Hatches take the edge's colour; behind text they would make it hard to read.
@@ -226,7 +228,8 @@ def _cell(axes: Axes, column: int, row: int, kind: str | None, text: str = "", s
         )
     )
     if text:
-        size = size if len(text) < 5 else 0.75 * size
+        # A letter with its share of the margin is about 0.68 of its size wide, a Chinese character as wide as high.
+        size = min(8.0, room / (0.68 * sum(1 + (letter > "\u2e7f") for letter in text)))
         axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size, fontfamily=_fonts())
 
 

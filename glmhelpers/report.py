@@ -128,7 +128,7 @@ class Report:
             lines.append(_row(f"{len(plain)} {'more ' * bool(shown)}files", "ok", rows, rows, "", width))
         lines.append(_row("all", "", self.rows, self.rows_valid, _counts(self.rejected), width))
         if self.placeholders:
-            lines.append(f"{self.placeholders:,} inputs only said that there is none (无输入, No input ...)")
+            lines.append(f"inputs that only said that there is none (无输入, No input ...): {self.placeholders:,}")
         return lines + self.other_lines()
 
     def other_lines(self) -> list[str]:

@@ -110,6 +110,19 @@ def test_against_original_the_picture_of_one_example():
     assert seen == (~golden["attention_mask"][0, 0]).tolist()
 
 
+@pytest.mark.parametrize("words", [5, 15, 30])
+def test_the_text_of_an_example_stays_in_its_cells(words):
+    tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
+    example = encode_example(tok, {"instruction": "the " * words, "output": "quick brown fox"})
+    figure = plots_data.draw_example(example, tok, config)
+    figure.canvas.draw()
+    top = figure.axes[0]
+    for text in top.texts:
+        left, right = top.transData.inverted().transform(text.get_window_extent().get_points())[:, 0]
+        # Letters of a few pixels are rounded to whole ones.
+        assert right - left < 1.2, text.get_text()
+
+
 def test_a_batch_as_a_picture():
     tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
     pairs = (("a", "b"), ("What is 2+2?", "It is 4."))
