@@ -115,10 +115,6 @@ class StageModel(nn.Module):
             model.lm_head.weight = model.transformer.word_embeddings.weight
         self.model = model.requires_grad_(False)
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """The blocks' own."""
-        self.model.gradient_checkpointing_enable(**kwargs)
-
     def forward(self, input_ids: Tensor, **kwargs):
         """`.loss`: the loss of the last stage; of another, a scalar whose backward brings a gradient."""
         if self.receives is not None:

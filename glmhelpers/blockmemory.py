@@ -18,58 +18,19 @@ This file is a ledger: each line puts down a tensor when it is made and crosses 
 more, in the order of `thuglm.modeling_chatglm` and of peft's LoRA layer. The highest total is the working set.
 tests/test_memory_formula.py runs the real model on tensors without data and finds the same bytes.
 
+Block 0 of the model is a little cheaper than the others: the embeddings that it receives need no gradient, so up to its
+first adapter autograd keeps nothing, and its backward pass ends there.
+
 Unit of the comments: U = hidden states of one micro-batch = rows * length * hidden * bytes of an element.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from glmhelpers.shapes import Setting, Shape
-
-
-@dataclass
-class Ledger:
-    """Tensors alive now, and the largest sum seen so far.
-
-    Attributes:
-        alive: name -> [bytes, references] of each tensor that exists now.
-        total: bytes alive now.
-        peak: largest total so far.
-        history: (step, largest total within it), for drawing.
-    """
-
-    alive: dict[str, list[int]] = field(default_factory=dict)
-    total: int = 0
-    peak: int = 0
-    history: list[tuple[str, int]] = field(default_factory=list)
-    _step_peak: int = 0
-
-    def make(self, name: str, size: int) -> None:
-        """Put down a new tensor of `size` bytes with one reference."""
-        self.alive[name] = [size, 1]
-        self.total += size
-        self.peak = max(self.peak, self.total)
-        self._step_peak = max(self._step_peak, self.total)
-
-    def share(self, name: str) -> None:
-        """One more reference to a tensor: it must be dropped once more."""
-        self.alive[name][1] += 1
-
-    def drop(self, *names: str) -> None:
-        """Take one reference from each tensor; the last one frees it."""
-        for name in names:
-            entry = self.alive[name]
-            entry[1] -= 1
-            if not entry[1]:
-                self.total -= entry[0]
-                del self.alive[name]
-
-    def step(self, name: str) -> None:
-        """Close a step for the picture."""
-        self.history.append((name, self._step_peak))
-        self._step_peak = self.total
+from glmhelpers.ledger import Ledger
+from glmhelpers.shapes import LORA_TARGETS, Setting, Shape
 
 
 @dataclass(frozen=True)
@@ -80,6 +41,7 @@ class BlockCost:
         saved: what autograd keeps after the forward pass when the block is not checkpointed.
         again: highest total while the block is run again and differentiated, gradient of its output included.
         undo: the same for a block that was not checkpointed, beyond `saved`.
+        keeping: highest total while a block that is not checkpointed runs forward.
         forward: highest total while the block runs forward and keeps nothing (checkpointed, or generating).
         timeline: (step, highest total in it) of running again and undoing, for drawing.
     """
@@ -87,37 +49,45 @@ class BlockCost:
     saved: int
     again: int
     undo: int
+    keeping: int
     forward: int
     timeline: tuple[tuple[str, int], ...]
 
 
 @lru_cache(maxsize=4096)
-def block_cost(shape: Shape, setting: Setting) -> BlockCost:
-    """Cost of one block under a setting; see BlockCost."""
-    first = _Block(shape, setting, keep=False)
-    first.forward()
+def block_cost(shape: Shape, setting: Setting, first: bool = False) -> BlockCost:
+    """Cost of one block under a setting; see BlockCost. `first`: of block 0, whose input needs no gradient."""
+    passing = _Block(shape, setting, keep=False)
+    passing.forward()
     if not setting.training:
-        return BlockCost(0, 0, 0, first.book.peak, ())
+        return BlockCost(0, 0, 0, 0, passing.book.peak, ())
 
-    kept = _Block(shape, setting, keep=True)
+    kept = _Block(shape, setting, keep=True, first=first)
     kept.forward()
     kept.book.drop("output")
-    saved = kept.book.total
+    saved, keeping = kept.book.total, kept.book.peak
+    kept.book.peak = saved
     kept.book.make("grad", kept.unit)
     kept.backward()
 
-    again = _Block(shape, setting, keep=True, checkpointed=True)
+    again = _Block(shape, setting, keep=True, first=first, checkpointed=True)
     again.book.make("grad", again.unit)
     again.backward()
-    return BlockCost(saved, again.book.peak, kept.book.peak - saved, first.book.peak, tuple(again.book.history))
+    undo, history = kept.book.peak - saved, tuple(again.book.history)
+    return BlockCost(saved, again.book.peak, undo, keeping, passing.book.peak, history)
 
 
 class _Block:
-    """The ledger of one block; `keep` says whether autograd keeps what it needs."""
+    """The ledger of one block; `keep` says whether autograd keeps what it needs here.
 
-    def __init__(self, shape: Shape, setting: Setting, *, keep: bool, checkpointed: bool = False):
+    `end`: the adapter behind which no gradient is needed; None for all blocks but the first.
+    """
+
+    def __init__(self, shape: Shape, setting: Setting, *, keep: bool, first: bool = False, checkpointed: bool = False):
         self.to_run_again = checkpointed
         self.book, self.shape, self.setting, self.keep = Ledger(), shape, setting, keep
+        self.end = next((name for name in LORA_TARGETS if first and name in setting.adapters), None)
+        self.keeps = keep
         self.tokens = setting.tokens
         self.half = setting.element == 2
         self.unit = self.tokens * shape.hidden * setting.element
@@ -128,6 +98,7 @@ class _Block:
         book, unit, inner = self.book, self.unit, self.unit * self.shape.inner // self.shape.hidden
         statistics = 2 * 4 * self.tokens
 
+        self.keep = self.keeps and not self.end
         book.make("normed", unit)
         if self.keep:
             book.make("statistics", statistics)
@@ -141,9 +112,10 @@ class _Block:
             book.make("logsumexp", self._logsumexp())
             book.share("context")
         book.step("attention")
+        attention_kept = self.keep
         self.linear("dense", "context")
         book.drop("context")
-        if not self.keep:
+        if not attention_kept:
             book.drop("query_key_value")
         book.make("residual", unit)
         book.make("normed2", unit)
@@ -172,16 +144,20 @@ class _Block:
     def backward(self) -> None:
         """From the gradient of the output, named "grad", to the gradient of the input."""
         book, unit, inner = self.book, self.unit, self.unit * self.shape.inner // self.shape.hidden
-        book.make("grad_normed2", unit)
-        self.undo_linear("dense_4h_to_h", "grad", "grad_gelu", accumulate=False)
+        to_normed, to_normed2 = self.end is None, self.end in (None, "query_key_value", "dense")
+        book.make("grad_normed2", unit * to_normed2)
+        if self.undo_linear("dense_4h_to_h", "grad", "grad_gelu", accumulate=False):
+            return
         book.make("grad_inner", inner)
         book.drop("grad_gelu", "dense_h_to_4h")
-        self.undo_linear("dense_h_to_4h", "grad_inner", "grad_normed2", accumulate=True)
+        if self.undo_linear("dense_h_to_4h", "grad_inner", "grad_normed2", accumulate=True):
+            return
         book.step("MLP back")
         book.make("grad_attended", unit)
         book.drop("grad_normed2", "residual", "statistics2")
-        book.make("grad_normed", unit)
-        self.undo_linear("dense", "grad_attended", "grad_context", accumulate=False)
+        book.make("grad_normed", unit * to_normed)
+        if self.undo_linear("dense", "grad_attended", "grad_context", accumulate=False):
+            return
         book.make("grad_qkv", 3 * unit)
         # The kernel sums the gradient of the queries in float32 in a buffer of its own.
         book.make("kernel", 4 * self.tokens * self.shape.hidden if self.half else 0)
@@ -189,7 +165,8 @@ class _Block:
         book.step("attention back")
         book.make("grad_mixed", 3 * unit)
         book.drop("grad_qkv")
-        self.undo_linear("query_key_value", "grad_mixed", "grad_normed", accumulate=True)
+        if self.undo_linear("query_key_value", "grad_mixed", "grad_normed", accumulate=True):
+            return
         book.make("grad_input", unit)
         book.drop("grad_normed", "statistics")
         book.step("QKV back")
@@ -210,6 +187,7 @@ class _Block:
         inputs, outputs = self.shape.linear(name)
         size, wide = tokens * outputs * self.setting.element, tokens * outputs * 4
         if name in self.setting.adapters and self.setting.fused:
+            self.keep = self.keeps
             self.fused_linear(name, source)
             return
         book.make(name, size)
@@ -224,8 +202,9 @@ class _Block:
             book.make(f"{name} dropout mask", tokens * inputs)
             if not self.keep:
                 book.drop(f"{name} dropout mask")
-        elif self.keep:
+        elif self.keeps:
             book.share(source)
+        self.keep = self.keeps
         book.make(f"{name} low", tokens * self.setting.lora_rank * 4)
         if self.dropout and not self.keep:
             book.drop(f"{name} dropped")
@@ -246,32 +225,39 @@ class _Block:
             book.alive[name] = book.alive.pop("sum")
         book.step(f"{name} + LoRA" if name != "query_key_value" else "QKV + LoRA")
 
-    def undo_linear(self, name: str, grad: str, target: str, *, accumulate: bool) -> None:
+    def undo_linear(self, name: str, grad: str, target: str, *, accumulate: bool) -> bool:
         """From the gradient of a linear layer's result to that of its input, added to `target` if it exists already.
 
         Adding makes a new tensor and frees the two old ones. The frozen matrix keeps nothing; the adapter keeps its
         input after dropout, the dropout mask, and its `rank` numbers a token.
+
+        Returns:
+            whether the backward pass ends here.
         """
         book, tokens, rank = self.book, self.tokens, self.setting.lora_rank
         inputs, outputs = self.shape.linear(name)
         narrow, wide = tokens * inputs * self.setting.element, tokens * outputs * 4
         if name in self.setting.adapters and self.setting.fused:
             self.undo_fused_linear(name, grad, target, accumulate)
-            return
+            return name == self.end
         if name in self.setting.adapters:
             if self.half:
                 book.make("grad wide", wide)
                 book.drop(grad)
-                book.make(grad, tokens * outputs * self.setting.element)
+                # The base layer's part; none is needed where the backward pass ends.
+                book.make(grad, tokens * outputs * self.setting.element * (name != self.end))
                 book.make("grad scaled", wide)
                 book.drop("grad wide")
             else:
                 book.make("grad scaled", wide)
+                book.drop(*[grad] * (name == self.end))
             self.need_saved()
             book.make(f"{name} grad B", 4 * rank * outputs)
             book.make("grad low", tokens * rank * 4)
             book.drop("grad scaled", f"{name} low")
             book.make(f"{name} grad A", 4 * rank * inputs)
+            if name == self.end:
+                return True
             book.make("grad dropped", tokens * inputs * 4)
             book.drop("grad low")
             if self.dropout:
@@ -292,6 +278,7 @@ class _Block:
         book.make("grad new", narrow)
         book.drop(grad)
         self._add(target, narrow, accumulate)
+        return False
 
     def fused_linear(self, name: str, source: str) -> None:
         """A linear layer with its adapter in one function, `glmhelpers.lora`: nothing but the output is wide."""
@@ -328,6 +315,8 @@ class _Block:
         if self.dropout:
             book.make("dropped again", narrow)
         self._gradient(f"{name} grad A", rank * inputs, last=["dropped again"] * self.dropout)
+        if name == self.end:
+            return
         book.make("grad new", narrow)
         self._cast(rank * inputs)
         book.make("correction", narrow)

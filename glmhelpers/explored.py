@@ -138,6 +138,7 @@ class Explored:
                 embedding=place == number,
                 head=number == last,
                 shared=place == number == last,
+                first=first == number,
             )
             for number, blocks in enumerate(self.blocks)
         ]

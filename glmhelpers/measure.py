@@ -47,14 +47,11 @@ def checkpoint_only(model: nn.Module, layers: Iterable[int]) -> None:
     )
     if wrong := sorted(wanted - set(range(len(blocks)))):
         raise ValueError(f"cannot checkpoint block {wrong[0]}: the model has blocks 0 to {len(blocks) - 1}")
-    with warnings.catch_warnings():
-        # transformers renames this method in version 6; the new name does not exist in the oldest supported one.
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers lets the embeddings require a gradient for the sake of reentrant checkpointing. Here it would keep
-    # every micro-batch's embeddings, and compute and send a gradient that nobody wants.
-    if hasattr(model, "disable_input_require_grads"):
-        model.disable_input_require_grads()
+    # transformers and peft let the embeddings require a gradient for the sake of reentrant checkpointing. Here it would
+    # keep every micro-batch's embeddings, and compute and send a gradient that nobody wants.
+    for module in model.modules():
+        if hasattr(module, "disable_input_require_grads"):
+            module.disable_input_require_grads()
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index in wanted
         block._gradient_checkpointing_func = recompute
@@ -65,13 +62,15 @@ def prepare(model: nn.Module, layers: Iterable[int] | None = None, fused: bool =
 
     `fused`: the LoRA layer of `glmhelpers.lora`; otherwise peft's.
     """
-    checkpoint_only(model, range(model.config.num_layers) if layers is None else layers)
+    blocks = range(model.config.num_layers) if layers is None else layers
     adapter = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["query_key_value"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(model, adapter).train()
     if fused:
         fuse_lora(model)
+    # After peft, which asks for gradients of the embeddings of a model that is already checkpointed.
+    checkpoint_only(model, blocks)
     return model
 
 

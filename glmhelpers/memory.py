@@ -24,6 +24,7 @@ All sizes are bytes; GiB = 2**30 bytes. Nothing here needs torch.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -114,13 +115,14 @@ def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def loss_working_bytes(shape: Shape, setting: Setting) -> int:
-    """While a chunk is computed: its logits in the base dtype and in float32, the normed states, the labelled rows.
+    """While a chunk is computed: its logits in the base dtype and in float32, the normed states, the labelled rows with
+    their labels (int64).
 
     Later the float32 probabilities and their copy in the base dtype take the place of the logits: the same size.
     """
     rows = label_rows(setting)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element % 4)
-    return chunk + hidden_bytes(shape, setting) + rows * shape.hidden * setting.element
+    return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 
 
 def cache_bytes(shape: Shape, setting: Setting, tokens: int, blocks: int) -> int:
@@ -146,7 +148,7 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
     """
-    blocks, batches = len(stage.blocks), setting.micro_batches
+    blocks = len(stage.blocks)
     lora = lora_bytes(shape, setting, blocks)
     base = dict.fromkeys(TERMS, 0)
     base["weights"] = weight_bytes(shape, setting, stage)
@@ -155,7 +157,6 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
     if not blocks and not stage.head:
         return "idle", base
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    base["masks"] = batches * (mask_bytes(shape, setting) + table_bytes(shape, setting)) if blocks else 0
     moments = _training(shape, setting, stage, lora) if setting.training else _generation(shape, setting, stage)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
@@ -165,37 +166,50 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward before one backward pass over their sum, which undoes the last micro-batch first: at
-    its first block everything saved is still there. Each finished block gives back its input and leaves gradients.
+    its last block everything saved is still there. Each finished block gives back its input and leaves gradients. The
+    next micro-batch finds less saved, but all gradients: that is the peak where the adapter is large and U small. None
+    after it can be.
     """
-    unit, batches, blocks = hidden_bytes(shape, setting), setting.micro_batches, len(stage.blocks)
-    cost = block_cost(shape, setting)
-    kept = stage.blocks.count(False)
+    unit, batches = hidden_bytes(shape, setting), setting.micro_batches
+    places = range(len(stage.blocks))
+    costs = [block_cost(shape, setting, stage.first and place == 0) for place in places]
+    # The input of each block is kept to run the block again, or for the gradient of the input: block 0's needs none.
+    needs_input = [stage.blocks[place] or place > 0 or not stage.first for place in places]
+    kept = [0 if stage.blocks[place] else costs[place].saved for place in places]
+    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if places else 0
     loss = loss_kept_bytes(shape, setting) if stage.head else 0
     transfer = 0 if stage.head else unit
-    adam = 2 * lora
-    inputs, activations = unit * blocks * batches, cost.saved * kept * batches
-    moments = [("optimizer step", {"adam": adam, "gradients": lora, "block": 2 * lora})]
+    full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * sum(needs_input) * batches}
+    full["activations"] = sum(kept) * batches
+
+    moments = [("optimizer step", {"adam": 2 * lora, "masks": 0, "gradients": lora, "block": 2 * lora})]
     if stage.head:
-        saved = {"adam": adam, "inputs": inputs, "activations": activations}
         now = loss * batches + loss_working_bytes(shape, setting)
-        moments.append(("loss of the last micro-batch", {**saved, "loss": now}))
-    gradients = 0
-    for place in range(blocks - 1, -1, -1):
-        checkpointed = stage.blocks[place]
-        working = (cost.again if checkpointed else cost.undo) - transfer
+        moments.append(("loss of the last micro-batch", {**full, "loss": now}))
+    if places:
+        running = costs[-1].forward if stage.blocks[-1] else costs[-1].keeping - costs[-1].saved
+        # On the first GPU visible pairs (bool), positions (2 x int64) and embeddings live as long as the forward pass.
+        pairs, positions = setting.rows * setting.seq_length**2, 16 * setting.tokens
+        running += stage.first * (pairs + positions + unit * (not needs_input[0]))
+        moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
+    gradients, inputs, activations = 0, full["inputs"], full["activations"]
+    for done, place in product(range(min(batches, 2)), reversed(places)):
+        working = costs[place].again if stage.blocks[place] else costs[place].undo
         moment = {
-            "adam": adam,
+            "adam": 2 * lora,
             "gradients": gradients,
+            "masks": masks * (batches - done),
             "inputs": inputs,
             "activations": activations,
-            "block": working,
-            "loss": loss * (batches - 1),
+            "block": working - transfer,
+            "loss": loss * (batches - done - 1),
             "transfer": transfer,
         }
-        moments.append((f"backward of its block {place + 1} of {blocks}", moment))
-        gradients += lora // blocks
-        inputs -= unit
-        activations -= 0 if checkpointed else cost.saved
+        name = f"backward of its block {place + 1} of {len(places)}"
+        moments.append((f"{name}, second micro-batch" if done else name, moment))
+        gradients += 0 if done else lora // len(places)
+        inputs -= unit * needs_input[place]
+        activations -= kept[place]
     return moments
 
 
@@ -204,9 +218,10 @@ def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str,
     unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
     tokens = max(setting.kv_length, setting.seq_length)
     logits = stage.head * setting.batch_size * shape.vocab * (4 + setting.element)
-    prompt = {"cache": cache_bytes(shape, setting, setting.seq_length, blocks)}
+    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if blocks else 0
+    prompt = {"cache": cache_bytes(shape, setting, setting.seq_length, blocks), "masks": masks}
     prompt["block"] = block_cost(shape, setting).forward + unit if blocks else unit
-    last = {"cache": cache_bytes(shape, setting, tokens, blocks), "loss": logits}
+    last = {"cache": cache_bytes(shape, setting, tokens, blocks), "loss": logits, "masks": masks}
     last["block"] = cache_bytes(shape, setting, tokens, 1) // 2 if blocks else 0
     return [("reading the prompt", prompt), ("last token", last)]
 
@@ -214,7 +229,9 @@ def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str,
 def slack_bytes(terms: Mapping[str, int]) -> int:
     """Estimate of what the allocator holds in no tensor: freed pieces whose size fits no later tensor.
 
-    Only what comes and goes leaves such pieces; a tenth of it, and two of the allocator's 20 MiB buffers.
+    Only what comes and goes leaves such pieces; a tenth of it, and two of the allocator's 20 MiB buffers. With memory
+    to spare the allocator keeps more (58 to 849 MiB in benchmarks/results/train_step_memory_h100.jsonl, `reserved_bytes`
+    less `peak_bytes`); before it runs out it gives whole free pieces back, so what is needed is less than that.
     """
     return 40 * MIB + (terms["block"] + terms["loss"] + terms["cache"]) // 10
 

@@ -146,7 +146,7 @@ class Search:
 
     def _flags(self, place: str, first: bool, head: bool) -> dict[str, bool]:
         here = (place == "first" and first) or (place == "tied" and head)
-        return {"embedding": here, "head": head, "shared": here and head}
+        return {"embedding": here, "head": head, "shared": here and head, "first": first}
 
     def _walk(
         self, setting: Setting, place: str, ceiling: int | None, count_what: str, known: Found | None = None

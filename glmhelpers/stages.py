@@ -2,7 +2,7 @@
 
 {"transformer.word_embeddings": 1, "transformer.layers.0": 0, ... "lm_head": 1}
 
-    GPU 0   blocks 0..14                       Stage(15 blocks)
+    GPU 0   blocks 0..14                       Stage(15 blocks, first)
     GPU 1   blocks 15..27, norm, head          Stage(13 blocks, head, the embedding shares its tensor)
 """
 
@@ -19,6 +19,7 @@ class Stage:
 
     Attributes:
         blocks: for each of its blocks, in order: is it checkpointed?
+        first: is the first of its blocks block 0 of the model, whose input needs no gradient?
         embedding: does it hold an embedding of its own?
         head: does it hold the final norm and the head?
         shared: is the embedding it looks up in the head's own tensor?
@@ -28,6 +29,7 @@ class Stage:
     embedding: bool = False
     head: bool = False
     shared: bool = False
+    first: bool = False
 
     @classmethod
     def of(cls, count: int, kept: int = 0, **flags: bool) -> "Stage":
@@ -97,6 +99,7 @@ def find_stages(
             embedding=embedding == device,
             head=head == device,
             shared=tied and embedding == head == device,
+            first=places["transformer.layers.0"] == device,
         )
         for device in sorted(used, key=lambda label: (isinstance(label, str), label))
     }

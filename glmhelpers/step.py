@@ -109,6 +109,8 @@ def run_step(
                 placed["inputs_embeds"], looked_up[number] = looked_up[number], None
             output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
             losses.append(output.loss)
+        # Or the last part's embeddings would live as long as the backward pass.
+        del placed
         total = torch.stack(losses).sum()
         backward(total)
     return total.detach()

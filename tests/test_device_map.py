@@ -47,7 +47,14 @@ def try_everything(config, gpus, batch, length, objective, reserve=0):
                 choices = range(counts[number] - head + 1) if objective == "speed" else [0]
                 fitting = []
                 for kept in choices:
-                    stage = Stage.of(counts[number] - head, kept, embedding=here, head=head, shared=here and head)
+                    stage = Stage.of(
+                        counts[number] - head,
+                        kept,
+                        embedding=here,
+                        head=head,
+                        shared=here and head,
+                        first=number == used[0],
+                    )
                     _, terms = stage_terms(shape, setting, stage, cards[number].gemm_workspace)
                     total = sum(terms.values()) + slack_bytes(terms) + cards[number].context
                     if total <= cards[number].memory - reserve:

@@ -161,3 +161,22 @@ def test_only_the_planned_blocks_run_again(config):
     assert runs == [2 if layer in (0, 2) else 1 for layer in range(config.num_layers)]
     with pytest.raises(ValueError, match="block 99"):
         checkpoint_only(model, [99])
+
+
+@pytest.mark.parametrize("asked_before", [False, True], ids=["fresh", "transformers' own checkpointing first"])
+def test_embeddings_need_no_gradient(config, asked_before):
+    """The memory formula counts on it: block 0 keeps no input, and no gradient goes back to the embedding's GPU."""
+    model = load_model(TINY, dtype=torch.float32, progress=False)
+    if asked_before:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
+        assert model.get_input_embeddings()(torch.tensor([[5]])).requires_grad
+        checkpoint_only(model, [])
+    model = prepare(model)
+    assert not model.get_input_embeddings()(torch.tensor([[5]])).requires_grad
+    checkpoint_only(model, [1])
+    assert not model.get_input_embeddings()(torch.tensor([[5]])).requires_grad
+    assert all(
+        block.gradient_checkpointing == (n == 1) for n, block in enumerate(model.get_base_model().transformer.layers)
+    )
