@@ -265,6 +265,16 @@ def test_a_parquet_file_that_is_cut_off_is_refused(tmp_path):
     assert (file.status, file.rows) == ("refused", 0)
 
 
+def test_the_forms_that_the_readme_shows(tmp_path):
+    readme = (Path(__file__).parents[1] / "data" / "README.md").read_text("utf-8")
+    shown = [line.split("     .") for line in readme.splitlines() if line.startswith(("    [{", "    {"))]
+    assert [ending.split(",")[0] for _, ending in shown] == ["json", "jsonl"]
+    for content, ending in shown:
+        file, written = convert(tmp_path, content, f"rows.{ending.split(',')[0]}")
+        assert (file.status, file.valid) == ("ok", 1)
+        assert "input" in written[0] or "history" in written[0]
+
+
 def test_columns_with_other_names(tmp_path):
     rows = [{"question": "a", "answer": "b", "instruction": "not this"}]
     _, written = convert(tmp_path, array(rows), columns={"question": "instruction", "answer": "output"})
