@@ -26,6 +26,7 @@ from glmhelpers.layout import HEAD, published_shards
 from glmhelpers.loading import load_model
 from glmhelpers.merge import Correction, is_merged, merged_in_memory, read_corrections
 from glmhelpers.runtime import find_project
+from glmhelpers.shards import read_entries
 from glmhelpers.verify import verify_weights
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
@@ -271,6 +272,32 @@ def test_a_disk_that_lies_is_found_out(folders, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"model-00001.*does not read back"):
         export_merged(folders / "bin", folders / "adapter", tmp_path / "merged", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_back_compares_every_bit_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "BLOCK", 16)
+    tensor = torch.randn(5, 7).half()
+    tensor[4, 6] = torch.nan  # never equal to itself as a number
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    entry = read_entries(tmp_path / "x.safetensors")["x"]
+    assert export.reads_back(tmp_path / "x.safetensors", entry, tensor)
+    assert export.reads_back(tmp_path / "x.safetensors", entry, tensor.t().contiguous().t())
+    assert not export.reads_back(tmp_path / "x.safetensors", entry, tensor.bfloat16())
+    for at in ((0, 0), (4, 5)):
+        other = tensor.clone()
+        other[at] += 1
+        assert not export.reads_back(tmp_path / "x.safetensors", entry, other)
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-4])
+    assert not export.reads_back(tmp_path / "x.safetensors", entry, tensor)
+    with pytest.raises(OSError, match="70 bytes were to be read"):
+        export.read_tensor(tmp_path / "x.safetensors", entry)
+
+
+def test_everybody_may_read_what_was_exported(folders, tmp_path):
+    output = export_merged(folders / "bin", folders / "adapter", tmp_path / "merged", progress=False)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in output.iterdir()} == {plain.stat().st_mode}
 
 
 def test_a_wrong_sum_is_found_out(folders, tmp_path, monkeypatch):
