@@ -16,13 +16,12 @@ clock is Python's, and the stages are one after the other.
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glmhelpers.timemodel import StageTime, Task
+from glmhelpers.timemodel import Task
 
 
 class StepRecorder:
@@ -133,18 +132,6 @@ class StepRecorder:
     def _seconds(self, stage: int, mark: Any) -> float:
         origin = self.origin[self.homes[stage]]
         return mark - origin if isinstance(mark, float) else origin.elapsed_time(mark) / 1e3
-
-
-def stage_times(tasks: Sequence[Task]) -> list[StageTime]:
-    """For each stage, the mean seconds of a micro-batch forward and backward: what `timemodel.schedule` takes.
-
-    With it a step that was recorded on one device, where stages take turns, can be laid out on a device each.
-    """
-    spent = defaultdict(list)
-    for task in tasks:
-        spent[task.gpu, task.kind].append(task.end - task.start)
-    count = 1 + max(task.gpu for task in tasks)
-    return [StageTime(mean(spent[stage, "forward"]), mean(spent[stage, "backward"])) for stage in range(count)]
 
 
 def idle_shares(tasks: Sequence[Task]) -> list[float]:

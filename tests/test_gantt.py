@@ -6,7 +6,7 @@ from reference import fresh_model
 from test_model_behaviour import lora
 from test_step import the_batch
 
-from glmhelpers.gantt import StepRecorder, idle_shares, stage_times
+from glmhelpers.gantt import StepRecorder, idle_shares
 from glmhelpers.measure import checkpoint_only
 from glmhelpers.step import run_step
 from glmhelpers.timemodel import StageTime, schedule
@@ -51,13 +51,6 @@ def test_idle_shares_of_a_known_schedule():
     even = [StageTime(1.0, 2.0), StageTime(1.0, 2.0)]
     assert idle_shares(schedule(even, 1)) == pytest.approx([0.5, 0.5])
     assert max(idle_shares(schedule(even, 50))) < 0.05
-
-
-def test_stage_times_give_the_schedule_back():
-    times = [StageTime(1.0, 2.5), StageTime(0.5, 3.0)]
-    tasks = schedule(times, 4)
-    for found, want in zip(stage_times(tasks), times, strict=True):
-        assert (found.forward, found.backward) == pytest.approx((want.forward, want.backward))
 
 
 def test_cut_must_hold_all_blocks():
