@@ -34,7 +34,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 def memory_places(folder: Path) -> list[Path]:
     """Where the sha256 of a folder's files are remembered: beside them, or in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glmhelpers"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"
     known_as = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return [folder / MEMORY_NAME, cache / f"{known_as}.json"]
 

@@ -26,6 +26,8 @@ from glmhelpers.manifest import MANIFEST_NAME
 from glmhelpers.progress import TextProgress, size_text
 from glmhelpers.shards import read_entries
 
+SPARE_BYTES = 4 * 2**20
+"""Disk beside the tensors: headers, index, manifest and tokenizer."""
 SMALL_FILES = ("config.json", "tokenizer_config.json", "ice_text.model")
 
 
@@ -94,7 +96,8 @@ def _check_complete(folder: Path, shards: list[Path], done: set[str]) -> None:
 
 
 def _check_disk(output: Path, sizes: list[int], replace: bool) -> None:
-    need, free = (max(sizes, default=0) if replace else sum(sizes)), shutil.disk_usage(output).free
+    need = (max(sizes, default=0) if replace else sum(sizes)) + SPARE_BYTES
+    free = shutil.disk_usage(output).free
     if free < need:
         hint = "" if replace else ", or replace=True, which needs room for one shard"
         raise OSError(
@@ -132,7 +135,7 @@ def _write_index_and_manifest(folder: Path, output: Path, replace: bool) -> None
         "model.safetensors.index.json": {"metadata": {"total_size": size}, "weight_map": weight_map},
         MANIFEST_NAME: {
             "model": f"converted from {folder.name}",
-            "mend": "fetch the .bin shards, then convert_to_safetensors",
+            "mend": "download_weights of another folder, then convert_to_safetensors of that one",
             "files": known | files,
         },
     }

@@ -49,7 +49,8 @@ def download_weights(
         folder: where the weights shall lie (created).
         source: "huggingface", "modelscope", a base URL below which the files lie, or a folder that has them already:
             its files are linked, not copied.
-        manifest: what to bring, see `glmhelpers.manifest`; None: ChatGLM-6B v1.1.
+        manifest: what to bring, see `glmhelpers.manifest`; None: what the folder's own `weights_manifest.json` lists,
+            as in `verify_weights`; ChatGLM-6B v1.1 if it has none.
         endpoint: a mirror of the Hugging Face hub; None: the environment variable HF_ENDPOINT, else the hub itself.
         revision: another revision of the repository than the manifest's.
         progress: print one line of text for what is fetched, and for what must be read to be checked.
@@ -64,7 +65,8 @@ def download_weights(
         FileNotFoundError: the source folder lacks a file.
         ValueError: the source or the manifest is none.
     """
-    facts, folder = read_manifest(manifest), Path(folder)
+    folder = Path(folder)
+    facts = read_manifest(manifest, folder)
     origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
     say: Callable[[str], None] = print if progress else lambda _: None
     try:

@@ -88,7 +88,8 @@ class Remote:
         if self.source in keys:
             if keys[self.source] not in (self.facts.get(self.source) or {}):
                 wanted = f'"{self.source}": {{"{keys[self.source]}": ...}}'
-                raise ValueError(f"this manifest has no {wanted}: give a URL or a folder as source")
+                own = f"; the manifest itself says: {self.facts['mend']}" if "mend" in self.facts else ""
+                raise ValueError(f"this manifest has no {wanted}: give a URL or a folder as source{own}")
         elif not self.source.startswith(("http://", "https://")):
             raise ValueError(
                 f"source {self.source!r} is unknown: 'huggingface', 'modelscope', a http(s) URL or an existing folder"
@@ -187,7 +188,8 @@ def explain(error: Exception, name: str, url: str) -> str:
     if status == 404:
         return f"{name} is not at {url} (404): check source and revision, or choose another mirror with HF_ENDPOINT"
     if status in (401, 403):
-        return f"{url} refuses to give {name} ({status}): check that the address is right and that you may read it"
+        token = ", and that HF_TOKEN is not an old one (without any the weights can be read, too)"
+        return f"{url} refuses to give {name} ({status}): check that the address is right{token}"
     if status == 429:
         return f"{url} says too many requests (429) for {name}: wait some minutes, then {again}"
     if status == 416:

@@ -70,7 +70,7 @@ class Hub:
         self.requests.append((name, first, fault))
         if place not in ("store", "plain") or not path.is_file():
             fault = "404"
-        if fault in ("404", "416", "429", "500"):
+        if fault in ("401", "404", "416", "429", "500"):
             return self.reply(request, int(fault), headers={"Retry-After": "0"})
         if fault == "refuse":
             return self.hang_up(request)

@@ -105,6 +105,26 @@ def test_the_true_sum_is_checked_not_the_published_total():
     assert total_bytes(read_manifest(PUBLISHED)) == 13_416_906_785 + 2_706_249
 
 
+def test_a_folder_with_its_own_manifest_is_brought_to_that_one(hub, tmp_path, monkeypatch):
+    """What `verify_weights` names as the mending command must mend, and not fetch another model over this one."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    (tmp_path / "weights_manifest.json").write_text(json.dumps(manifest_of(hub)))
+    (problem, *_) = verify_weights(tmp_path).problems
+    assert problem.message.endswith(f"Mend: download_weights({str(tmp_path)!r})")
+    assert download_weights(str(tmp_path), progress=False).ok
+    assert_bit_exact(hub, tmp_path)
+    assert verify_weights(tmp_path).ok
+
+
+def test_a_checkpoint_that_is_published_nowhere_is_left_alone(tmp_path):
+    files = {"a.bin": {"size": 4, "sha256": "0" * 64}}
+    (tmp_path / "weights_manifest.json").write_text(json.dumps({"files": files, "mend": "make it again"}))
+    (tmp_path / "a.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"no \"huggingface\".*make it again"):
+        download_weights(tmp_path)
+    assert (tmp_path / "a.bin").read_bytes() == b"mine"
+
+
 def test_config_of_another_version_is_written_anew(hub, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"vocab_size": 150528}')
     download_weights(tmp_path, manifest=manifest_of(hub), endpoint=hub.url)

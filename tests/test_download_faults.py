@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("body shorter than the file", ["truncated"], True),
         ("wrong bytes from the source", ["wrong bytes"], False),
         ("file not there (404)", ["404"], False),
+        ("refused (401)", ["401"], False),
         ("too many requests (429), again and again", ["429"] * 8, False),
         ("server error (500)", ["500"], False),
         ("no answer at all", ["refuse"] * 8, False),

@@ -349,7 +349,9 @@ def test_conversion_of_an_incomplete_folder(folder):
 
 
 def test_conversion_needs_disk(folder, monkeypatch):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=600_000))
+    monkeypatch.setattr(
+        convert.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=convert.SPARE_BYTES + 600_000)
+    )
     with pytest.raises(OSError, match="replace=True") as caught:
         convert_to_safetensors(folder, progress=False)
     assert caught.value.errno == errno.ENOSPC
