@@ -31,8 +31,8 @@ def held_alone(model: nn.Module) -> Iterator[None]:
     lock = _LOCKS.setdefault(model.get_base_model() if isinstance(model, PeftModel) else model, threading.Lock())
     if not lock.acquire(blocking=False):
         raise RuntimeError(
-            "another answer of this model is still being written: wait for it, or stop it (`stop()` of its session, "
-            "the button of its window)"
+            "another answer of this model is still being written: wait for it, stop it (`stop()` of its session, the "
+            "button of its window), or `clear()` its session if nobody reads it any more"
         )
     training = [module for module in model.modules() if module.training]
     try:

@@ -12,8 +12,9 @@ One model in memory serves base and tuned: the adapter is switched, never reload
 import contextlib
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,6 +166,7 @@ class ChatSession:
         self.decoder = Decoder(self.model, graphs=self.graphs)
         self._adapter = self.has_adapter
         self._stop = threading.Event()
+        self._latest: tuple[weakref.ref, int] | None = None
         self.busy = False
 
     @property
@@ -184,7 +186,8 @@ class ChatSession:
         self._adapter = bool(on)
 
     def clear(self) -> None:
-        """Forget the conversation."""
+        """Forget the conversation, and an answer that was left halfway."""
+        self._leave()
         self.history = []
 
     def stop(self) -> None:
@@ -197,25 +200,29 @@ class ChatSession:
 
     def chat(self, query: str) -> Answer:
         """The finished answer; it and the question are added to the history. Errors as for `stream`."""
-        return deque(self.stream(query), maxlen=1).pop()
+        with contextlib.closing(self.stream(query)) as stream:  # a traceback would keep an interrupted one alive
+            return deque(stream, maxlen=1).pop()
 
     def say(self, query: str) -> Answer:
         """As `chat`, printing the answer while it is written, and its figures below."""
         shown = ""
-        for answer in self.stream(query):
-            if answer.new_tokens == 1:
-                print(*(f"[{notice}]\n" for notice in answer.notices), sep="", end="")
-            text = answer.text if answer.ended else settled(answer.text)
-            if text.startswith(shown):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+        with contextlib.closing(self.stream(query)) as stream:
+            for answer in stream:
+                if answer.new_tokens == 1:
+                    print(*(f"[{notice}]\n" for notice in answer.notices), sep="", end="")
+                text = answer.text if answer.ended else settled(answer.text)
+                if text.startswith(shown):
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
         if shown != answer.text:  # the last tokens changed what came before them
             print(f"\n{answer.text}", end="")
         print(f"\n[{answer.figures}]" if answer.text else f"[empty answer: {answer.figures}]")
         return answer
 
-    def stream(self, query: str) -> Iterator[Answer]:
+    def stream(self, query: str) -> Generator[Answer, None, None]:
         """Yield the growing answer after each token; the last one has `ended`. Leaving the loop early stops the model.
+
+        A loop that an error ended (Ctrl-C, too) is left for good with the next call in the same thread.
 
         Raises:
             TypeError: the question is no text.
@@ -229,6 +236,18 @@ class ChatSession:
             raise ValueError("the question is empty: write something")
         if self.has_adapter and not self.adapter and is_merged(self.model):
             raise RuntimeError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
+        self._leave()
+        answers = self._stream(question)
+        self._latest = weakref.ref(answers), threading.get_ident()
+        return answers
+
+    def _leave(self) -> None:
+        """Close the latest answer if nobody can be reading it: the frames of an old error may keep it alive."""
+        answers, thread = (self._latest[0](), self._latest[1]) if self._latest else (None, 0)
+        if answers is not None and thread == threading.get_ident() and not answers.gi_running:
+            answers.close()
+
+    def _stream(self, question: str) -> Generator[Answer, None, None]:
         with held_alone(self.model):
             self._stop.clear()
             self.busy = True

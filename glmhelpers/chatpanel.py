@@ -13,6 +13,7 @@ The answer is written by a thread, so that the kernel stays free to hear the sto
 `panel.ask("...")` does what typing does, and the panel shows itself as text.
 """
 
+import contextlib
 import threading
 import time
 import warnings
@@ -185,13 +186,14 @@ class ChatPanel:
         shown = 0.0
         self._growing = Answer(question, adapter=self.session.adapter)
         try:
-            for answer in self.session.stream(question):
-                self._growing = answer
-                if self._stopping.is_set():  # the session hears only what comes while it answers
-                    self.session.stop()
-                if time.monotonic() - shown >= REFRESH_SECONDS:
-                    self._show()
-                    shown = time.monotonic()
+            with contextlib.closing(self.session.stream(question)) as stream:
+                for answer in stream:
+                    self._growing = answer
+                    if self._stopping.is_set():  # the session hears only what comes while it answers
+                        self.session.stop()
+                    if time.monotonic() - shown >= REFRESH_SECONDS:
+                        self._show()
+                        shown = time.monotonic()
             self.answers.append(answer)
         finally:
             self._growing = None

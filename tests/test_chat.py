@@ -244,6 +244,39 @@ def test_one_model_has_one_user_at_a_time(adapted):
     assert second.chat("你好").text != wanted
 
 
+def test_an_answer_left_halfway_does_not_block_the_model(adapted):
+    """A notebook keeps the frames of the last error, and with them the loop that was interrupted."""
+    chat, other = session(adapted), session(adapted)
+    wanted = chat.chat("你好").text
+    chat.clear()
+    abandoned = chat.stream("你好")
+    shown = next(abandoned).text
+    assert chat.chat("你好").new_tokens
+    assert chat.history[0] == ("你好", shown)
+    assert list(abandoned) == []
+    abandoned = chat.stream("你好")
+    next(abandoned)
+    with pytest.raises(RuntimeError, match="nobody reads it any more"):
+        other.chat("你好")
+    chat.clear()
+    assert chat.history == []
+    assert other.chat("你好").text == wanted
+
+
+def test_an_interrupted_say_lets_go_of_the_model(monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    chat = session()
+    monkeypatch.setattr("builtins.print", interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it, the frames
+        chat.say("你好")
+    monkeypatch.undo()
+    assert kept.tb
+    assert not chat.busy
+    assert session().chat("你好").new_tokens
+
+
 def test_answers_are_without_dropout_and_leave_the_mode_alone():
     torch.manual_seed(0)
     net = get_peft_model(fresh_model(), LoraConfig(r=4, lora_dropout=0.9, target_modules=["query_key_value"]))
