@@ -27,7 +27,7 @@ from glmhelpers.memory import TERMS, Prediction, predict, slack_bytes, stage_ter
 from glmhelpers.search import Found, Room, Search
 from glmhelpers.shapes import Setting, Shape, divisors
 from glmhelpers.stages import Stage
-from glmhelpers.timemodel import StageTime, stage_seconds
+from glmhelpers.timemodel import StageTime, Task, lookup_seconds, schedule, stage_seconds
 
 __all__ = [
     "DeviceMapError",
@@ -69,7 +69,7 @@ class Plan:
         seconds: predicted time of a step; an estimate for comparing plans.
         objective: what the plan is best at.
         gpus: the GPUs it is for.
-        usable_bytes: for each GPU, its memory less the reserve.
+        usable_bytes: for each GPU, its memory less the reserve, 0 if the reserve is larger.
         shape, setting, stages: what the prediction was made from; one Stage for each GPU.
     """
 
@@ -133,6 +133,13 @@ class Plan:
         """Seconds of each used GPU for one micro-batch, in order: the input of timemodel.schedule."""
         used = [(stage, gpu) for stage, gpu in zip(self.stages, self.gpus, strict=True) if stage != Stage()]
         return [stage_seconds(self.shape, self.setting, stage, gpu) for stage, gpu in used]
+
+    @property
+    def schedule(self) -> list[Task]:
+        """Who works when in one step, by the time model; the last end is `seconds`. For plots_map.draw_schedule."""
+        times = self.stage_times
+        lookup = lookup_seconds(self.shape, self.setting, self.embedding, len(times), self.gpus[0])
+        return schedule(times, self.micro_batches, lookup)
 
     @property
     def prediction(self) -> Prediction:
@@ -269,7 +276,7 @@ def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> 
     reserves = list(reserve) if isinstance(reserve, list | tuple) else [reserve] * len(cards)
     if len(reserves) != len(cards):
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
-    usable = [card.memory - parse_size(kept) for card, kept in zip(cards, reserves, strict=True)]
+    usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
     if "lora_targets" in settings:
         settings["lora_targets"] = tuple(settings["lora_targets"])
     setting = Setting(batch, length, parts or 1, **settings)

@@ -8,13 +8,16 @@ from functools import cached_property
 from typing import Any
 
 from glmhelpers.devicemap import Plan, plan_device_map
-from glmhelpers.gpus import find_gpu
+from glmhelpers.gpus import CATALOGUE, find_gpu
 from glmhelpers.mapcheck import part_names
-from glmhelpers.shapes import Setting, Shape, divisors
+from glmhelpers.search import EMBEDDINGS
+from glmhelpers.shapes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.stages import Stage
-from glmhelpers.timemodel import lookup_seconds, step_seconds
 
-MAX_BATCH = 128
+MAX_BATCH, MAX_GPUS, LENGTH_STEP = 128, 4, 64
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+CHOICES = {"gpu": tuple(CATALOGUE), "embedding": EMBEDDINGS, "dtype": ("float16", "float32"), "base_bits": (16, 8, 4)}
+"""Settings of which the explorer knows a few only; any other is refused."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,52 @@ class Explored:
     def start(cls, config: Any, gpu: str, count: int, batch_size: int, seq_length: int) -> "Explored":
         """Equal parts, every block checkpointed."""
         shape = Shape.of(config)
-        length = min(seq_length, shape.max_length)
-        return cls(shape, gpu, count, equal_cuts(shape.layers, count), batch_size, length, 1, shape.layers)
+        state = cls(shape, "T4", 1, (), 1, shape.max_length, 1, shape.layers)
+        return state.changed(gpu=gpu, count=count, batch_size=batch_size, seq_length=seq_length)
 
     def changed(self, **wishes: Any) -> "Explored":
-        """The state nearest to the wishes that can exist."""
-        state = replace(self, **wishes)
-        if "count" in wishes and wishes["count"] != self.count:
+        """The state nearest to the wishes that can exist: numbers go to the nearest end of their range.
+
+        Raises:
+            ValueError: a name that is no setting, or a choice that there is not.
+        """
+        if unknown := [name for name in wishes if name not in SETTINGS]:
+            raise ValueError(f"{unknown[0]!r} is no setting of the explorer; there are {', '.join(SETTINGS)}")
+        for name, possible in CHOICES.items():
+            if name in wishes and wishes[name] not in possible:
+                raise ValueError(f"{name}={wishes[name]!r}; choose from {', '.join(map(repr, possible))}")
+        targets = tuple(name for name in LORA_TARGETS if name in wishes.get("lora_targets", ()))
+        if wrong := set(wishes.get("lora_targets", ())) - set(targets):
+            raise ValueError(f"lora_targets: {sorted(wrong)[0]!r} is none; choose from {', '.join(LORA_TARGETS)}")
+        limits = self.limits()
+        wishes = {name: min(max(wish, limits[name][0]), limits[name][1]) if name in limits else wish
+                  for name, wish in wishes.items()}  # fmt: skip
+        state = replace(self, **{**wishes, "lora_targets": targets or self.lora_targets})
+        if "lora_rank" in wishes:
+            state = replace(state, lora_rank=min(RANKS, key=lambda rank: abs(rank - state.lora_rank)))
+        if state.count != self.count and "cuts" not in wishes:
             state = replace(state, cuts=equal_cuts(self.shape.layers, state.count), skipped=None)
         if "checkpointed" in wishes or "cuts" in wishes:
-            state = replace(state, skipped=None)
+            state = replace(state, cuts=self._cuts(state.cuts, state.count), skipped=None)
         if state.batch_size % state.micro_batches:
             possible = [part for part in divisors(state.batch_size) if part <= state.micro_batches]
             state = replace(state, micro_batches=possible[-1])
-        if not state.lora_targets:
-            state = replace(state, lora_targets=self.lora_targets)
         return state
+
+    def limits(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest value of each number."""
+        return {
+            "count": (1, MAX_GPUS),
+            "batch_size": (1, MAX_BATCH),
+            "seq_length": (min(LENGTH_STEP, self.shape.max_length), self.shape.max_length),
+            "micro_batches": (1, MAX_BATCH),
+            "checkpointed": (0, self.shape.layers),
+        }
+
+    def _cuts(self, wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """`count - 1` cuts in order: the wanted ones, and for those that are missing the end of the model."""
+        cuts = [*wanted, *[self.shape.layers] * count][: count - 1]
+        return tuple(sorted(min(max(cut, 0), self.shape.layers) for cut in cuts))
 
     def with_cut(self, number: int, place: int) -> "Explored":
         """Move one cut; the others give way, so that they stay in order."""
@@ -158,8 +191,14 @@ class Explored:
             setting=setting,
             stages=stages,
         )
-        lookup = lookup_seconds(self.shape, setting, self.embedding, len(plan.stage_times), card)
-        return replace(plan, seconds=lookup + step_seconds(plan.stage_times, self.micro_batches))
+        return replace(plan, seconds=max(task.end for task in plan.schedule))
+
+
+SETTINGS = (
+    *("gpu", "count", "cuts", "batch_size", "seq_length", "micro_batches", "checkpointed"),
+    *("lora_rank", "lora_targets", "embedding", "dtype", "base_bits", "loss_chunk"),
+)
+"""What `changed` takes."""
 
 
 def equal_cuts(layers: int, count: int) -> tuple[int, ...]:

@@ -66,22 +66,25 @@ def bars_svg(breakdown: Sequence[Mapping[str, int]], names: Sequence[str], limit
                 x += size * scale
         over = total > limit
         color, weight = ("#B00000", "bold") if over else ("black", "normal")
-        text = f"{total / GIB:.2f}" + (" too much" if over else "")
+        text = f"{total / GIB:.2f} GiB" + (" too much" if over else "")
         body += (
             f'<text class="total" x="{x + 4:.1f}" y="{top + 17}" fill="{color}" font-weight="{weight}">{text}</text>'
         )
         edge = LEFT + limit * scale
         body += f'<path d="M{edge:.1f},{top - 3} v{ROW - 4}" stroke="black" stroke-width="2.5"/>'
     height = len(breakdown) * ROW + 6
-    return _svg(body + _legend(shown, height), height + 18 * ((len(shown) + 3) // 4) + 4)
+    return _svg(body + _legend(shown, height), height + 18 * (len(shown) // 4 + 1) + 4)
 
 
 def _legend(terms: Sequence[str], top: float) -> str:
-    body = ""
-    for place, term in enumerate(term for term in (*TERMS, *OUTSIDE) if term in terms):
+    body, labels = "", {**TERMS, **OUTSIDE, "limit": "what may be used"}
+    for place, term in enumerate([*(term for term in (*TERMS, *OUTSIDE) if term in terms), "limit"]):
         x, y = LEFT + place % 4 * 165, top + place // 4 * 18
-        body += f'<rect x="{x}" y="{y:.0f}" width="14" height="11" fill="{_fill(term)}"/>'
-        body += f'<text x="{x + 19}" y="{y + 10:.0f}">{({**TERMS, **OUTSIDE})[term]}</text>'
+        if term == "limit":
+            body += f'<path d="M{x + 7},{y - 1:.0f} v13" stroke="black" stroke-width="2.5"/>'
+        else:
+            body += f'<rect x="{x}" y="{y:.0f}" width="14" height="11" fill="{_fill(term)}"/>'
+        body += f'<text x="{x + 19}" y="{y + 10:.0f}">{labels[term]}</text>'
     return body
 
 

@@ -230,8 +230,8 @@ def slack_bytes(terms: Mapping[str, int]) -> int:
     """Estimate of what the allocator holds in no tensor: freed pieces whose size fits no later tensor.
 
     Only what comes and goes leaves such pieces; a tenth of it, and two of the allocator's 20 MiB buffers. With memory
-    to spare the allocator keeps more (58 to 849 MiB in benchmarks/results/train_step_memory_h100.jsonl, `reserved_bytes`
-    less `peak_bytes`); before it runs out it gives whole free pieces back, so what is needed is less than that.
+    to spare the allocator keeps more (`reserved_bytes` less `peak_bytes` in benchmarks/results/, 58 to 849 MiB);
+    before it runs out it gives whole free pieces back, so what is needed is less than that.
     """
     return 40 * MIB + (terms["block"] + terms["loss"] + terms["cache"]) // 10
 

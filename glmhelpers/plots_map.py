@@ -13,8 +13,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from glmhelpers.gpus import GIB
+from glmhelpers.gpus import GIB, MIB
 from glmhelpers.memory import OUTSIDE, TERMS
 from glmhelpers.plots import COLORS
 from glmhelpers.timemodel import Task
@@ -100,10 +101,18 @@ def draw_plan(plan: Any, axes: Axes | None = None, unit: int = GIB) -> Axes:
 
 def draw_terms(plan: Any, terms: Sequence[str], axes: Axes | None = None) -> Axes:
     """`draw_plan` with only some terms: the picture as far as it has been explained."""
-    some = [{term: sizes[term] for term in terms} for sizes in plan.with_outside]
-    return draw_memory(
-        some, [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)], plan.usable_bytes, axes
-    )
+    some = [{term: sizes.get(term, 0) for term in terms} for sizes in plan.with_outside]
+    names = [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)]
+    return draw_memory(some, names, plan.usable_bytes, axes)
+
+
+def draw_rest(plan: Any, axes: Axes | None = None) -> Axes:
+    """What a training step adds to the frozen weights, in MiB: all terms but the weights and the embedding."""
+    rest = [
+        {term: size for term, size in sizes.items() if term not in ("weights", "embedding")} for sizes in plan.breakdown
+    ]
+    names = [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)]
+    return draw_memory(rest, names, axes=axes, unit=MIB)
 
 
 def draw_map(device_map: Mapping[str, int | str], axes: Axes | None = None) -> Axes:
@@ -186,6 +195,7 @@ def draw_cut_curve(
     if limit:
         axes.axhline(limit / GIB, color=COLORS["black"], linewidth=2, label="limit")
     axes.set(xlabel="blocks on GPU 0", ylabel="peak, GiB")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return axes
 
@@ -215,11 +225,11 @@ def draw_compared(
     axes.barh([row + 0.2 for row in rows], [size / GIB for size in measured], 0.38, color=COLORS["blue"], hatch="//",
               edgecolor="white", label="measured")  # fmt: skip
     for row, (guess, truth) in enumerate(zip(predicted, measured, strict=True)):
-        axes.text(max(guess, truth) / GIB, row, f" {guess / truth - 1:+.1%}", va="center")
+        axes.text(max(guess, truth) / GIB, row, f" {guess / truth - 1:+.2%}", va="center")
     axes.set_yticks(rows, names)
     axes.invert_yaxis()
-    axes.set(xlabel="GiB")
-    axes.legend(loc="lower right")
+    axes.set(xlabel="GiB", xlim=(0, 1.12 * max([*predicted, *measured]) / GIB))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
     return axes
 
 
@@ -227,9 +237,14 @@ def draw_limits(lengths: Sequence[int], batches: Mapping[str, Sequence[int]], ax
     """Largest batch against length, one line for each set of GPUs."""
     axes = axes or plt.subplots()[1]
     for (name, rows), style in zip(batches.items(), ("-o", "--s", ":^", "-.v"), strict=False):
-        axes.plot(lengths, rows, style, markersize=4, label=name)
-    axes.set(xlabel="tokens in a row", ylabel="rows in a step", yscale="log", xscale="log")
+        # Where not a single row fits there is no point: a logarithm knows no 0.
+        some = [(length, most) for length, most in zip(lengths, rows, strict=True) if most]
+        axes.plot([length for length, _ in some], [most for _, most in some], style, markersize=4, label=name)
+    axes.set(xlabel="tokens in a row", ylabel="most rows in a step", yscale="log", xscale="log")
     axes.set_xticks(list(lengths), [str(length) for length in lengths])
+    ends = [most for rows in batches.values() for most in rows if most] or [1]
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if min(ends) <= tick <= max(ends)]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend()
     return axes

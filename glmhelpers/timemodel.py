@@ -115,15 +115,16 @@ def step_seconds(times: Sequence[StageTime], micro_batches: int) -> float:
     return sum(ahead) + sum(back) + (micro_batches - 1) * (max(ahead) + max(back))
 
 
-def schedule(times: Sequence[StageTime], micro_batches: int) -> list[Task]:
+def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0) -> list[Task]:
     """Every piece of work of one step, in order of its start; the last one's end is the step's time.
 
     A GPU does one thing at a time; a micro-batch goes forward through all stages and, once all are through, back.
+    `delay`: seconds before the first one, see lookup_seconds.
     """
-    free = [0.0] * len(times)
+    free = [delay] * len(times)
     tasks = []
     for batch in range(micro_batches):
-        ready = 0.0
+        ready = delay
         for gpu, time in enumerate(times):
             start = max(ready, free[gpu])
             ready = free[gpu] = start + time.forward

@@ -20,19 +20,14 @@ from typing import Any
 
 import ipywidgets as ui
 
-from glmhelpers import explored
-from glmhelpers.explored import Explored
-from glmhelpers.gpus import CATALOGUE
+from glmhelpers.explored import CHOICES, LENGTH_STEP, MAX_BATCH, MAX_GPUS, RANKS, Explored
+from glmhelpers.gpus import GIB
 from glmhelpers.mapsvg import bars_svg, schedule_svg
 from glmhelpers.monitor import Monitor
 from glmhelpers.plots_map import draw_plan
 from glmhelpers.shapes import LORA_TARGETS, divisors
-from glmhelpers.timemodel import schedule
 
 __all__ = ["Explorer", "Monitor", "compact_map"]
-
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
-MAX_GPUS = 4
 
 
 class Explorer:
@@ -99,38 +94,34 @@ class Explorer:
         state = self.state
 
         def slider(name: str, low: int, high: int, step: int = 1) -> ui.IntSlider:
+            return ui.IntSlider(getattr(state, name), low, high, step, description=_LABELS[name], style=_WIDE)
+
+        def choice(name: str, options: Any, kind: type = ui.Dropdown, **more: Any) -> Any:
             value = getattr(state, name)
-            return ui.IntSlider(value, low, high, step, description=_LABELS[name], continuous_update=True)
+            return kind(options=options, value=value, description=_LABELS[name], style=_WIDE, **more)
 
         self.controls: dict[str, Any] = {
-            "gpu": ui.Dropdown(options=list(CATALOGUE), value=state.gpu, description=_LABELS["gpu"]),
+            "gpu": choice("gpu", CHOICES["gpu"]),
             "count": slider("count", 1, MAX_GPUS),
-            "batch_size": slider("batch_size", 1, explored.MAX_BATCH),
-            "seq_length": slider("seq_length", 64, state.shape.max_length, 64),
-            "micro_batches": ui.SelectionSlider(
-                options=divisors(state.batch_size), value=state.micro_batches, description=_LABELS["micro_batches"]
-            ),
+            "batch_size": slider("batch_size", 1, MAX_BATCH),
+            "seq_length": slider("seq_length", *state.limits()["seq_length"], LENGTH_STEP),
+            "micro_batches": choice("micro_batches", divisors(state.batch_size), ui.SelectionSlider),
             "checkpointed": slider("checkpointed", 0, state.shape.layers),
-            "lora_rank": ui.SelectionSlider(options=RANKS, value=state.lora_rank, description=_LABELS["lora_rank"]),
-            "lora_targets": ui.SelectMultiple(
-                options=LORA_TARGETS, value=state.lora_targets, rows=4, description=_LABELS["lora_targets"]
-            ),
-            "embedding": ui.Dropdown(
-                options=[("first GPU", "first"), ("tied, last GPU", "tied"), ("CPU", "cpu")],
-                value=state.embedding,
-                description=_LABELS["embedding"],
-            ),
-            "dtype": ui.Dropdown(options=["float16", "float32"], value=state.dtype, description=_LABELS["dtype"]),
-            "base_bits": ui.Dropdown(options=[16, 8, 4], value=state.base_bits, description=_LABELS["base_bits"]),
+            "lora_rank": choice("lora_rank", RANKS, ui.SelectionSlider),
+            "lora_targets": choice("lora_targets", LORA_TARGETS, ui.SelectMultiple, rows=4),
+            "embedding": choice("embedding", [("first GPU", "first"), ("tied, last GPU", "tied"), ("CPU", "cpu")]),
+            "dtype": choice("dtype", CHOICES["dtype"]),
+            "base_bits": choice("base_bits", CHOICES["base_bits"]),
         }
         for name, control in self.controls.items():
             control.observe(self._observer(name), "value")
         self.cuts = [
-            ui.IntSlider(0, 0, state.shape.layers, description=f"cut {number + 1}") for number in range(MAX_GPUS - 1)
+            ui.IntSlider(0, 0, state.shape.layers, description=f"cut {number + 1}", style=_WIDE)
+            for number in range(MAX_GPUS - 1)
         ]
         for number, cut in enumerate(self.cuts):
             cut.observe(self._cut_observer(number), "value")
-        self.objective = ui.Dropdown(options=["speed", "memory"], description="best for")
+        self.objective = ui.Dropdown(options=["speed", "memory"], description="best for", style=_WIDE)
         self.best_button = ui.Button(description="best plan", button_style="primary")
         self.use_button = ui.Button(description="use this map", button_style="success")
         self.best_button.on_click(lambda _: self.best())
@@ -167,7 +158,7 @@ class Explorer:
         try:
             self.state = self.state.best(self.objective.value)
         except ValueError as error:
-            self._show(str(error))
+            self._show(escape(str(error)))
         else:
             self._show(f"Best plan for {self.objective.value}.")
 
@@ -194,10 +185,12 @@ class Explorer:
         names = [f"GPU {index} {gpu.name}" for index, gpu in enumerate(plan.gpus)]
         self.bars.value = bars_svg(plan.with_outside, names, plan.usable_bytes)
         used = [name for name, terms in zip(names, plan.breakdown, strict=True) if any(terms.values())]
-        self.gantt.value = schedule_svg(schedule(plan.stage_times, plan.micro_batches), used)
+        self.gantt.value = schedule_svg(plan.schedule, used)
         self.text.value = f"<pre style='line-height:1.2'>{escape(compact_map(plan.device_map))}</pre>"
-        verdict = "fits" if plan.fits else "does NOT fit"
-        self.message.value = f"<b class='verdict'>This plan {verdict}.</b> {message}"
+        pairs = zip(names, plan.total_bytes, plan.usable_bytes, strict=True)
+        short = [f"{name} lacks {(total - usable) / GIB:.2f} GiB" for name, total, usable in pairs if total > usable]
+        verdict = f"does NOT fit: {', '.join(short)}" if short else "fits"
+        self.message.value = f"<b class='verdict'>This plan {escape(verdict)}.</b> {message}"
 
 
 def compact_map(device_map: dict[str, int | str]) -> str:
@@ -213,13 +206,16 @@ def compact_map(device_map: dict[str, int | str]) -> str:
     return "\n".join(["{", ends[0], *lines, *ends[1:], "}"])
 
 
+_WIDE = {"description_width": "100px"}
+"""Room for the longest label."""
+
 _LABELS = {
     "gpu": "GPU",
     "count": "GPUs",
     "batch_size": "batch",
     "seq_length": "length",
-    "micro_batches": "micro-b.",
-    "checkpointed": "checkp.",
+    "micro_batches": "micro-batches",
+    "checkpointed": "checkpointed",
     "lora_rank": "LoRA rank",
     "lora_targets": "LoRA on",
     "embedding": "embedding",

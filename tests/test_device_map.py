@@ -150,6 +150,9 @@ def test_reserve_is_kept_free():
     free = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024)
     kept = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024, reserve=["2GiB", 0])
     assert kept.total_bytes[0] <= kept.gpus[0].memory - 2 * GIB < free.total_bytes[0]
+    empty = plan_device_map(PUBLISHED, ["1GiB", "T4"], reserve=["2GiB", 0])
+    assert empty.fits
+    assert empty.blocks[0] == []
     with pytest.raises(ValueError, match="3 reserves for 2 GPUs"):
         plan_device_map(PUBLISHED, ["T4", "T4"], reserve=[0, 0, 0])
 
@@ -225,6 +228,8 @@ def test_closed_form_of_the_step_equals_the_simulation(times, parts):
     stages = [StageTime(*pair) for pair in times]
     tasks = schedule(stages, parts)
     assert max(task.end for task in tasks) == pytest.approx(step_seconds(stages, parts))
+    late = schedule(stages, parts, delay=2.0)
+    assert [task.start for task in late] == pytest.approx([task.start + 2 for task in tasks])
     for gpu in range(len(stages)):
         own = sorted((task.start, task.end) for task in tasks if task.gpu == gpu)
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(own)), "two things at once"

@@ -21,7 +21,6 @@ from glmhelpers.mapsvg import bars_svg, schedule_svg
 from glmhelpers.memory import OUTSIDE, TERMS
 from glmhelpers.monitor import Monitor, Reading, read_devices
 from glmhelpers.shapes import LORA_TARGETS
-from glmhelpers.timemodel import schedule
 from glmhelpers.widgets import Explorer, compact_map
 
 PUBLISHED = {
@@ -68,6 +67,54 @@ def test_no_sequence_of_moves_makes_an_impossible_state(sequence):
         assert [again.get(index, 0) for index in range(state.count)] == plan.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("wish", "got"),
+    [
+        ({"cuts": (40,)}, {"cuts": (28,)}),
+        ({"cuts": (9, -3, 5), "count": 3}, {"cuts": (0, 9)}),
+        ({"count": 3, "cuts": (5,)}, {"cuts": (5, 28)}),
+        ({"count": 9}, {"count": 4}),
+        ({"batch_size": 0}, {"batch_size": 1}),
+        ({"batch_size": 500}, {"batch_size": 128}),
+        ({"seq_length": 5}, {"seq_length": 64}),
+        ({"seq_length": 9999}, {"seq_length": 2048}),
+        ({"checkpointed": -1}, {"checkpointed": 0}),
+        ({"lora_rank": 11}, {"lora_rank": 8}),
+        ({"lora_targets": ()}, {"lora_targets": ("query_key_value",)}),
+    ],
+)
+def test_wishes_out_of_range_go_to_the_nearest(wish, got):
+    explorer = Explorer(PUBLISHED)
+    explorer.set(**wish)
+    assert {name: getattr(explorer.state, name) for name in got} == got
+    for name, control in explorer.controls.items():
+        assert control.value == getattr(explorer.state, name)
+    check_device_map(PUBLISHED, explorer.device_map, explorer.plan.gpus)
+
+
+@pytest.mark.parametrize(
+    ("wish", "word"),
+    [
+        ({"gpu": "T5"}, "'T4'"),
+        ({"embedding": "attic"}, "'tied'"),
+        ({"dtype": "int8"}, "'float16'"),
+        ({"lora_targets": ("q_proj",)}, "'q_proj' is none"),
+        ({"speed": 3}, "'speed' is no setting"),
+    ],
+)
+def test_choices_that_there_are_not_are_refused_and_change_nothing(wish, word):
+    explorer = Explorer(PUBLISHED)
+    before = explorer.state
+    with pytest.raises(ValueError, match=word):
+        explorer.set(**wish)
+    assert explorer.state == before
+
+
+def test_explorer_of_a_short_model():
+    explorer = Explorer({**PUBLISHED, "max_sequence_length": 48}, seq_length=1024)
+    assert explorer.state.seq_length == explorer.controls["seq_length"].value == 48
+
+
 def test_equal_cuts():
     assert equal_cuts(28, 1) == ()
     assert equal_cuts(28, 2) == (14,)
@@ -108,6 +155,7 @@ def test_best_plan_button_gives_the_planners_plan():
     explorer.use_button.click()
     assert explorer.chosen == plan.device_map
     explorer.set(batch_size=128, seq_length=2048)
+    assert "does NOT fit: GPU 0 T4 lacks " in explorer.message.value
     before = explorer.state
     explorer.best_button.click()
     assert "short by" in explorer.message.value
@@ -136,7 +184,7 @@ def test_svg_is_well_formed_and_adds_up():
     root = ElementTree.fromstring(svg)
     sizes = [float(re.search(r"([\d.]+) GiB", title.text)[1]) for title in root.iter("title")]
     assert sum(sizes) == pytest.approx(sum(plan.total_bytes) / GIB, abs=0.02)
-    ElementTree.fromstring(schedule_svg(schedule(plan.stage_times, plan.micro_batches), ["GPU 0", "GPU 1"]))
+    ElementTree.fromstring(schedule_svg(plan.schedule, ["GPU 0", "GPU 1"]))
 
 
 def test_every_term_has_a_look_of_its_own():
@@ -157,7 +205,8 @@ def test_pictures_show_the_numbers():
     assert list(ends.values()) == pytest.approx([total / GIB for total in plan.total_bytes])
     row = plots_map.draw_map(plan.device_map)
     assert len(row.patches) == 31
-    tasks = schedule(plan.stage_times, plan.micro_batches)
+    tasks = plan.schedule
+    assert max(task.end for task in tasks) == pytest.approx(plan.seconds)
     assert len(plots_map.draw_schedule(tasks).patches) == len(tasks)
     timeline = block_cost(plan.shape, plan.setting).timeline
     assert max(bar.get_height() for bar in plots_map.draw_timeline(timeline).patches) * 2**20 == pytest.approx(
@@ -166,8 +215,12 @@ def test_pictures_show_the_numbers():
     curve = plots_map.draw_cut_curve([1, 2, 3], [[1, 9], [5, 5], [9, 1]], limit=7)
     assert "cut 2" in [text.get_text() for text in curve.texts]
     compared = plots_map.draw_compared(["GPU 0"], [103], [100])
-    assert compared.texts[0].get_text().strip() == "+3.0%"
-    assert len(plots_map.draw_limits([1, 2], {"a": [1, 2], "b": [3, 4]}).lines) == 2
+    assert compared.texts[0].get_text().strip() == "+3.00%"
+    limits = plots_map.draw_limits([1, 2], {"a": [1, 0], "b": [3, 4]})
+    assert [list(line.get_xdata()) for line in limits.lines] == [[1], [1, 2]]
+    assert [label.get_text() for label in limits.get_yticklabels()] == ["1", "2"]
+    rest = [sum(terms.values()) - terms["weights"] - terms["embedding"] for terms in plan.breakdown]
+    assert [text.get_text() for text in plots_map.draw_rest(plan).texts] == [f"{size / 2**20:.2f}" for size in rest]
     matplotlib.pyplot.close("all")
 
 
