@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glmhelpers.atomic import whole_file
 from glmhelpers.machine import (
     SUPPORTED,
     Check,
@@ -81,6 +82,14 @@ class Preflight:
 
 
 def _check_files(project: Path) -> Check:
+    try:
+        return _compare_files(project)
+    except ValueError as error:
+        return Check("files", False, "a weights_manifest.json cannot be read", f"{error}: remove or replace that file")
+
+
+def _compare_files(project: Path) -> Check:
+    from glmhelpers.manifest import MANIFEST_NAME
     from glmhelpers.verify import verify_weights
 
     real, folder = find_real_weights(project), project / "thuglm"
@@ -93,7 +102,11 @@ def _check_files(project: Path) -> Check:
             return Check("files", False, "real weights in thuglm, without config.json or index", advice)
         count = f"{len(report.problems)} {'file is' if len(report.problems) == 1 else 'files are'} wrong or missing"
         return Check("files", False, f"real weights in thuglm: {count}", str(report.problems[0]))
-    tiny = verify_weights(project / "data" / "tiny-chatglm", checksums=False)
+    tiny_folder = project / "data" / "tiny-chatglm"
+    if not (tiny_folder / MANIFEST_NAME).is_file():
+        advice = "git checkout -- data/tiny-chatglm, or clone the project again"
+        return Check("files", False, f"data/tiny-chatglm/{MANIFEST_NAME} is not there", advice)
+    tiny = verify_weights(tiny_folder, checksums=False)
     if not tiny.ok:
         return Check("files", False, "data/tiny-chatglm is not as it should be", str(tiny.problems[0]))
     return Check("files", True, "tiny ChatGLM in data/tiny-chatglm; the real weights are not here (notebook 01)")
@@ -189,7 +202,10 @@ def find_real_weights(project: Path | None = None) -> Path | None:
     for folder in [project / "thuglm", *found]:
         if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in INDEX_NAMES):
             continue
-        manifest = read_manifest(None, folder)
+        try:
+            manifest = read_manifest(None, folder)
+        except ValueError:  # somebody else's file of that name: not our checkpoint
+            continue
         sizes = {name: facts["size"] for name, facts in manifest["files"].items()}
         if total_bytes(manifest) >= REAL_BYTES and all(
             (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
@@ -215,8 +231,8 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
     import torch
 
     project, gpus = find_project(), list_gpus()
-    weights = os.environ.get("GLM_WEIGHTS", "auto") if weights == "auto" else weights
-    devices = _read_devices(os.environ.get("GLM_DEVICES", "auto") if devices == "auto" else devices, gpus)
+    weights = os.environ.get("GLM_WEIGHTS") or "auto" if weights == "auto" else weights
+    devices = _read_devices(os.environ.get("GLM_DEVICES") or "auto" if devices == "auto" else devices, gpus)
     tiny, reason, wants_download = project / "data" / "tiny-chatglm", "", False
     room = sum(gpu.total_bytes for gpu in gpus if gpu.index in devices)
     if weights == "auto":
@@ -261,7 +277,12 @@ def _read_devices(devices: str | list[int | str], gpus: list[Gpu]) -> list[int |
         devices = ["cpu"] if devices == "cpu" else devices.split(",")
     if devices == ["cpu"]:
         return ["cpu"]
-    wanted = [int(str(device).removeprefix("cuda:")) for device in devices]
+    try:
+        wanted = [int(str(device).removeprefix("cuda:")) for device in devices]
+    except ValueError as error:
+        raise ValueError(
+            f"devices {devices} cannot be read: use 'auto', 'cpu' or GPU numbers such as [0, 1]"
+        ) from error
     for index in wanted:
         if index not in [gpu.index for gpu in gpus]:
             raise ValueError(
@@ -279,8 +300,6 @@ def report_result(notebook: str, **values: Any) -> Path:
     """
     print("RESULT " + " ".join(f"{key}={value}" for key, value in values.items()))
     path = output_folder() / "results" / f"{notebook}.json"
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return path

@@ -156,6 +156,23 @@ def test_files_line(tmp_path):
     assert "git-lfs pointer" in check.advice
 
 
+def test_files_line_without_the_tiny_checkpoint_or_with_a_strange_manifest(tmp_path):
+    project = project_copy(tmp_path / "p")
+    (project / "thuglm" / "ice_text.model").write_bytes(b"x")
+    (project / "thuglm" / "weights_manifest.json").write_text("{")
+    check = runtime._check_files(project)
+    assert not check.ok
+    assert "thuglm/weights_manifest.json is not JSON" in check.advice
+    for name in ("config.json", "pytorch_model.bin.index.json"):
+        (project / "thuglm" / name).write_text("{}")
+    assert runtime.find_real_weights(project) is None
+    shutil.rmtree(project / "thuglm")
+    shutil.rmtree(project / "data" / "tiny-chatglm")
+    check = runtime._check_files(project)
+    assert not check.ok
+    assert check.advice.startswith("git checkout -- data/tiny-chatglm"), "not a download of 13 GB into that folder"
+
+
 def test_real_weights_by_name_and_size(tmp_path, monkeypatch):
     project = project_copy(tmp_path / "p")
     assert runtime.find_real_weights(project) is None
@@ -242,6 +259,15 @@ def test_what_cannot_be_chosen(gpus, tmp_path):
         runtime.choose("tiny", [0, 1])
     with pytest.raises(FileNotFoundError, match=r"neither config.json nor ice_text.model"):
         runtime.choose(tmp_path)
+    with pytest.raises(ValueError, match=r"devices \['cuda'\] cannot be read"):
+        runtime.choose("tiny", "cuda")
+
+
+def test_empty_variables_mean_auto(gpus, monkeypatch):
+    gpus(15)
+    monkeypatch.setenv("GLM_WEIGHTS", "")
+    monkeypatch.setenv("GLM_DEVICES", "")
+    assert runtime.choose().devices == [0]
 
 
 def test_device_map_of_a_run(gpus):
