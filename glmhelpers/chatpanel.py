@@ -27,6 +27,9 @@ from glmhelpers.chat import Answer, ChatSession
 REFRESH_SECONDS = 0.05
 """The window is redrawn at most so often while an answer grows; every redraw is a message to the browser."""
 
+CHARACTERS_A_SECOND = 200_000
+"""So much HTML is sent at most while an answer grows: the whole conversation is in every message."""
+
 LATE_SECONDS = 0.5
 """How long after Enter the text may come."""
 
@@ -191,7 +194,8 @@ class ChatPanel:
                     self._growing = answer
                     if self._stopping.is_set():  # the session hears only what comes while it answers
                         self.session.stop()
-                    if time.monotonic() - shown >= REFRESH_SECONDS:
+                    pause = max(REFRESH_SECONDS, len(self.window.value) / CHARACTERS_A_SECOND)
+                    if time.monotonic() - shown >= pause:
                         self._show()
                         shown = time.monotonic()
             self.answers.append(answer)

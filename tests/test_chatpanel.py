@@ -66,6 +66,7 @@ def test_leaving_the_box_sends_nothing():
 
 def test_the_window_grows_while_the_answer_is_written(monkeypatch):
     monkeypatch.setattr("glmhelpers.chatpanel.REFRESH_SECONDS", 0)
+    monkeypatch.setattr("glmhelpers.chatpanel.CHARACTERS_A_SECOND", 10**12)
     panel, seen = panel_of(), []
     panel.window.observe(lambda change: seen.append(change["new"]), "value")
     panel.ask("你好")
@@ -73,6 +74,21 @@ def test_the_window_grows_while_the_answer_is_written(monkeypatch):
     assert len(growing) >= 5
     assert len(set(growing)) == len(growing)
     assert panel.stop_button.disabled
+
+
+def test_a_long_conversation_is_redrawn_less_often(monkeypatch):
+    monkeypatch.setattr("glmhelpers.chatpanel.REFRESH_SECONDS", 0)
+    counts = []
+    for rate in (10**12, 1e-3):  # no limit at all, and one that nothing can keep
+        monkeypatch.setattr("glmhelpers.chatpanel.CHARACTERS_A_SECOND", rate)
+        panel, seen = panel_of(), []
+        panel.ask("你好")
+        panel.session.clear()
+        panel.window.observe(lambda change, seen=seen: seen.append(change["new"]), "value")
+        panel.ask("你好")
+        counts.append(sum("▌" in html for html in seen))
+        assert "▌" not in panel.window.value
+    assert counts[0] >= 5 > counts[1]
 
 
 def test_stop_button_ends_the_answer_and_the_kernel_stays_free():
