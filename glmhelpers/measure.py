@@ -1,18 +1,24 @@
 """What a training step really holds, to be laid beside the prediction.
 
 random ids -> forward (each micro-batch) -> one backward -> Adam step -> torch.cuda.max_memory_allocated
+a line of benchmarks/results/ -> predict_case -> the bytes that the formula says today
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from glmhelpers.gpus import GPU, find_gpu
 from glmhelpers.lora import fuse_lora
+from glmhelpers.memory import predict
+from glmhelpers.placement import part_names
 from glmhelpers.recompute import recompute
+from glmhelpers.step import run_step
 
 
 def parameter_bytes(model: nn.Module) -> dict[str, int]:
@@ -32,6 +38,47 @@ def random_batch(config: Any, rows: int, length: int) -> dict[str, torch.Tensor]
     labels = ids.clone()
     labels[:, : length // 2] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+def gpus_here() -> list[GPU]:
+    """This machine's GPUs, by name where the catalogue has it, else by size; [] where there is none."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        # "NVIDIA H100 80GB HBM3" is the catalogue's H100. An A100 may have 40 or 80 GB: the driver knows.
+        words = [word for word in facts.name.replace("-", " ").split() if word not in ("NVIDIA", "Tesla")]
+        try:
+            found.append(replace(find_gpu("".join(words[:1])), memory=facts.total_memory))
+        except ValueError:
+            found.append(find_gpu(facts.total_memory))
+    return found
+
+
+def predict_case(config: Any, case: Mapping[str, Any]) -> int:
+    """Peak in bytes that the formula gives today for a line of benchmarks/results/train_step_*.jsonl, on an H100.
+
+    Args:
+        config: of the full-size model.
+        case: the line; read are gpus, stage, cut, batch, length, micro_batches, checkpointed ("all", "half", "none" or
+            a list of blocks), embedding ("first" or "tied"), lora ("fused" or "peft"), loss_chunk and label_share.
+    """
+    homes = [gpu for gpu, count in enumerate(case["cut"]) for _ in range(count)]
+    last, stage = len(case["cut"]) - 1, case.get("stage") or 0
+    places = [last if case["embedding"] == "tied" else 0, *homes, last, last]
+    half = list(range(config.num_layers // 2))
+    forecast = predict(
+        config,
+        dict(zip(part_names(config.num_layers), places, strict=True)),
+        case["batch"],
+        case["length"],
+        checkpointed=half if case["checkpointed"] == "half" else case["checkpointed"],
+        gpus=["H100"] * (last + 1),
+        micro_batches=case["micro_batches"],
+        lora_fused=case["lora"] == "fused",
+        loss_chunk=case["loss_chunk"],
+        label_share=case["label_share"],
+    )
+    return dict(zip(forecast.devices, forecast.peak_bytes, strict=True))[stage]
 
 
 def checkpoint_only(model: nn.Module, layers: Iterable[int]) -> None:
@@ -80,20 +127,17 @@ def measured_peaks(model: nn.Module, config: Any, rows: int, length: int, micro_
     Args:
         model: a frozen model at its places; it gets an adapter, see `prepare`.
         config: its configuration.
-        rows: rows in a step.
+        rows: rows in a step; half of each row's tokens are labelled, see `random_batch`.
         length: tokens in a row.
         micro_batches: parts of the batch; all run forward before the one backward pass.
     """
-    if not torch.cuda.is_available():
-        return []
     model = prepare(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     devices = range(torch.cuda.device_count())
     for _ in range(2):
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        parts = [random_batch(config, rows // micro_batches, length) for _ in range(micro_batches)]
-        sum(model(**part).loss for part in parts).backward()
+        run_step(model, random_batch(config, rows, length), micro_batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return [torch.cuda.max_memory_allocated(device) for device in devices]

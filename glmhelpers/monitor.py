@@ -63,7 +63,7 @@ class Monitor:
     Args:
         seconds: time between two readings.
         read: where readings come from.
-        show: what to do with the text; by default a widget where widgets run, else one print at the end.
+        show: what to do with the text; by default a widget shows it, and the last reading is printed in its place.
 
     Attributes:
         highest: after the block, the largest `allocated` seen for each device, in bytes.
@@ -81,8 +81,9 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         """Show the first reading and start the thread."""
-        if self.show is None:
-            self.show = _widget()
+        self.highest = []
+        self._stop.clear()
+        self._field = None if self.show else _Field()
         self._once()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -92,28 +93,39 @@ class Monitor:
         """Stop the thread and leave the last reading on the screen."""
         self._stop.set()
         self._thread.join()
-        self._once()
+        text = self._once()
+        if self._field:
+            # A widget is gone when the notebook is read elsewhere; printed text stays.
+            self._field.close()
+            print(text)
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
             self._once()
 
-    def _once(self) -> None:
+    def _once(self) -> str:
         readings = self.read()
         seen = [reading.allocated for reading in readings]
         self.highest = [max(pair) for pair in zip(self.highest or seen, seen, strict=True)]
-        self.show("\n".join(map(str, readings)))
+        text = "\n".join(map(str, readings))
+        (self.show or self._field.show)(text)
+        return text
 
 
-def _widget() -> Callable[[str], None]:
-    """A function that puts text into a widget just displayed."""
-    import ipywidgets
-    from IPython.display import display
+class _Field:
+    """A widget that is displayed at once and shows one text."""
 
-    field = ipywidgets.HTML()
-    display(field)
+    def __init__(self):
+        import ipywidgets
+        from IPython.display import display
 
-    def show(text: str) -> None:
-        field.value = f"<pre>{escape(text)}</pre>"
+        self.field = ipywidgets.HTML()
+        display(self.field)
 
-    return show
+    def show(self, text: str) -> None:
+        """Replace the text."""
+        self.field.value = f"<pre>{escape(text)}</pre>"
+
+    def close(self) -> None:
+        """Take it off the page."""
+        self.field.close()

@@ -14,13 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from glmhelpers.mapcheck import part_names
+
 Device = int | str | torch.device
-
-
-def part_names(num_layers: int) -> list[str]:
-    """The parts that a device map places, in the order of the forward pass."""
-    blocks = [f"transformer.layers.{number}" for number in range(num_layers)]
-    return ["transformer.word_embeddings", *blocks, "transformer.final_layernorm", "lm_head"]
 
 
 def expand_device_map(num_layers: int, device_map: Mapping[str, Device] | Device | None) -> dict[str, Device]:

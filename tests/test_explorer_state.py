@@ -253,6 +253,17 @@ def test_monitor_shows_lines_while_something_runs():
     assert len(shown) == after, "the thread goes on after the block"
 
 
+def test_monitor_leaves_the_last_reading_behind(capsys):
+    with Monitor(0.001) as monitor:
+        inside = capsys.readouterr().out
+    assert "allocated" not in inside
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if "allocated" in line]) == len(read_devices())
+    with monitor:
+        pass
+    assert len(monitor.highest) == len(read_devices())
+
+
 def test_devices_of_this_machine_can_be_read():
     for reading in read_devices():
         assert reading.total > 0

@@ -1,7 +1,10 @@
 """The memory formula against the real model, run at full width on tensors without data, byte by byte."""
 
+import json
 import random
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from glmhelpers import memory
 from glmhelpers.blockmemory import block_cost
-from glmhelpers.gpus import CATALOGUE, find_gpu, find_gpus, parse_size
+from glmhelpers.gpus import CATALOGUE, GIB, find_gpu, find_gpus, parse_size
 from glmhelpers.lora import fuse_lora
+from glmhelpers.measure import gpus_here, predict_case
 from glmhelpers.memory import TERMS, Stage, predict, stage_terms
 from glmhelpers.recompute import recompute
 from glmhelpers.shapes import LORA_TARGETS, Setting, Shape, divisors
@@ -219,6 +223,26 @@ def test_near_the_figures_measured_before():
     assert measured[1] == pytest.approx(14.3e9, rel=0.03)
 
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MEASURED = [json.loads(line) for line in (RESULTS / "train_step_memory_h100.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(MEASURED)))
+def test_peaks_measured_on_an_h100(number):
+    case = MEASURED[number]
+    assert predict_case(PUBLISHED, case) == pytest.approx(case["peak_bytes"], rel=0.002)
+
+
+def test_peaks_measured_on_two_h100s():
+    lines = [json.loads(line) for line in (RESULTS / "two_gpus_h100.jsonl").read_text().splitlines()]
+    placements = [line for line in lines if line["figure"] == "placement"]
+    assert len(placements) == 3
+    for case in placements:
+        for stage, peak in enumerate(case["peak_bytes"]):
+            how = {**case, "stage": stage, "checkpointed": "all", "embedding": "tied", "lora": "fused"}
+            assert predict_case(PUBLISHED, how) == pytest.approx(peak, rel=0.001)
+
+
 @given(
     st.integers(1, 6), st.sampled_from([64, 128, 512]), st.integers(0, 28), st.sampled_from([4, 8, 16]), st.booleans()
 )
@@ -305,6 +329,19 @@ def test_gpus_by_name_size_and_bytes():
 def test_settings_that_cannot_be_run_are_refused(wrong, word):
     with pytest.raises(ValueError, match=word):
         Setting(**wrong)
+
+
+def test_gpus_of_this_machine(monkeypatch):
+    names = ["Tesla T4", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "GeForce RTX 9999", ""]
+    facts = [SimpleNamespace(name=name, total_memory=(number + 1) * GIB) for number, name in enumerate(names)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(facts))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts[index])
+    found = gpus_here()
+    assert [gpu.name for gpu in found] == ["T4", "A100", "H100", "4 GiB", "5 GiB"]
+    assert [gpu.memory for gpu in found] == [(number + 1) * GIB for number in range(5)]
+    assert [gpu.gemm_workspace for gpu in found[:3]] == [
+        CATALOGUE[name].gemm_workspace for name in ("T4", "A100", "H100")
+    ]
 
 
 def test_config_without_a_size_is_refused():
