@@ -2,6 +2,7 @@
 
     first bytes / first line / name
         PAR1                      -> parquet      batches of rows
+        version .. oid sha256:..  -> none         Git LFS left a pointer in place of the file
         name ends in .csv, .tsv   -> csv          first line: names of the columns
         a line that is an object  -> JSON Lines   one row a line
         anything else             -> JSON         an array of rows, or values one after the other
@@ -57,6 +58,9 @@ def read_rows(
     file.seek(0)
     if head.startswith(b"PAR1"):
         yield from _read_parquet(file, notes, columns)
+        return
+    if head.startswith(b"version ") and b"\noid sha256:" in head:
+        yield Found(1, None, "a pointer of Git LFS, the file itself is elsewhere (git lfs pull brings it)")
         return
     if encoding is None:
         encoding = next((known for mark, known in _BOMS.items() if head.startswith(mark)), "utf-8")

@@ -67,6 +67,12 @@ def test_another_encoding(tmp_path):
         convert_alpaca(tmp_path / "t.csv", output, encoding="klingon")
 
 
+def test_a_pointer_of_git_lfs_is_told_from_a_broken_file(tmp_path):
+    file, _ = convert(tmp_path, "version 1\noid sha256:4d7a21\nsize 1024\n")
+    assert (file.status, file.rows, file.rejected) == ("refused", 1, {"broken": 1})
+    assert "git lfs pull" in str(file.problems[0])
+
+
 def test_nothing_valid_names_the_files_and_leaves_an_older_output(tmp_path):
     source = tmp_path / "s"
     source.mkdir()

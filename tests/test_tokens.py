@@ -112,6 +112,8 @@ def test_too_long():
     assert cut["input_ids"] == [*whole[:19], EOP]
     assert cut["labels"][-1] == EOP
     assert encode_example(tok, long, max_length=len(whole))["input_ids"] == whole
+    with pytest.raises(ValueError, match="longer than"):
+        encode_example(tok, long, max_length=len(whole) - 1)
     with pytest.raises(ValueError, match="prompt alone fills 5 tokens"):
         encode_example(tok, row("这是一个很长的问题", "b"), max_length=5, too_long="cut")
 
