@@ -76,7 +76,8 @@ class ChatPanel:
             style={"button_width": "70px"},
         )
         settings = session.settings
-        whole = {"description_width": "initial"}
+        # With the usual 300 px the row does not fit under ipywidgets 7.
+        whole, narrow = {"description_width": "initial"}, ui.Layout(width="270px")
         self.temperature = ui.FloatSlider(
             settings.temperature,
             min=0,
@@ -84,6 +85,7 @@ class ChatPanel:
             step=0.05,
             description="temperature",
             style=whole,
+            layout=narrow,
         )
         self.top_p = ui.FloatSlider(
             settings.top_p,
@@ -92,6 +94,7 @@ class ChatPanel:
             step=0.05,
             description="top-p",
             style=whole,
+            layout=narrow,
         )
         with warnings.catch_warnings():
             # Deprecated, but the only sign of Enter: a change alone also comes when the box is left.

@@ -72,7 +72,12 @@ def test_a_conversation_in_the_browser(page):
     page.wait("return document.querySelector('.chat') !== null")
     page.driver.execute_script(WATCH)
 
+    heights = [page.find("button", text).rect["y"] for text in ("base", "clear")]
+    assert abs(heights[0] - heights[1]) < 10, "all controls are in one row"
+
     page.type("你好")
+    page.wait("return [...document.querySelectorAll('.chat .answer')].some(e => e.innerText.length > 9)", 30)
+    page.picture("chat-0-growing")
     page.answered(1)
     assert page.turns("question") == ["你好"]
     page.picture("chat-1-tuned")
