@@ -172,6 +172,13 @@ def test_inputs_that_say_there_is_none(tmp_path, text):
     assert written[0]["input"] == ""
 
 
+def test_inputs_that_say_there_is_none_are_counted(tmp_path):
+    texts = ["无输入", "No input", "", "a", None]
+    report = convert_alpaca([row(i, input=text) for i, text in enumerate(texts)], tmp_path / "out.jsonl")
+    assert report.placeholders == 2
+    assert "No input ...): 2" in str(report)
+
+
 @pytest.mark.parametrize("text", ["N/A", "None", "null", "nan", "没有输入法的键盘", "no input device", "0"])
 def test_inputs_that_are_text(tmp_path, text):
     _, written = convert(tmp_path, array([row(1, input=text)]))
