@@ -12,7 +12,6 @@ A thread reads the counters twice a second; it never makes a GPU wait. Without a
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from glmhelpers.gpus import GIB
@@ -63,7 +62,7 @@ class Monitor:
     Args:
         seconds: time between two readings.
         read: where readings come from.
-        show: what to do with the text; by default a widget shows it, and the last reading is printed in its place.
+        show: what to do with the text; by default one place under the cell shows it and keeps the last reading.
 
     Attributes:
         highest: after the block, the largest `allocated` seen for each device, in bytes.
@@ -83,7 +82,7 @@ class Monitor:
         """Show the first reading and start the thread."""
         self.highest = []
         self._stop.clear()
-        self._field = None if self.show else _Field()
+        self._show = self.show or _Field().show
         self._once()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -93,39 +92,27 @@ class Monitor:
         """Stop the thread and leave the last reading on the screen."""
         self._stop.set()
         self._thread.join()
-        text = self._once()
-        if self._field:
-            # A widget is gone when the notebook is read elsewhere; printed text stays.
-            self._field.close()
-            print(text)
+        self._once()
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
             self._once()
 
-    def _once(self) -> str:
+    def _once(self) -> None:
         readings = self.read()
         seen = [reading.allocated for reading in readings]
         self.highest = [max(pair) for pair in zip(self.highest or seen, seen, strict=True)]
-        text = "\n".join(map(str, readings))
-        (self.show or self._field.show)(text)
-        return text
+        self._show("\n".join(map(str, readings)))
 
 
 class _Field:
-    """A widget that is displayed at once and shows one text."""
+    """A place on the page with one text, which the notebook keeps: an output that is replaced, not a widget."""
 
     def __init__(self):
-        import ipywidgets
         from IPython.display import display
 
-        self.field = ipywidgets.HTML()
-        display(self.field)
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def show(self, text: str) -> None:
         """Replace the text."""
-        self.field.value = f"<pre>{escape(text)}</pre>"
-
-    def close(self) -> None:
-        """Take it off the page."""
-        self.field.close()
+        self.handle.update({"text/plain": text}, raw=True)

@@ -34,6 +34,8 @@ PNG_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"tIME")
 DURATION = re.compile(
     r"\d+(?:\.\d+)?(?= ?(?:s|ms|us|µs|min|h|seconds?|minutes?|hours?|it/s|s/it|tokens/s|rows/s|MB/s|GB/s|GiB free)\b)"
     r"|\b\d+:\d\d(?::\d\d)?\b"
+    # A line of the memory monitor: bar and numbers of this moment.
+    r"|[#.]{20}  allocated[ \d.]+reserved[ \d.]+free[ \d.]+of [\d.]+ GiB  highest[ \d.]+"
 )
 
 

@@ -253,15 +253,21 @@ def test_monitor_shows_lines_while_something_runs():
     assert len(shown) == after, "the thread goes on after the block"
 
 
-def test_monitor_leaves_the_last_reading_behind(capsys):
-    with Monitor(0.001) as monitor:
-        inside = capsys.readouterr().out
-    assert "allocated" not in inside
-    out = capsys.readouterr().out
-    assert len([line for line in out.splitlines() if "allocated" in line]) == len(read_devices())
+def test_monitor_keeps_one_place_under_the_cell(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, data, raw):
+            shown.append(data["text/plain"])
+
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, display_id: Handle())
+    with Monitor(60) as monitor:
+        assert len(shown) == 1
+    assert len(shown) == 2
+    assert shown[-1].count("allocated") == len(read_devices())
     with monitor:
         pass
-    assert len(monitor.highest) == len(read_devices())
+    assert len(shown) == 4, "it can be used again"
 
 
 def test_devices_of_this_machine_can_be_read():

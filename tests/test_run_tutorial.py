@@ -173,6 +173,11 @@ def cells_with(text):
         ("60 steps in 41.2 s, 880 tokens/s", "60 steps in 39.0 s, 912 tokens/s", True),
         ("[OK] RAM 22 GiB free", "[OK] RAM 7 GiB free", True),
         ("00:41 left", "01:02 left", True),
+        (
+            f"CPU    {'##':.<20}  allocated  2.10  reserved  2.10  free 20.00  of 23.54 GiB  highest  2.10",
+            f"CPU    {'#':.<20}  allocated  1.50  reserved  1.50  free 21.00  of 15.61 GiB  highest  1.50",
+            True,
+        ),
         ("loss 0.41", "loss 0.42", False),
         ("60 steps in 41.2 s", "61 steps in 41.2 s", False),
         ("holds 13.1 GiB", "holds 13.2 GiB", False),

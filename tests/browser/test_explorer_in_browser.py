@@ -12,6 +12,15 @@ READ = (
     "print('CHOSEN', type(explorer.chosen).__name__, explorer.chosen == explorer.device_map)"
 )
 
+MONITOR = """import time
+from glmhelpers.monitor import Monitor, Reading
+
+counts = iter(range(1, 10_000))
+with Monitor(0.2, lambda: [Reading("GPU 0", next(counts) * 2**30, 0, 0, 2**40, 0)]):
+    time.sleep(5)
+"""
+"""Each reading is 1 GiB larger than the one before."""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -23,7 +32,7 @@ def lab(tmp_path_factory):
     shown = [cell for cell in cells[: place + 1] if cell.cell_type == "code"]
     for cell in shown:
         cell.outputs = []
-    make_folder(folder, [*shown, nbformat.v4.new_code_cell(READ)])
+    make_folder(folder, [*shown, *map(nbformat.v4.new_code_cell, (MONITOR, READ))])
     with running_lab(folder, command) as address, running_browser(folder) as driver:
         driver.get(f"{address}/lab/tree/notebooks/test.ipynb")
         yield ExplorerPage(driver)
@@ -102,3 +111,24 @@ def test_the_explorer_answers_to_sliders_and_buttons(lab):
     assert len(places) == 28
     cut = re.search(r'"transformer\.layers\.0" to "\.(\d+)": 0', lab.html().replace("&quot;", '"'))
     assert [int(place) for place in places].count(0) == int(cut[1]) + 1
+
+
+def test_the_monitor_moves_while_its_cell_runs(lab):
+    """Runs after the test above, in the same notebook: the last cell but one, without waiting for its end."""
+    lab.driver.execute_script(
+        "const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = nb.widgets.length - 2;"
+        "window.seen = new Set(); window.watching = setInterval(() => {"
+        "  const text = nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText;"
+        "  const found = text.match(/allocated +([0-9.]+)/); if (found) window.seen.add(found[1]); }, 50);"
+    )
+    run_command(lab.driver, "notebook:run-cell")
+    seen = [
+        float(size) for size in lab.driver.execute_script("clearInterval(window.watching); return [...window.seen]")
+    ]
+    assert len(seen) > 2, f"the monitor showed only {seen}"
+    lines = lab.driver.execute_script(
+        "const nb = window.jupyterapp.shell.currentWidget.content;"
+        "return nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText"
+    )
+    assert lines.count("allocated") == 1, lines
+    assert float(re.search(r"allocated +([0-9.]+)", lines)[1]) >= max(seen)
