@@ -58,10 +58,11 @@ class _Run:
 
     def collect(self, tensor: Tensor) -> Tensor:
         """In the second run: the next tensor."""
-        self.kept.append(tensor.detach())
+        tensor = tensor.detach()
+        self.kept.append(tensor)
         if len(self.kept) == self.count:
             raise _AllThere
-        return tensor.detach()
+        return tensor
 
     def run_again(self) -> None:
         """Collect all tensors."""

@@ -3,20 +3,20 @@
     GPU      0            1            2
     units    0..u         u..v         v..N+1        (block 0, block 1, ..., norm + head)
 
-    partial plan = (sum of times, slowest forward, slowest backward, largest peak)
+    partial plan = (forward: sum and slowest stage, backward: the same, seconds of launches, largest peak)
 
 A partial plan that is not better than another one in any of those can never end better, and is dropped.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glmhelpers.blockmemory import block_cost
 from glmhelpers.gpus import GPU
 from glmhelpers.memory import slack_bytes, stage_terms
 from glmhelpers.shapes import Setting, Shape
 from glmhelpers.stages import Stage
-from glmhelpers.timemodel import lookup_seconds, stage_seconds
+from glmhelpers.timemodel import StageTime, combine, lookup_seconds, pass_seconds, stage_seconds
 
 EMBEDDINGS = ("first", "tied", "cpu")
 """Places for the embedding, the preferred one first where plans are equal."""
@@ -47,16 +47,17 @@ class _Piece:
     """One stage on one GPU: what it holds and how long it works."""
 
     stage: Stage
-    forward: float
-    backward: float
+    time: StageTime
     peak: int
+
+
+_NO_TIME = StageTime(0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class _Partial:
-    total: float = 0.0
-    forward: float = 0.0
-    backward: float = 0.0
+    total: StageTime = _NO_TIME
+    slowest: StageTime = _NO_TIME
     peak: int = 0
     stages: tuple[Stage, ...] = ()
     used: int = 0
@@ -64,9 +65,11 @@ class _Partial:
     def beats(self, other: "_Partial") -> bool:
         """Not worse in anything that counts for what is still to come."""
         return (
-            self.total <= other.total
-            and self.forward <= other.forward
-            and self.backward <= other.backward
+            self.total.forward <= other.total.forward
+            and self.total.backward <= other.total.backward
+            and self.slowest.forward <= other.slowest.forward
+            and self.slowest.backward <= other.slowest.backward
+            and self.total.launch_backward <= other.total.launch_backward
             and self.peak <= other.peak
             and (self.used == other.used or min(self.used, other.used) > 1)
         )
@@ -128,8 +131,7 @@ class Search:
         peak = sum(terms.values())
         if peak + slack_bytes(terms) + card.context > self.room.usable[gpu]:
             return None
-        time = stage_seconds(self.room.shape, setting, stage, card)
-        return _Piece(stage, time.forward, time.backward, peak)
+        return _Piece(stage, stage_seconds(self.room.shape, setting, stage, card), peak)
 
     def _option(self, setting: Setting, gpu: int, count: int, flags: dict[str, bool]) -> _Piece | None:
         """The fastest stage of `count` blocks that fits: as few checkpointed blocks as there is memory for."""
@@ -156,14 +158,14 @@ class Search:
         `count_what`: "time" (a peak above `ceiling` is refused) or "peak" (time does not matter).
         `known`: a plan that must be beaten; partial plans that cannot are dropped.
         """
-        room, repeats = self.room, setting.micro_batches - 1
+        room, parts = self.room, setting.micro_batches
         units, last = room.shape.layers + 1, len(room.gpus) - 1
         options: dict[tuple, _Piece | None] = {}
         states: dict[int, list[_Partial]] = {0: [_Partial()]}
 
         def seconds(partial: _Partial) -> float:
             start = lookup_seconds(room.shape, setting, place, partial.used, room.gpus[0])
-            return start + partial.total + repeats * (partial.forward + partial.backward)
+            return start + pass_seconds(partial.total, partial.slowest, parts)
 
         for gpu in range(len(room.gpus)):
             grown: dict[int, list[_Partial]] = {}
@@ -171,11 +173,7 @@ class Search:
                 for end in range(units if gpu == last else done, units + 1):
                     if end == done:
                         for partial in partials:
-                            idle = _Partial(
-                                partial.total, partial.forward, partial.backward, partial.peak,
-                                (*partial.stages, Stage()), partial.used,
-                            )  # fmt: skip
-                            _keep(grown.setdefault(end, []), idle)
+                            _keep(grown.setdefault(end, []), replace(partial, stages=(*partial.stages, Stage())))
                         continue
                     head = end == units
                     key = (room.gpus[gpu], room.usable[gpu], end - done - head, done == 0, head)
@@ -221,14 +219,10 @@ class Search:
 
 
 def _add(partial: _Partial, piece: _Piece, timed: bool) -> _Partial:
-    return _Partial(
-        partial.total + piece.forward + piece.backward if timed else 0.0,
-        max(partial.forward, piece.forward) if timed else 0.0,
-        max(partial.backward, piece.backward) if timed else 0.0,
-        0 if timed else max(partial.peak, piece.peak),
-        (*partial.stages, piece.stage),
-        partial.used + 1,
-    )
+    stages, used = (*partial.stages, piece.stage), partial.used + 1
+    if not timed:
+        return replace(partial, peak=max(partial.peak, piece.peak), stages=stages, used=used)
+    return _Partial(combine(sum, partial.total, piece.time), combine(max, partial.slowest, piece.time), 0, stages, used)
 
 
 def _keep(partials: list[_Partial], new: _Partial) -> None:

@@ -11,17 +11,25 @@ the same form with b. `schedule` simulates the same step event by event; tests c
 
 Work of one block, forward, on T tokens of length L (multiply and add count as two operations):
 
-    matrix products    2 * T * (matrix weights)           backward the same again: the matrices are frozen
+    matrix products    2 * T * (matrix weights)           backward the same again: the matrices are frozen; with few
+                                                          tokens, the time to read the weights once, if that is longer
     attention          4 * T * L * hidden                 backward 2.5 times that
     elementwise        bytes read and written, in units of the hidden states, counted in `thuglm` and peft
+
+One Python process starts all kernels of all GPUs, one after the other. With long rows it is far ahead of them; with
+short rows, or a batch cut into many small pieces, the GPUs wait for it. So a pass takes as long as the pipeline or as
+all launches together, whichever is longer, and more micro-batches are not always better:
+
+    host   |FfFfFfFf|bBbBbBbB|      F, B: launches for GPU 0, f, b: for GPU 1. Both GPUs are idle most of the time.
 
 Rates come from `gpus`. On one H100 (batch 4 x 1024, checkpointed, LoRA rank 8) matrix products took 190 ms of a
 step, attention 80 ms and elementwise work 115 ms; the shares below and in `gpus` are set from that. Seconds for other
 GPUs are estimates, good for comparing plans on one machine.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial, reduce
 
 from glmhelpers.gpus import GPU
 from glmhelpers.memory import hidden_bytes, label_rows
@@ -38,15 +46,19 @@ LORA_INPUT, LORA_OUTPUT, LORA_INPUT_BACK, LORA_OUTPUT_BACK = 9.5, 14, 14, 14
 """The same for one adapter, for each hidden-sized piece of its input and output: casts, dropout, scaling, sum."""
 
 LAUNCH = 0.5e-3
-"""Seconds that Python needs to start the kernels of one block once; small GPUs' work hides it."""
+"""Seconds that the CPU needs to start the kernels of one block once, forward, backward, or forward again. Measured with
+benchmarks/launch.py on a 2-core machine: 0.31, 0.27 and 0.50 ms; the host of the H100s needed some four times that."""
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds that one micro-batch needs on one GPU, forward and backward, sending included."""
+    """Seconds that one micro-batch needs: on its GPU, forward and backward, sending included; and on the CPU, which
+    starts the kernels."""
 
     forward: float
     backward: float
+    launch_forward: float = 0.0
+    launch_backward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,15 @@ class Task:
     end: float
 
 
+def _product_seconds(operations: float, weights: int, setting: Setting, gpu: GPU) -> float:
+    """Matrix products: as long as the arithmetic, or as reading the weights once."""
+    arithmetic = operations / (gpu.matrix_rate * gpu.matrix_share)
+    return max(arithmetic, weights * setting.element / (gpu.bandwidth * gpu.memory_share))
+
+
 def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, float]:
-    """Seconds of one block for one micro-batch: (forward, backward without running it again)."""
-    matrices = 2 * setting.tokens * shape.matrix_parameters / (gpu.matrix_rate * gpu.matrix_share)
+    """Seconds of one block on the GPU for one micro-batch: (forward, backward without running it again)."""
+    matrices = _product_seconds(2 * setting.tokens * shape.matrix_parameters, shape.matrix_parameters, setting, gpu)
     operations = 4 * setting.tokens * setting.seq_length * shape.hidden
     attention = operations / (gpu.matrix_rate * ATTENTION_SHARE)
     unit = hidden_bytes(shape, setting) / (gpu.bandwidth * gpu.memory_share)
@@ -71,17 +89,15 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
         inputs, outputs = (width / shape.hidden for width in shape.linear(name))
         forward += LORA_INPUT * inputs + LORA_OUTPUT * outputs
         backward += LORA_INPUT_BACK * inputs + LORA_OUTPUT_BACK * outputs
-    return (
-        max(matrices + attention + forward * unit, LAUNCH),
-        max(matrices + 2.5 * attention + backward * unit, LAUNCH),
-    )
+    return matrices + attention + forward * unit, matrices + 2.5 * attention + backward * unit
 
 
 def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
     """Head and loss of one micro-batch: two products over the vocabulary, and 24 bytes moved for each logit."""
     logits = (label_rows(setting) if setting.training else setting.rows) * shape.vocab
-    products = (4 if setting.training else 2) * logits * shape.hidden / (gpu.matrix_rate * gpu.matrix_share)
-    return max(products + 24 * logits / (gpu.bandwidth * gpu.memory_share), LAUNCH)
+    times = 2 if setting.training else 1
+    products = _product_seconds(2 * times * logits * shape.hidden, times * shape.head_parameters, setting, gpu)
+    return products + 24 * logits / (gpu.bandwidth * gpu.memory_share)
 
 
 def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> StageTime:
@@ -90,8 +106,11 @@ def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> Sta
     blocks, again = len(stage.blocks), sum(stage.blocks)
     send = 0.0 if stage.head else hidden_bytes(shape, setting) / gpu.link
     ahead = blocks * forward + send + (head_seconds(shape, setting, gpu) if stage.head else 0.0)
-    back = blocks * backward + again * forward + send if setting.training else 0.0
-    return StageTime(ahead, back)
+    launch_ahead = (blocks + stage.head) * LAUNCH  # head and loss: about as many kernels as a block
+    if not setting.training:
+        return StageTime(ahead, 0.0, launch_ahead)
+    back = blocks * backward + again * forward + send
+    return StageTime(ahead, back, launch_ahead, (blocks + again) * LAUNCH)
 
 
 def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: int, gpu: GPU) -> float:
@@ -109,31 +128,63 @@ def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: in
     return hidden_bytes(shape, setting) * setting.micro_batches / gpu.link
 
 
+def combine(how: Callable, one: StageTime, other: StageTime) -> StageTime:
+    """Two stages' times, number by number: `how` is sum or max."""
+    return StageTime(*(how(pair) for pair in zip(astuple(one), astuple(other), strict=True)))
+
+
+def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int) -> float:
+    """Seconds of a step: forward pass, backward pass.
+
+    Each takes sum + (micro_batches - 1) * slowest stage, or the time of all its launches if that is longer.
+
+    Args:
+        total: the sum over the stages.
+        slowest: the largest of each number over the stages.
+        micro_batches: parts of the batch.
+    """
+    again = micro_batches - 1
+    forward = max(total.forward + again * slowest.forward, micro_batches * total.launch_forward)
+    return forward + max(total.backward + again * slowest.backward, micro_batches * total.launch_backward)
+
+
 def step_seconds(times: Sequence[StageTime], micro_batches: int) -> float:
-    """Seconds from the first forward to the last backward: both passes' sums and their slowest stages' repeats."""
-    ahead, back = [time.forward for time in times], [time.backward for time in times]
-    return sum(ahead) + sum(back) + (micro_batches - 1) * (max(ahead) + max(back))
+    """Seconds from the first forward to the last backward of these stages; see `pass_seconds`."""
+    total, slowest = (reduce(partial(combine, how), times) for how in (sum, max))
+    return pass_seconds(total, slowest, micro_batches)
 
 
 def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0) -> list[Task]:
     """Every piece of work of one step, in order of its start; the last one's end is the step's time.
 
-    A GPU does one thing at a time; a micro-batch goes forward through all stages and, once all are through, back.
+    A GPU does one thing at a time; a micro-batch goes forward through all stages and, once all are through, back. Where
+    the CPU is the slowest part of a pass, each of its pieces is drawn longer: its kernels wait for their start.
     `delay`: seconds before the first one, see lookup_seconds.
     """
-    free = [delay] * len(times)
+    order = range(len(times))
+    ahead = _one_pass("forward", order, [time.forward for time in times], range(micro_batches))
+    back = _one_pass("backward", order[::-1], [time.backward for time in times], range(micro_batches)[::-1])
     tasks = []
-    for batch in range(micro_batches):
-        ready = delay
-        for gpu, time in enumerate(times):
-            start = max(ready, free[gpu])
-            ready = free[gpu] = start + time.forward
-            tasks.append(Task(gpu, "forward", batch, start, ready))
-    begin = free[-1]
-    for batch in reversed(range(micro_batches)):
-        ready = begin
-        for gpu in reversed(range(len(times))):
-            start = max(ready, free[gpu])
-            ready = free[gpu] = start + times[gpu].backward
-            tasks.append(Task(gpu, "backward", batch, start, ready))
+    for one, launch in (
+        (ahead, sum(time.launch_forward for time in times)),
+        (back, sum(time.launch_backward for time in times)),
+    ):
+        end = max(task.end for task in one)
+        stretch = max(1.0, micro_batches * launch / end) if end else 1.0
+        for task in one:
+            tasks.append(replace(task, start=delay + stretch * task.start, end=delay + stretch * task.end))
+        delay += stretch * end
     return sorted(tasks, key=lambda task: (task.start, task.gpu))
+
+
+def _one_pass(kind: str, order: Sequence[int], seconds: Sequence[float], batches: Sequence[int]) -> list[Task]:
+    """All micro-batches through the stages in this order, from second 0 on."""
+    free = [0.0] * len(seconds)
+    tasks = []
+    for batch in batches:
+        ready = 0.0
+        for gpu in order:
+            start = max(ready, free[gpu])
+            ready = free[gpu] = start + seconds[gpu]
+            tasks.append(Task(gpu, kind, batch, start, ready))
+    return tasks
