@@ -128,6 +128,21 @@ def test_quotes_that_hold_whole_rows_of_other_keys(tmp_path):
     assert file.rejected == {"broken": 1}
 
 
+def test_rows_inside_a_broken_text_are_none(tmp_path):
+    text = array([row(1), row(2), row(3)]).replace("回答 2", 'write {"instruction": "x", "output": "y"} like that')
+    file, written = convert(tmp_path, text)
+    assert written == [row(1), row(3)]
+    assert (file.rejected, file.repairs) == ({"broken": 1}, {})
+
+
+def test_objects_inside_a_broken_row_are_no_rows_if_rows_start_otherwise(tmp_path):
+    rows = [{"id": i, **row(i)} for i in range(1, 4)]
+    broken = '{id: 2, "parts": [{"a": 1}, {"b": 2}], "output": "x"}'
+    texts = [json.dumps(rows[0]), broken, json.dumps(rows[2])]
+    file, written = convert(tmp_path, f"[{', '.join(texts)}]")
+    assert (file.rows, file.valid, written) == (3, 2, [row(1), row(3)])
+
+
 @pytest.mark.parametrize("broken", ['{"id": 0, "output": "say "hi""}', '{id: 0, "output": "b"}', "words"])
 def test_rows_that_start_with_another_name_are_found_behind_a_broken_first_one(tmp_path, broken):
     rows = [{"id": i, **row(i)} for i in range(1, 4)]
@@ -238,6 +253,19 @@ def test_an_open_quote_costs_one_csv_row(tmp_path):
     assert (file.rows, file.valid, file.status) == (52, 51, "repaired")
     assert written[-1]["output"] == "r49"
     assert file.problems[0].line == 3
+
+
+def test_a_quote_that_swallows_a_thousand_csv_rows_costs_one(tmp_path):
+    lines = [f"q{i},{'r' * 1000}" for i in range(1100)]
+    file, written = convert(tmp_path, "\n".join(["instruction,output", '"open,b', *lines, 'end",z', "a,b"]), "t.csv")
+    # 1.1 million characters until the next quote: too long for one text.
+    assert (file.rows, file.rejected) == (1103, {"broken": 1})
+    assert [each["instruction"] for each in written[-2:]] == ['end"', "a"]
+
+
+def test_empty_lines_of_a_table_are_no_rows(tmp_path):
+    file, written = convert(tmp_path, "instruction,output\n\na,b\n\n\nc,d\n\n", "t.csv")
+    assert (file.rows, file.status, len(written)) == (2, "ok", 2)
 
 
 @pytest.mark.parametrize(("name", "separator"), [("t.tsv", "\t"), ("t.csv", ";"), ("t.csv", "\t")])

@@ -108,3 +108,13 @@ def test_the_table_names_every_file_that_lost_something(tmp_path):
     assert "line 12" in text
     assert "6 more files" in text
     assert "good-1" not in text
+
+
+def test_the_table_names_files_without_a_loss_if_they_are_few(tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    for number in range(3):
+        (source / f"good-{number}.json").write_text(array([row(number)]))
+    text = str(convert_alpaca(source, tmp_path / "out.jsonl"))
+    assert all(f"good-{number}.json" in text for number in range(3))
+    assert "more files" not in text

@@ -5,6 +5,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glmhelpers import salvage
 from glmhelpers.data import convert_alpaca
 from glmhelpers.rows import NO_INPUT
 
@@ -157,6 +159,27 @@ def test_broken_rows_cost_only_themselves(items, indent):
     assert report.rejected == ({"broken": len(items) - len(good)} if len(items) > len(good) else {})
     lines = [1 + sum(text.count("\n") + 1 for text in texts[:i]) + 1 for i, t in enumerate(items) if isinstance(t, str)]
     assert [problem.line for problem in report.files[0].problems] == lines
+
+
+@quick
+@given(
+    st.lists(good_rows | st.sampled_from([*BROKEN, "words", "5", "tru", "[1]", "}", "{"]), min_size=4, max_size=20),
+    st.sampled_from([None, 2]),
+    st.sampled_from(["[", ""]),
+    st.sampled_from([512, 1500]),
+)
+def test_the_size_of_the_window_changes_nothing(items, indent, start, size):
+    """Rows, line numbers and repairs are those that a window over the whole file gives."""
+    texts = [item if isinstance(item, str) else json.dumps(item, indent=indent) for item in items]
+    text = start + ",\n".join(texts) + "]"
+
+    def read():
+        notes = salvage.Notes()
+        return list(salvage.read_json(io.StringIO(text, newline="\n"), notes)), notes
+
+    whole = read()
+    with mock.patch.object(salvage, "WINDOW", size), mock.patch.object(salvage._Window.fill, "__defaults__", (size,)):
+        assert read() == whole
 
 
 @quick
