@@ -66,3 +66,9 @@ def test_planned_measures_both_stages_of_the_planners_choice():
     assert [line["stage"] for line in stages] == [0, 1]
     assert sum(stages[0]["cut"]) == 8
     assert stages[0]["cut"] == stages[1]["cut"]
+
+
+def test_launch_reports_what_the_cpu_needs():
+    command = [sys.executable, str(PROJECT / "benchmarks" / "launch.py")]
+    line = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout)
+    assert all(line[key] > 0 for key in line if key.endswith("_us"))
