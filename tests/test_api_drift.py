@@ -168,6 +168,8 @@ def test_hook_still_exists_and_takes_what_the_library_passes(ours, base, name):
         (peft.PeftModel, "disable_adapter"),
         (peft.PeftModel, "get_base_model"),
         (peft.PeftModel, "save_pretrained"),
+        (peft.LoraModel, "unload"),
+        (peft.LoraConfig, "from_pretrained"),
     ],
     ids=lambda case: getattr(case, "__name__", case),
 )
