@@ -79,6 +79,9 @@ def test_the_lengths_as_a_picture():
     for bar in figure.axes[0].patches:
         heights[bar.get_x() >= 512] += bar.get_height()
     assert heights == {False: 8, True: 2}
+    colors = {(bar.get_x() >= 512, bar.get_facecolor()) for bar in figure.axes[0].patches}
+    blue, red = (matplotlib.colors.to_rgba(plots.COLORS[name]) for name in ("blue", "vermillion"))
+    assert colors == {(False, blue), (True, red)}
 
 
 @pytest.mark.parametrize("lengths", [{1: 1}, {5: 3}, {2048: 1}, {7: 1, 5000: 1}])
@@ -103,6 +106,9 @@ def test_against_original_the_picture_of_one_example():
     labelled = [(place, 3) in cells for place in range(length)]
     assert labelled == (golden["labels"][0] != -100).tolist()
     white = matplotlib.colors.to_rgba("white")
+    fills = {(round(p.get_x() + 0.5), round(p.get_y() + 0.5)): p.get_facecolor() for p in top.patches}
+    kinds = ["sky"] * 13 + ["yellow"] * 2 + ["orange"] * (length - 15)
+    assert [fills[place, 0] for place in range(length)] == [matplotlib.colors.to_rgba(plots.COLORS[k]) for k in kinds]
     seen = [[False] * length for _ in range(length)]
     for patch in bottom.patches:
         seen[round(patch.get_y() + 0.5)][round(patch.get_x() + 0.5)] = patch.get_facecolor() != white
