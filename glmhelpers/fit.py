@@ -15,7 +15,7 @@ from torch import nn
 
 from glmhelpers.devicemap import DoesNotFit, Plan, plan_device_map
 from glmhelpers.fingerprints import base_bits
-from glmhelpers.gpus import GIB
+from glmhelpers.gpus import CATALOGUE, GIB, GPU, find_gpu
 from glmhelpers.memory import Prediction, predict
 from glmhelpers.shapes import Setting
 
@@ -41,6 +41,29 @@ class CardState:
     """What other processes hold, and the driver."""
 
 
+def gpu_here(index: int) -> GPU:
+    """What the planner should take a GPU of this machine for."""
+    found = torch.cuda.get_device_properties(index)
+    return known_gpu(found.name, found.total_memory)
+
+
+def known_gpu(name: str, total: int) -> GPU:
+    """The card of the catalogue with a driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
+
+    Speed, CUDA context and workspaces differ from card to card, so the name matters. A card that the catalogue does
+    not have is known by its size alone.
+
+    Args:
+        name: as the driver gives it.
+        total: bytes.
+    """
+    words = re.split(r"[ -]", name)
+    same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
+    if not same:
+        return find_gpu(total)
+    return replace(min(same, key=lambda gpu: abs(gpu.memory - total)), memory=total)
+
+
 def training_plan(run: Any, config: Any, batch_size: int, seq_length: int, **settings: Any) -> Plan | None:
     """The best plan for the GPUs of `run`, or None where it runs on the CPU.
 
@@ -56,8 +79,13 @@ def training_plan(run: Any, config: Any, batch_size: int, seq_length: int, **set
     """
     if run.devices == ["cpu"]:
         return None
-    sizes = [torch.cuda.get_device_properties(index).total_memory for index in run.devices]
-    plan = plan_device_map(config, gpus=sizes, batch_size=batch_size, seq_length=seq_length, **settings)
+    plan = plan_device_map(
+        config,
+        gpus=[gpu_here(index) for index in run.devices],
+        batch_size=batch_size,
+        seq_length=seq_length,
+        **settings,
+    )
     places = {name: run.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
     return replace(plan, device_map=places)
 
@@ -75,7 +103,7 @@ def predict_training(
         settings: more fields of `shapes.Setting`, such as loss_chunk.
     """
     whole = -(-batch_size // micro_batches) * micro_batches
-    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    gpus = [gpu_here(index) for index in range(torch.cuda.device_count())]
     how = {"checkpointed": checkpointed(model), "micro_batches": micro_batches, **model_settings(model), **settings}
     return predict(model.config, placement(model), whole, seq_length, gpus=gpus or None, **how)
 
@@ -125,7 +153,7 @@ def _card_line(card: CardState, now: Prediction) -> str:
 def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: str) -> str:
     """The nearest plan that fits: for the same batch if there is one, else with the smallest change that helps."""
     wanted = {name: getattr(setting, name) for name in _OF_THE_MODEL}
-    wanted |= {"gpus": [card.total for card in cards], "reserve": [card.others for card in cards]}
+    wanted |= {"gpus": [known_gpu(card.name, card.total) for card in cards], "reserve": [card.others for card in cards]}
     wanted |= {"seq_length": setting.seq_length, "objective": objective}
     try:
         plan = plan_device_map(config, batch_size=setting.batch_size, **wanted)

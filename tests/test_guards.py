@@ -2,6 +2,8 @@
 
 import math
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import TrainerCallback
 from glmhelpers import fit, trainer, training
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.fit import CardState, describe
+from glmhelpers.gpus import CATALOGUE
 from glmhelpers.guards import Guard, NoLabelsError, TrainingStoppedError, gradients_finite, refuse_many_processes
 from glmhelpers.memory import predict
 from thuglm import ChatGLMConfig
@@ -172,7 +175,7 @@ def test_out_of_memory_names_the_gpu_the_figures_and_a_plan_that_fits():
     predicted = f"predicted {now.peak_bytes[1] / GIB:.2f}, with slack and context {now.total_bytes[1] / GIB:.2f}"
     assert f"GPU 1: measured peak of tensors 14.00 GiB, {predicted} of 14.75 GiB" in text
     assert now.total_bytes[1] > T4
-    plan = plan_device_map(config, [T4, T4], 32, 1024, "speed")
+    plan = plan_device_map(config, ["T4", "T4"], 32, 1024, "speed")
     assert f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk}" in text
     assert plan.fits
     assert str(plan) in text
@@ -207,7 +210,7 @@ def test_a_gpu_without_a_part_of_the_model_has_no_prediction():
 
 def test_out_of_memory_against_the_prediction_is_answered_with_the_most_careful_plan():
     config, _, text = explained(4, 1024)
-    assert str(plan_device_map(config, [T4, T4], 4, 1024, "memory")) in text
+    assert str(plan_device_map(config, ["T4", "T4"], 4, 1024, "memory")) in text
 
 
 def test_a_batch_that_cannot_be_cut_evenly_is_predicted_as_the_next_larger_one():
@@ -240,6 +243,42 @@ def test_out_of_memory_in_training_is_explained_and_lets_go_of_its_tensors(tmp_p
     assert alive
     assert alive[0]() is None, "the failed step's tensors are still held"
     assert sys.getrefcount(error.value) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "known"),
+    [
+        ("Tesla T4", 14.56, "T4"),
+        ("Tesla P100-PCIE-16GB", 15.9, "P100"),
+        ("NVIDIA L4", 22.0, "L4"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "A100"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
+        ("NVIDIA A10G", 22.0, "22 GiB"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "23.5 GiB"),
+    ],
+)
+def test_cards_are_known_by_the_names_their_drivers_give(name, gib, known):
+    gpu = fit.known_gpu(name, int(gib * GIB))
+    assert (gpu.name, gpu.memory) == (known, int(gib * GIB))
+    if known in CATALOGUE:
+        assert gpu == replace(CATALOGUE[known], memory=gpu.memory)
+
+
+def test_the_plan_is_for_the_gpus_of_the_run_and_names_them_as_torch_does(monkeypatch):
+    """GPUs 1 and 3 of a machine: the plan counts them 0 and 1, the device map must not."""
+    sizes = {1: 20 * GIB, 3: T4}
+
+    def properties(index):
+        return types.SimpleNamespace(name="Tesla T4" if index == 3 else "Another", total_memory=sizes[index])
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    config = ChatGLMConfig()
+    found = fit.training_plan(types.SimpleNamespace(devices=[1, 3]), config, 4, 1024, objective="memory", lora_rank=4)
+    plain = plan_device_map(config, ["20GiB", "T4"], 4, 1024, objective="memory", lora_rank=4)
+    assert found.peak_bytes == plain.peak_bytes
+    assert found.device_map == {name: {0: 1, 1: 3}[at] for name, at in plain.device_map.items()}
+    assert fit.training_plan(types.SimpleNamespace(devices=["cpu"]), config, 4, 1024) is None
 
 
 def test_the_explanation_reads_the_model_itself():
