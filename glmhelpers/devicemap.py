@@ -25,7 +25,7 @@ from glmhelpers.gpus import GIB, GPU, find_gpus, parse_size
 from glmhelpers.mapcheck import DeviceMapError, check_device_map
 from glmhelpers.memory import TERMS, Prediction, predict, slack_bytes, stage_terms
 from glmhelpers.search import Found, Room, Search
-from glmhelpers.shapes import Setting, Shape, divisors
+from glmhelpers.shapes import Setting, Shape, as_targets, divisors
 from glmhelpers.stages import Stage
 from glmhelpers.timemodel import StageTime, Task, lookup_seconds, schedule, stage_seconds
 
@@ -278,8 +278,8 @@ def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> 
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
     usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
     if "lora_targets" in settings:
-        settings["lora_targets"] = tuple(settings["lora_targets"])
-    setting = Setting(batch, length, parts or 1, **settings)
+        settings["lora_targets"] = as_targets(settings["lora_targets"])
+    setting = Setting(batch, length, 1 if parts is None else parts, **settings)
     return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
 
 
@@ -329,12 +329,15 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
     changes: dict[str, Any] = {}
 
     def works(changed: Setting, other: Search = search, parts: int | None = micro_batches) -> bool:
-        return any(other.fits(variant) for variant in _variants(changed, parts))
+        # The more parts, the less memory: the likeliest first.
+        return any(other.fits(variant) for variant in reversed(_variants(changed, parts)))
 
     step = micro_batches or 1
-    batches = [replace(setting, batch_size=rows, micro_batches=step) for rows in range(step, setting.batch_size, step)]
-    if fitting := [smaller.batch_size for smaller in reversed(batches) if works(smaller)][:1]:
-        changes["batch_size"] = fitting[0]
+    many = _last_that(
+        lambda n: works(replace(setting, batch_size=n * step, micro_batches=step)), 1, (setting.batch_size - 1) // step
+    )
+    if many:
+        changes["batch_size"] = many * step
     eights = _last_that(lambda n: works(replace(setting, seq_length=8 * n)), 1, (setting.seq_length - 1) // 8)
     if eights:
         changes["seq_length"] = 8 * eights
@@ -356,7 +359,7 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
     help_ = ", or ".join(f"{name}={value!r}" for name, value in changes.items())
     message = (
         f"nothing fits: even the best cut of batch {setting.batch_size} x {setting.seq_length} in {parts} "
-        f"micro-batches leaves too little: {'; '.join(lacks)}. "
+        f"micro-batch{'es' * (parts > 1)} leaves too little: {'; '.join(lacks)}. "
         + (f"One of these changes alone would make it fit: {help_}." if help_ else "No single change is enough.")
     )
     return DoesNotFit(message, short, changes)

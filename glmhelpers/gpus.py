@@ -78,7 +78,7 @@ def parse_size(size: int | float | str) -> int:
         if not match:
             raise ValueError(f"{size!r} is no memory size; write it as '15GiB', '800 MiB', '16 GB' or in bytes")
         return int(float(match[1]) * _UNITS[match[2].lower()])
-    if isinstance(size, bool) or not size >= 0:
+    if not isinstance(size, int | float) or isinstance(size, bool) or not size >= 0:
         raise ValueError(f"{size!r} is no memory size: it must be a number of bytes, zero or more")
     return int(size)
 

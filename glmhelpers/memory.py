@@ -30,7 +30,7 @@ from typing import Any
 
 from glmhelpers.blockmemory import block_cost
 from glmhelpers.gpus import GIB, GPU, MIB, find_gpus
-from glmhelpers.shapes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape
+from glmhelpers.shapes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, as_targets
 from glmhelpers.stages import Stage, find_stages
 
 TERMS = {
@@ -312,7 +312,7 @@ def predict(
     """
     shape = Shape.of(config)
     if "lora_targets" in settings:
-        settings["lora_targets"] = tuple(settings["lora_targets"])
+        settings["lora_targets"] = as_targets(settings["lora_targets"])
     setting = Setting(batch_size, seq_length, **settings)
     stages = find_stages(shape, device_map, checkpointed, tied)
     known = find_gpus(list(gpus)) if gpus else [find_gpus("T4")[0]] * (1 + max([0, *map(_index, stages)]))

@@ -6,7 +6,7 @@
 Both are small frozen records, so that results can be cached on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -125,15 +125,17 @@ class Setting:
         """
         for name in ("batch_size", "seq_length", "micro_batches", "loss_chunk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.micro_batches} equal micro-batches; "
                 f"choose one of {divisors(self.batch_size)}"
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 or more")
+        for name in ("lora_rank", "kv_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, 0 or more")
         unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
         if unknown:
             raise ValueError(f"unknown LoRA target {unknown[0]!r}; choose from {', '.join(LORA_TARGETS)}")
@@ -168,6 +170,11 @@ class Setting:
     def adapters(self) -> tuple[str, ...]:
         """Linear layers that carry an adapter; empty when the rank is 0."""
         return self.lora_targets if self.lora_rank else ()
+
+
+def as_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """LoRA targets from one name or several."""
+    return (targets,) if isinstance(targets, str) else tuple(targets)
 
 
 def divisors(number: int) -> list[int]:

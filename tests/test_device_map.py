@@ -201,6 +201,21 @@ def test_limits_are_the_last_that_fit(gpus):
     assert largest_batch(PUBLISHED, ["2GiB"], 512) == 0
 
 
+def test_one_target_may_be_a_plain_name():
+    one = plan_device_map(PUBLISHED, lora_targets="dense")
+    assert one.setting.lora_targets == ("dense",)
+    assert predict(PUBLISHED, one.device_map, 4, 1024, lora_targets="dense").setting.lora_targets == ("dense",)
+
+
+def test_advice_for_a_large_batch_is_the_last_that_fits():
+    with pytest.raises(DoesNotFit) as caught:
+        plan_device_map(PUBLISHED, ["T4"] * 4, 720, 2048)
+    rows = caught.value.changes["batch_size"]
+    assert plan_device_map(PUBLISHED, ["T4"] * 4, rows, 2048).fits
+    with pytest.raises(DoesNotFit):
+        plan_device_map(PUBLISHED, ["T4"] * 4, rows + 1, 2048)
+
+
 def test_plans_for_generation():
     plan = plan_device_map(PUBLISHED, ["T4", "T4"], 1, 1024, training=False, kv_length=2048)
     assert plan.micro_batches == 1
@@ -214,6 +229,9 @@ def test_plans_for_generation():
         ({"embedding": "attic"}, "embedding='attic'"),
         ({"checkpointed": "half"}, "checkpointed='half'"),
         ({"micro_batches": 3}, "cannot be cut into 3"),
+        ({"micro_batches": 0}, "micro_batches is 0"),
+        ({"lora_targets": "q_proj"}, "'q_proj'"),
+        ({"gpus": ["T4", None]}, "None is no memory size"),
         ({"gpus": ["T5"]}, "T5"),
     ],
 )

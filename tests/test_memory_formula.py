@@ -298,7 +298,7 @@ def test_sizes_in_words(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "15 potatoes", "-1GiB", -1, True, float("nan")])
+@pytest.mark.parametrize("text", ["", "GiB", "15 potatoes", "-1GiB", -1, True, float("nan"), None, {"T4": 2}])
 def test_no_sizes(text):
     with pytest.raises(ValueError, match="no memory size"):
         parse_size(text)
@@ -324,6 +324,9 @@ def test_gpus_by_name_size_and_bytes():
         ({"base_bits": 3}, "base_bits"),
         ({"label_share": 1.5}, "label_share"),
         ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_rank": 2.5}, "lora_rank"),
+        ({"batch_size": True}, "batch_size"),
+        ({"kv_length": -1}, "kv_length"),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(wrong, word):
