@@ -110,6 +110,11 @@ def test_the_table_names_every_file_that_lost_something(tmp_path):
     assert "good-1" not in text
 
 
+def test_of_many_problems_the_first_are_kept_and_all_are_counted(tmp_path):
+    file, _ = convert(tmp_path, array([row(1), *[{"instruction": "a"}] * 150], indent=None), "a.json")
+    assert (file.rejected, len(file.problems)) == ({"no output": 150}, 100)
+
+
 def test_the_table_names_files_without_a_loss_if_they_are_few(tmp_path):
     source = tmp_path / "s"
     source.mkdir()

@@ -166,11 +166,12 @@ def test_broken_rows_cost_only_themselves(items, indent):
     st.lists(good_rows | st.sampled_from([*BROKEN, "words", "5", "tru", "[1]", "}", "{"]), min_size=4, max_size=20),
     st.sampled_from([None, 2]),
     st.sampled_from(["[", ""]),
-    st.sampled_from([512, 1500]),
+    st.integers(1, 60),
 )
-def test_the_size_of_the_window_changes_nothing(items, indent, start, size):
-    """Rows, line numbers and repairs are those that a window over the whole file gives."""
-    texts = [item if isinstance(item, str) else json.dumps(item, indent=indent) for item in items]
+def test_the_size_of_the_window_changes_nothing(items, indent, start, times):
+    """Rows, line numbers and repairs are those that a window over the whole file gives, wherever the rows are cut."""
+    size, long = 512, [{**item, "id": [item["output"]] * times} if isinstance(item, dict) else item for item in items]
+    texts = [item if isinstance(item, str) else json.dumps(item, indent=indent) for item in long]
     text = start + ",\n".join(texts) + "]"
 
     def read():
