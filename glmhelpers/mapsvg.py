@@ -48,7 +48,7 @@ def bars_svg(breakdown: Sequence[Mapping[str, int]], names: Sequence[str], limit
         limits: usable bytes of each GPU.
     """
     totals = [sum(terms.values()) for terms in breakdown]
-    scale = (WIDTH - LEFT - 110) / max([*totals, *limits, 1])
+    scale = (WIDTH - LEFT - 140) / max([*totals, *limits, 1])
     body = _patterns()
     shown = []
     for row, (terms, name, total, limit) in enumerate(zip(breakdown, names, totals, limits, strict=True)):
@@ -66,11 +66,11 @@ def bars_svg(breakdown: Sequence[Mapping[str, int]], names: Sequence[str], limit
                 x += size * scale
         over = total > limit
         color, weight = ("#B00000", "bold") if over else ("black", "normal")
-        text = f"{total / GIB:.2f} GiB" + (" too much" if over else "")
-        body += (
-            f'<text class="total" x="{x + 4:.1f}" y="{top + 17}" fill="{color}" font-weight="{weight}">{text}</text>'
-        )
         edge = LEFT + limit * scale
+        body += (
+            f'<text class="total" x="{max(x, edge) + 6:.1f}" y="{top + 17}" fill="{color}" font-weight="{weight}">'
+            f"{total / GIB:.2f} of {limit / GIB:.2f} GiB</text>"
+        )
         body += f'<path d="M{edge:.1f},{top - 3} v{ROW - 4}" stroke="black" stroke-width="2.5"/>'
     height = len(breakdown) * ROW + 6
     return _svg(body + _legend(shown, height), height + 18 * (len(shown) // 4 + 1) + 4)

@@ -184,6 +184,9 @@ def test_svg_is_well_formed_and_adds_up():
     root = ElementTree.fromstring(svg)
     sizes = [float(re.search(r"([\d.]+) GiB", title.text)[1]) for title in root.iter("title")]
     assert sum(sizes) == pytest.approx(sum(plan.total_bytes) / GIB, abs=0.02)
+    texts = [text.text for text in root.iter("text") if text.get("class") == "total"]
+    pairs = zip(plan.total_bytes, plan.usable_bytes, strict=True)
+    assert texts == [f"{total / GIB:.2f} of {usable / GIB:.2f} GiB" for total, usable in pairs]
     ElementTree.fromstring(schedule_svg(plan.schedule, ["GPU 0", "GPU 1"]))
 
 
