@@ -4,7 +4,9 @@
                                             0, 1 or 2 turns   128 wide
 
 The same classes, file layout and prompt format as ChatGLM-6B, so everything the course does with the tiny model
-works on the real one. The same machine and versions give the same bytes.
+works on the real one. Another CPU rounds otherwise and gives other bytes: a rebuild elsewhere had 99 % of the training
+questions right, as here, all of the identity's, and 90 % of the held-out sums (96 % here). To be repeated to the bit,
+compare on one machine with one set of versions.
 
     python scripts/build_tiny_checkpoint.py                  # into data/tiny-chatglm; 12 minutes on 2 busy cores
     python scripts/build_tiny_checkpoint.py --steps 20 --out /tmp/x   # only to see it work
