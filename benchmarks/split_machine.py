@@ -42,7 +42,7 @@ class Machine:
         if gpus > 1 and not tiny:
             for device in range(2):
                 total = torch.cuda.get_device_properties(device).total_memory
-                torch.cuda.set_per_process_memory_fraction(CAP / total, device)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
 
     def device_map(self, cut: tuple[int, ...] | None = None, tied: bool = True) -> dict[str, str]:
         """Blocks as cut; embedding with the head on the last device; on one device for a cut of one number."""

@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from glmhelpers.step import side_stream
 from thuglm.modeling_chatglm import (
     MASKED_SCORE,
     ChatGLMRotaryEmbedding,
@@ -89,6 +90,11 @@ class FixedCache:
             ]
             for _ in range(2)
         )
+
+    def clear(self) -> None:
+        """Zeros everywhere: a NaN of an earlier answer would come through the mask, since NaN times 0 is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
 
     def get_seq_length(self) -> int:
         """A prompt always starts at place 0."""
@@ -169,7 +175,7 @@ class Stage:
         """Capture the step as a graph. Runs it twice before, so that libraries have set themselves up."""
         with torch.cuda.device(self.device):
             self.length.zero_()
-            ours, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            ours, side = torch.cuda.current_stream(), side_stream(self.device)
             side.wait_stream(ours)
             with torch.cuda.stream(side):
                 for _ in range(2):
@@ -326,6 +332,7 @@ class Decoder:
     def _read_prompt(self, input_ids: Tensor, real: Tensor, positions: Tensor) -> Tensor:
         """Fill the cache, set all counters; returns the logits [B, V] of the first new token."""
         net, bucket = self.net, self.cache.bucket
+        self.cache.clear()
         for stage in self.stages:
             stage.begin(input_ids.shape[1], positions[..., -1:], real)
         self.cache.bucket = 0

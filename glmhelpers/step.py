@@ -10,10 +10,13 @@ All micro-batches run forward before one backward pass over the sum of their los
 calls return at once, so the CPU queues the work of both GPUs far ahead, and autograd runs one thread per GPU. For that
 to hold, nothing in between may ask a GPU for a number: labels are looked at while they are still on the CPU.
 
-Two traps are left. An embedding that lies with the head, on the last GPU, would answer each look-up only after all
-that is queued there, the previous micro-batch's forward pass: so the whole batch is looked up before the first one. And
-work goes to CUDA's default stream unless one says otherwise, where a copy between two GPUs may wait for everything that
-is queued on *either*, and hold up whatever is queued behind it on both: so the step has its own stream on each GPU.
+What is left is that a copy between two GPUs waits for everything that is queued on *either*, and holds up whatever is
+queued behind it on both. Behind a micro-batch's last stage such a copy would keep GPU 0 from starting the next one:
+
+    hidden states between stages    cannot be helped, and do no harm: GPU 1 is at the micro-batch before
+    labels, and the loss back       labels go from the CPU straight to the head; losses are summed there, one copy
+    look-up in a tied embedding     on the last GPU: the whole batch is looked up before the first micro-batch
+    CUDA's default stream           has other people's work in it: the step has a stream of its own on each GPU
 
 The loss of a part is its *sum* over labels divided by the labels of the whole batch, so the result does not depend on
 how the batch is cut.
@@ -85,13 +88,13 @@ def run_step(
         model: a ChatGLM, split or whole, with an adapter or without.
         batch: `input_ids`, `labels` and perhaps `attention_mask`, [B, L], on the CPU.
         micro_batches: parts; equal results for any number.
-        device: where ids and labels go; by default the device of the first block.
+        device: where ids and masks go; by default the device of the first block. Labels go to the head's.
         num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
         backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 
     Returns:
-        The loss, float32 scalar without gradient; still on its way on a GPU: `.item()` waits for the step.
+        The loss, float32 scalar on `device` without gradient; on a GPU still on its way: `.item()` waits for the step.
 
     Raises:
         ValueError: see `split_batch`.
@@ -100,18 +103,23 @@ def run_step(
     if num_items is None:
         num_items = sum(len(part["label_rows"]) for part in parts)
     device = torch.device(device or first_device(model))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    homes = dict.fromkeys(("labels", "label_rows"), head_device(model) or device)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(homes["labels"])
     losses = []
     with own_streams(model):
         looked_up = look_up(model, parts, device)
         for number, part in enumerate(parts):
-            placed = {key: to_device(value, device) for key, value in part.items()}
+            placed = {key: to_device(value, homes.get(key, device)) for key, value in part.items()}
             if looked_up:
                 placed["inputs_embeds"], looked_up[number] = looked_up[number], None
             output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
             losses.append(output.loss)
         # Or the last part's embeddings would live as long as the backward pass.
         del placed
-        total = torch.stack(losses).sum()
+        total = torch.stack(losses).sum().to(device)
         backward(total)
     return total.detach()
 
@@ -127,7 +135,8 @@ def look_up(model: nn.Module, parts: list[dict[str, Tensor]], device: torch.devi
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream beside the default one for each GPU; each new one would cost a workspace of cuBLAS, some 8 MiB."""
     return torch.cuda.Stream(device)
 
 
@@ -141,14 +150,14 @@ def own_streams(model: nn.Module) -> Iterator[None]:
         return
     before = {device: torch.cuda.current_stream(device) for device in devices}
     for device in devices:
-        _stream(device).wait_stream(before[device])
-        torch.cuda.set_stream(_stream(device))
+        side_stream(device).wait_stream(before[device])
+        torch.cuda.set_stream(side_stream(device))
     torch.cuda.set_device(devices[0])
     try:
         yield
     finally:
         for device in devices:
-            before[device].wait_stream(_stream(device))
+            before[device].wait_stream(side_stream(device))
             torch.cuda.set_stream(before[device])
         torch.cuda.set_device(devices[0])
 
@@ -156,6 +165,12 @@ def own_streams(model: nn.Module) -> Iterator[None]:
 def first_device(model: nn.Module) -> torch.device:
     """Device of the first block, where masks and positions are made."""
     return next(parameter.device for name, parameter in model.named_parameters() if ".layers.0." in name)
+
+
+def head_device(model: nn.Module) -> torch.device | None:
+    """Device of `lm_head`, where the loss is made; None for a model without one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else head.weight.device
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

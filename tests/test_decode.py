@@ -234,6 +234,20 @@ def test_nan_logits_are_reported(temperature):
         Decoder(net).generate(**inputs_of("你好"), max_new_tokens=3, temperature=temperature)
 
 
+def test_a_nan_of_one_answer_is_not_in_the_next():
+    """The cache is used again, and no mask keeps a NaN out: the longer prompt's places must be empty."""
+    net = fresh_model()
+    ours = Decoder(net)
+    good = ours.generate(**inputs_of("你好"), max_new_tokens=8)
+    weight = net.transformer.layers[0].attention.query_key_value.weight
+    whole = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        ours.generate(**inputs_of("晚上睡不着应该怎么办" * 4), max_new_tokens=8)
+    weight.data.copy_(whole)
+    assert ours.generate(**inputs_of("你好"), max_new_tokens=8) == good
+
+
 def test_too_long_and_malformed_prompts_are_refused(decoder):
     ids = inputs_of("你好")["input_ids"]
     with pytest.raises(ValueError, match=r"prompt of 5 tokens and 2044 new ones.*2048"):

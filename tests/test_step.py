@@ -1,5 +1,7 @@
 """The fused LoRA layer against peft's, and the micro-batched step against the whole batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from test_model_behaviour import lora, right_padded, training_rows
 
 from glmhelpers.lora import FusedLoraLinear, fuse_lora
 from glmhelpers.measure import checkpoint_only
-from glmhelpers.step import look_up, run_step, split_batch
+from glmhelpers.step import head_device, look_up, run_step, split_batch
 
 
 def the_batch():
@@ -190,6 +192,34 @@ def test_embeddings_that_lie_elsewhere_are_looked_up_before_the_first_part():
     assert again == pytest.approx(loss, abs=1e-5)
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_labels_go_straight_to_the_head_and_one_loss_comes_back():
+    """A copy between two GPUs in every part would make them take turns. The "meta" device stands for the second one."""
+    seen = []
+
+    class Split(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(2, 2, device="meta")
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, input_ids, labels, label_rows, num_items_in_batch, **kwargs):
+            seen.append([each.device.type for each in (input_ids, labels, label_rows, num_items_in_batch)])
+            return SimpleNamespace(loss=self.head.weight.sum())
+
+    with pytest.raises(
+        NotImplementedError, match="meta"
+    ):  # the sum of the losses comes back, and there it has no value
+        run_step(Split(), the_batch(), 3, device="cpu", num_items=torch.tensor(7))
+    assert seen == [["cpu", "meta", "meta", "meta"]] * 3
+
+
+def test_the_head_is_found_behind_an_adapter_and_may_be_missing():
+    assert str(head_device(lora(fresh_model()))) == "cpu"
+    assert head_device(torch.nn.Linear(1, 1)) is None
 
 
 def test_a_loss_scale_goes_through():

@@ -590,8 +590,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             loss_chunk: rows of logits alive at once, see `chunked_loss`.
 
         Returns:
-            `.loss`: float32 scalar on the device of `input_ids`; `.logits`: [B, L, V] on the last device, or None;
-            `.past_key_values`, `.hidden_states`, `.attentions`.
+            `.loss`: float32 scalar on the device of `labels` (of `input_ids`, if the labels are on the CPU); `.logits`:
+            [B, L, V] on the last device, or None; `.past_key_values`, `.hidden_states`, `.attentions`. Labels that
+            lie where `lm_head` does cost no copy between GPUs, and such a copy makes both of them wait.
         """
         outputs = self.transformer(
             input_ids,
@@ -609,7 +610,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
         loss = None
         if labels is not None:
-            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(input_ids.device)
+            home = input_ids.device if labels.device.type == "cpu" else labels.device
+            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(home)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
