@@ -41,7 +41,7 @@ __all__ = [
 
 
 SMALL_LOSS_CHUNK = 128
-"""Rows of logits at a time in plans for the least memory: a quarter of the model's default, still efficient."""
+"""Token positions whose logits exist at a time in plans for the least memory: a quarter of the model's default, still efficient."""
 
 
 class DoesNotFit(ValueError):

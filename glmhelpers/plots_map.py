@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from glmhelpers.gpus import GIB, MIB
 from glmhelpers.memory import OUTSIDE, TERMS
 from glmhelpers.plots import COLORS
-from glmhelpers.timemodel import Task
+from glmhelpers.timemodel import Task, busy_share
 
 TERM_LOOK = {
     "weights": ("blue", ""),
@@ -161,9 +161,8 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
         axes.barh(task.gpu, task.end - task.start, left=task.start, height=0.8, edgecolor="white", linewidth=0.6,
                   color=COLORS["sky" if forward else "orange"], hatch="" if forward else "//")  # fmt: skip
     end = max(task.end for task in tasks)
-    busy = sum(task.end - task.start for task in tasks) / (end * count)
     axes.set_yticks(range(count), [device_name(index) for index in range(count)])
-    axes.set(xlim=(0, until or end), xlabel="seconds", title=f"{end:.1f} s, GPUs busy {busy:.0%} of the time")
+    axes.set(xlim=(0, until or end), xlabel="seconds", title=f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(

@@ -97,8 +97,8 @@ class Setting:
         lora_fused: the adapter computes as in `glmhelpers.lora` (a 16-bit base), not as in peft.
         dtype: of base weights and activations; adapters are float32 always.
         base_bits: bits a weight of the four frozen matrices: 16 (32 with float32), 8 or 4.
-        loss_chunk: rows whose logits exist at the same time.
-        label_share: part of the rows that carry a label, 0 to 1; the others never become logits.
+        loss_chunk: token positions whose logits exist at the same time.
+        label_share: part of the token positions that carry a label, 0 to 1; the others never become logits.
         training: False for generation with a key-value cache.
         kv_length: tokens in the cache at the end of generation; at least seq_length.
     """

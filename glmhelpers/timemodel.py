@@ -177,6 +177,16 @@ def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0)
     return sorted(tasks, key=lambda task: (task.start, task.gpu))
 
 
+def busy_share(tasks: Sequence[Task]) -> float:
+    """Part of the GPUs' time in which they work, 0 to 1, from second 0 to the end of the last task.
+
+    Args:
+        tasks: from `schedule`, at least one; GPUs are counted from 0 to the highest that has a task.
+    """
+    count, end = 1 + max(task.gpu for task in tasks), max(task.end for task in tasks)
+    return sum(task.end - task.start for task in tasks) / (end * count)
+
+
 def _one_pass(kind: str, order: Sequence[int], seconds: Sequence[float], batches: Sequence[int]) -> list[Task]:
     """All micro-batches through the stages in this order, from second 0 on."""
     free = [0.0] * len(seconds)

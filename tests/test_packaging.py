@@ -117,6 +117,8 @@ def test_readme_gives_the_figures_of_the_planner():
     first, second = (f"{total / GIB:.2f}" for total in plan.total_bytes)
     assert f"need {first} and {second} GiB" in readme
     assert f"up to {largest_batch(config, ['T4', 'T4'], 1024)} rows fit" in readme
+    alone = plan_device_map(config, ["T4"], 4, 1024, objective="memory")
+    assert f"{alone.total_bytes[0] / GIB:.1f} GiB" in readme
 
 
 def test_readme_gives_the_measured_figures():

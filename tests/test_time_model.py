@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.gpus import find_gpus
 from glmhelpers.shapes import Setting, Shape
-from glmhelpers.timemodel import StageTime, block_seconds, schedule, step_seconds
+from glmhelpers.timemodel import StageTime, Task, block_seconds, busy_share, schedule, step_seconds
 from thuglm import ChatGLMConfig
 
 PUBLISHED = ChatGLMConfig()
@@ -30,6 +30,19 @@ def test_short_rows_are_not_cut_into_single_ones():
     plan = plan_device_map(PUBLISHED, ["T4", "T4"], 16, 56)
     assert 1 < plan.micro_batches < 16
     assert plan_device_map(PUBLISHED, ["T4", "T4"], 16, 1024).micro_batches == 16
+
+
+def test_the_busy_share_of_a_schedule_counted_by_hand():
+    tasks = [Task(0, "forward", 0, 1, 2), Task(1, "forward", 0, 2, 3), Task(1, "backward", 0, 3, 4)]
+    assert busy_share(tasks) == 3 / 8  # two GPUs, four seconds, the first of them idle
+    assert busy_share(tasks[:1]) == 1 / 2
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=4))
+def test_uncut_one_gpu_works_at_a_time(times):
+    stages = [StageTime(ahead, back) for ahead, back in times]
+    assert busy_share(schedule(stages, 1)) == pytest.approx(1 / len(stages))
+    assert busy_share(schedule(stages, 4)) >= 1 / len(stages) - 1e-9
 
 
 def test_few_tokens_cost_as_much_as_reading_the_weights():
