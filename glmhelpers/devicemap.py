@@ -41,7 +41,7 @@ __all__ = [
 
 
 SMALL_LOSS_CHUNK = 128
-"""Token positions whose logits exist at a time in plans for the least memory: a quarter of the model's default, still efficient."""
+"""Token positions whose logits exist at a time in plans for the least memory: a quarter of the model's default."""
 
 
 class DoesNotFit(ValueError):

@@ -162,7 +162,8 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
                   color=COLORS["sky" if forward else "orange"], hatch="" if forward else "//")  # fmt: skip
     end = max(task.end for task in tasks)
     axes.set_yticks(range(count), [device_name(index) for index in range(count)])
-    axes.set(xlim=(0, until or end), xlabel="seconds", title=f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time")
+    title = f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time"
+    axes.set(xlim=(0, until or end), xlabel="seconds", title=title)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(
