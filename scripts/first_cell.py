@@ -1,8 +1,9 @@
 """The first code cell, the same in every notebook: `first_cell.py --check` verifies it, `--write` sets it.
 
 folder with thuglm/ and glmhelpers/ ?        packages of pyproject.toml
-working folder, its parents,           ->    that this Python lacks       ->   runtime.preflight()
-/content/*, /kaggle/working/*, ...           (never torch)                     [OK] / [FAIL] lines
+working folder, its parents,           ->    that are missing here, or    ->   runtime.preflight()
+/content/*, /kaggle/working/*, ...           older than their lower bound      [OK] / [FAIL] lines
+else `git clone` of FORK                     (never torch, never a downgrade)
 """
 
 import argparse
@@ -12,27 +13,33 @@ from pathlib import Path
 import nbformat
 
 SOURCE = """\
-# The same in every notebook: find the project, install what is missing (never torch), look at the machine.
+# The same in every notebook: find the project, install what is missing or too old (never torch), look.
 import subprocess
 import sys
 import tomllib
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
-clouds = ["content/*", "kaggle/working/*", "kaggle/input/*", "kaggle/input/*/*", "kaggle/input/*/*/*"]
-places = [Path.cwd(), *Path.cwd().parents, *(place for cloud in clouds for place in Path("/").glob(cloud))]
-project = next((p for p in places if (p / "thuglm").is_dir() and (p / "glmhelpers").is_dir()), None)
-if project is None:
-    raise FileNotFoundError("Get the project first: git clone <your fork's address>, and open its notebooks/")
-sys.path.insert(0, str(project))
-needs = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
-missing = [need for need in needs if util.find_spec(need.split(">=")[0]) is None and "jupyter" not in need]
-if any(need.startswith("torch") for need in missing):
-    raise ModuleNotFoundError("torch is missing: install the build for this machine, as pytorch.org says")
-if missing:
-    keep = f"torch=={metadata.version('torch')}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", keep, *missing], check=True)
+from packaging.version import Version
 
+FORK = ""  # the address of your fork; it is cloned if the project is not on this machine yet
+root, clouds = Path("/"), ["content/*", "kaggle/working/*", *("kaggle/input" + "/*" * n for n in (1, 2, 3))]
+places = [Path.cwd(), Path.cwd() / "course", *Path.cwd().parents, *(p for c in clouds for p in root.glob(c))]
+project = next((p for p in places if (p / "thuglm").is_dir() and (p / "glmhelpers").is_dir()), None)
+if project is None and not FORK:
+    raise FileNotFoundError("The project is not here: write your fork's address into FORK above, run this again")
+if project is None:
+    project = next(p for p in (root / "kaggle/working", root / "content", Path.cwd()) if p.is_dir()) / "course"
+    subprocess.run(["git", "clone", "--depth", "1", "--", FORK, str(project)], check=True)
+sys.path.insert(0, str(project))
+torch_is = metadata.version("torch")  # an error here: install the build for this machine, as pytorch.org says
+needs = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
+least = {need: need.split(",")[0].split(">=") for need in needs if not need.startswith(("torch>", "jupyter"))}
+have = {need: next(metadata.distributions(name=name), None) for need, (name, _) in least.items()}
+old = [need for need in least if not have[need] or Version(have[need].version) < Version(least[need][1])]
+if old:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"torch=={torch_is}", *old], check=True)
+assert not any(least[need][0] in sys.modules for need in old), "Restart the kernel (new packages), run again"
 from glmhelpers import runtime
 
 machine = runtime.preflight()"""

@@ -17,11 +17,23 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 PROJECT = Path(__file__).resolve().parents[1]
 DEPENDENCIES = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
 
-# Stands before the cell: some packages seem not to be installed, and pip is only recorded.
+# Stands before the cell: some packages seem to be missing or of another version, and pip is only recorded.
 PRETEND = """\
-import importlib.util, json, subprocess
-real_find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name: None if name in {missing} else real_find_spec(name)
+import importlib.metadata, json, subprocess
+versions = {versions}
+real_distributions, real_version = importlib.metadata.distributions, importlib.metadata.version
+class Found:
+    def __init__(self, version):
+        self.version = version
+def distributions(name):
+    if name in versions:
+        return iter([Found(versions[name])] if versions[name] else [])
+    return real_distributions(name=name)
+def version(name):
+    if name in versions and not versions[name]:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return versions.get(name) or real_version(name)
+importlib.metadata.distributions, importlib.metadata.version = distributions, version
 subprocess.run = lambda *call, **options: print("CALL", json.dumps([*call, options]))
 """
 
@@ -38,11 +50,14 @@ def project(tmp_path):
     return folder
 
 
-def run_cell(folder, before="", root=None):
+def run_cell(folder, before="", root=None, fork=None):
     source = first_cell.SOURCE
     if root is not None:
         assert source.count('Path("/")') == 1
         source = source.replace('Path("/")', f"Path({str(root)!r})")
+    if fork is not None:
+        assert source.count('FORK = ""') == 1
+        source = source.replace('FORK = ""', f"FORK = {str(fork)!r}")
     return subprocess.run(
         [sys.executable, "-c", f"{before}\n{source}"], cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -81,28 +96,116 @@ def test_without_the_project_one_line_says_how_to_get_it(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("FileNotFoundError: Get the project first: git clone <your fork's address>")
+    assert last.startswith("FileNotFoundError: The project is not here: write your fork's address into FORK")
 
 
-def test_installs_only_what_is_missing_and_keeps_torch(project):
-    done = run_cell(project, before=PRETEND.format(missing=["peft", "ipywidgets", "jupyterlab"]))
+@pytest.fixture
+def bare(project, tmp_path):
+    """The project as a bare repository, as a fork's address would give it: two commits."""
+    repository = tmp_path / "fork with blanks; echo.git"
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
+    (project / "thuglm" / "__init__.py").touch()  # git keeps no empty folders
+    subprocess.run([*git, "init", "-q"], cwd=project, check=True)
+    for message in ("one", "two"):
+        subprocess.run([*git, "add", "."], cwd=project, check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", message], cwd=project, check=True)
+    subprocess.run([*git, "clone", "-q", "--bare", project, repository], check=True)
+    shutil.rmtree(project)
+    return repository
+
+
+@pytest.mark.parametrize(
+    ("clouds", "expected"),
+    [
+        (["kaggle/working", "content"], "root/kaggle/working/course"),
+        (["content"], "root/content/course"),
+        ([], "elsewhere/course"),
+    ],
+)
+def test_a_fork_is_cloned_where_the_project_is_missing(bare, tmp_path, clouds, expected):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (elsewhere, *(root / cloud for cloud in clouds)):
+        folder.mkdir(parents=True)
+    first = run_cell(elsewhere, root=root, fork=bare.as_uri())
+    there = tmp_path / expected
+    assert first.stdout == f"preflight of {there}/glmhelpers/runtime.py\n", first.stderr
+    count = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=there, capture_output=True, text=True)
+    assert count.stdout == "1\n"  # only the newest commit
+    for folder in (elsewhere, there):  # in the next notebook the clone is found, and nothing is cloned
+        again = run_cell(folder, root=root, fork="/no/such/repository")
+        assert again.stdout == first.stdout, again.stderr
+
+
+def test_a_fork_is_not_cloned_where_the_project_is(project):
+    done = run_cell(project / "notebooks", before=PRETEND.format(versions={}), fork="https://example.org/fork")
+    assert done.stdout == f"preflight of {project}/glmhelpers/runtime.py\n", done.stderr
+
+
+def test_a_wrong_fork_is_git_s_error_with_the_address(tmp_path):
+    done = run_cell(tmp_path, root=tmp_path, fork=tmp_path / "no-such.git")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "no-such.git' does not exist" in done.stderr
+    assert not (tmp_path / "course").exists()
+
+
+def recorded(done):
     assert done.returncode == 0, done.stderr
-    calls = [json.loads(line.removeprefix("CALL ")) for line in done.stdout.splitlines() if line.startswith("CALL")]
-    ranges = [need for need in DEPENDENCIES if need.startswith(("peft", "ipywidgets"))]
-    keep = f"torch=={metadata.version('torch')}"
-    assert calls == [[[sys.executable, "-m", "pip", "install", "--quiet", keep, *ranges], {"check": True}]]
+    return [json.loads(line.removeprefix("CALL ")) for line in done.stdout.splitlines() if line.startswith("CALL")]
+
+
+@pytest.mark.parametrize(
+    ("versions", "names"),
+    [
+        ({"peft": None, "ipywidgets": None, "jupyterlab": None}, ["peft", "ipywidgets"]),  # missing
+        ({"peft": "0.19.1", "transformers": "4.57.3"}, ["transformers", "peft"]),  # older than the lower bound
+        ({"huggingface_hub": "0.36.0", "jupyterlab": "3.6.8"}, ["huggingface_hub"]),
+        ({"transformers": "5.15.0.dev0", "ipywidgets": "7.7"}, ["transformers", "ipywidgets"]),
+        ({"torch": "2.4.1+cu121", "datasets": None}, ["datasets"]),  # an old torch stays
+    ],
+)
+def test_installs_only_what_is_missing_or_too_old_and_keeps_torch(project, versions, names):
+    done = run_cell(project, before=PRETEND.format(versions=versions))
+    ranges = [need for need in DEPENDENCIES if re.match(r"\w+", need)[0] in names]
+    assert len(ranges) == len(names)
+    keep = f"torch=={versions.get('torch') or metadata.version('torch')}"
+    assert recorded(done) == [[[sys.executable, "-m", "pip", "install", "--quiet", keep, *ranges], {"check": True}]]
     assert "preflight of" in done.stdout
 
 
-def test_nothing_is_installed_where_nothing_is_missing(project):
-    assert "CALL" not in run_cell(project, before=PRETEND.format(missing=[])).stdout
+@pytest.mark.parametrize(
+    "versions",
+    [
+        {},
+        {"torch": "2.4.1"},  # too old, but never touched: the pre-flight says so
+        {"torch": "2.11.0a0+nv26.1"},
+        {"jupyterlab": None},
+        {"ipywidgets": "7.7.1", "transformers": "5.15.0", "peft": "0.20"},  # the bounds themselves
+        {"ipywidgets": "9.0", "transformers": "6.0"},  # newer than tested: the pre-flight says so, no downgrade
+    ],
+)
+def test_nothing_is_installed_where_nothing_is_missing_or_too_old(project, versions):
+    done = run_cell(project, before=PRETEND.format(versions=versions))
+    assert recorded(done) == []
+    assert "preflight of" in done.stdout
+
+
+def test_an_upgrade_of_an_imported_package_asks_for_a_new_kernel(project):
+    before = PRETEND.format(versions={"peft": "0.10", "datasets": "1.0"}) + "import sys\nsys.modules['peft'] = sys\n"
+    done = run_cell(project, before=before)
+    assert done.returncode == 1
+    assert done.stdout.startswith("CALL")
+    assert "preflight" not in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("AssertionError: Restart the kernel")
 
 
 def test_missing_torch_is_said_and_never_installed(project):
-    done = run_cell(project, before=PRETEND.format(missing=["torch", "peft"]))
+    done = run_cell(project, before=PRETEND.format(versions={"torch": None, "peft": None}))
     assert done.returncode == 1
-    assert "ModuleNotFoundError: torch is missing" in done.stderr
+    assert "PackageNotFoundError: No package metadata was found for torch" in done.stderr
     assert done.stdout == ""
+    # The traceback of a notebook shows the line, and the line says what to do.
+    assert [line for line in first_cell.SOURCE.splitlines() if 'version("torch")' in line and "pytorch.org" in line]
 
 
 def test_every_dependency_is_importable_under_its_own_name():
@@ -121,8 +224,8 @@ def test_the_real_project_says_what_is_here():
 
 def test_is_short_enough_to_be_read():
     lines = first_cell.SOURCE.splitlines()
-    assert len(lines) < 25
-    assert max(map(len, lines)) <= 110
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 115
 
 
 def test_check_names_and_write_sets_the_cell(tmp_path, capsys):
