@@ -131,5 +131,6 @@ def refuse_many_processes(environment: Any = None) -> None:
             f"This training was started as one of several processes ({signs[0]}). It is made to be one process that "
             "drives all GPUs of a machine: every process would load the whole model, and fight for the same GPUs. "
             "Start it with plain python, or in a notebook. Where one machine is not enough, the model is cut into "
-            "stages of torch.distributed.pipelining, one process each, started by torchrun (notebook 06)."
+            "stages of torch.distributed.pipelining, one process each, started by torchrun: see 'When "
+            "this is the right tool' in the README."
         )

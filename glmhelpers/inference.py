@@ -6,6 +6,8 @@
 One model in memory serves both: PEFT can switch the adapter off for the length of a `with` block.
 """
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,6 +118,25 @@ def compare(
 
 
 def share_right(texts: Sequence[str], expected: Sequence[str]) -> float:
-    """Share (0 to 1) of the answers that contain what is expected, spaces and case aside."""
-    plain = [("".join(t.lower().split()), "".join(e.lower().split())) for t, e in zip(texts, expected, strict=True)]
-    return sum(want in got for got, want in plain) / max(1, len(plain))
+    """Share (0 to 1) of the answers that are right, see `is_right`."""
+    return sum(is_right(text, want) for text, want in zip(texts, expected, strict=True)) / max(1, len(texts))
+
+
+_SUM = re.compile(r"(?:\d+[-+]\d+=)?(-?\d+)\.?")
+_NUMBER = r"(?<![\d.,])-?\d+(?:[.,]\d+)*"
+_RESULT = re.compile(rf"=\s*({_NUMBER})(?!\d|[.,]\d|\s*[-+*/×÷=])")
+_EQUALS = re.compile(r"等于|is equal to|equals")
+
+
+def is_right(text: str, expected: str) -> bool:
+    """Whether an answer holds what is expected, spaces and case aside.
+
+    Of a sum ("3+4=7." or "7") only the result counts, however the answer is worded: a whole number behind an equals
+    sign (or 等于, equals), or the answer's last number if it has no such sign. The 7 in 17 or 7.5 is no 7.
+    """
+    want = "".join(expected.lower().split())
+    if result := _SUM.fullmatch(want):
+        plain = _EQUALS.sub("=", unicodedata.normalize("NFKC", text).lower()).replace("\u2212", "-")
+        found = _RESULT.findall(plain) if "=" in plain else re.findall(_NUMBER, plain)[-1:]
+        return result[1] in found
+    return want in "".join(text.lower().split())

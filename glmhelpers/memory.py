@@ -274,7 +274,8 @@ class Prediction:
         """A table, one column a device, in GiB."""
         names = [f"GPU {device}" if device != "cpu" else "CPU" for device in self.devices]
         lines = [f"{'GiB':24}" + "".join(f"{name:>10}" for name in names)]
-        rows = {TERMS[key]: [terms[key] for terms in self.breakdown] for key in TERMS}
+        named = TERMS if self.setting.training else {**TERMS, "block": "one block at work"}
+        rows = {named[key]: [terms[key] for terms in self.breakdown] for key in named}
         rows = {name: sizes for name, sizes in rows.items() if any(sizes)}
         rows["peak"] = self.peak_bytes
         rows["with slack and context"] = self.total_bytes

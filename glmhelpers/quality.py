@@ -46,7 +46,7 @@ COUNT_HEADER = f"{'topic':20} {'questions':>9} {'base right':>10} {'tuned right'
 
 
 def count_by_topic(rows: Sequence[Mapping[str, str]], compared: Sequence[Comparison]) -> list[TopicCount]:
-    """Count the answers that contain what is expected, topic by topic.
+    """Count the right answers (see `inference.is_right`), topic by topic.
 
     Args:
         rows: `question`, `expect` and `topic`, as in data/held_out.json.
@@ -69,7 +69,10 @@ def count_by_topic(rows: Sequence[Mapping[str, str]], compared: Sequence[Compari
 
 
 def forgotten(counts: Iterable[TopicCount], allowed: float = 0.15) -> list[str]:
-    """Topics in which the tuned model lost more than the share `allowed` of the questions; empty is good."""
+    """Topics in which the tuned model lost more than the share `allowed` of the questions; empty is good.
+
+    A topic has few questions: this names where to look. Whether training was sound is `adapter.STILL_KNOWN`, over all.
+    """
     return [c.topic for c in counts if c.base_right - c.tuned_right > allowed * c.questions]
 
 

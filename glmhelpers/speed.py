@@ -28,7 +28,7 @@ PUBLISHED_CODE = (29, 33)
 """Tokens a second of the model code of 2023 on an H100, lowest and highest: measured before this project began."""
 
 GOALS = {"plain": 60, "graphs": 150}
-"""Tokens a second that this project set itself on an H100, batch 1, by the way of decoding."""
+"""Tokens a second that this project set itself on an H100, batch 1, by the way of decoding (not for "fixed")."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def train(
         args: from `training_arguments`. Other settings, rows or another base make another run.
         eval_dataset: encoded rows for the evaluation loss.
         plan: takes the next two from a plan.
-        micro_batches: parts into which each batch is cut; changes no result.
+        micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
+            dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
         loss_chunk: rows of logits alive at once; changes no result.
         minutes: save a checkpoint whenever so many have passed, besides those of `args.save_steps`.
         watch: shows progress; by default one that prints a line for each logged step.
@@ -144,6 +145,8 @@ def train(
         if state["global_step"] >= state["max_steps"]:
             print(f"{folder.name} is finished: step {state['global_step']} of {state['max_steps']}, adapter read back")
             fill_adapter(model, load_file(checkpoint / "adapter_model.safetensors"), checkpoint.name)
+            if watch is not None:
+                watch.read_back(state)
             return losses(state["log_history"])
         print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
     elif any(weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name):
@@ -166,17 +169,25 @@ def train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         message = explain_out_of_memory(trainer, str(error))
-        # The frames of the traceback hold the tensors of the step that failed: a second try would find no room.
-        traceback.clear_frames(error.__traceback__)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go(error)
         raise torch.OutOfMemoryError(message) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        let_go(error)
         good = last_complete(folder, say=lambda _: None)
         where = f"go on from {good.name}" if good else "start again"
         print(f"stopped at step {trainer.state.global_step}; the same call will {where}")
         raise
     return losses(trainer.state.log_history)
+
+
+def let_go(error: BaseException) -> None:
+    """Free the tensors of the step that failed or was stopped: a second try would find no room.
+
+    The frames of the traceback hold them, and a notebook keeps the traceback.
+    """
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def losses(history: Iterable[dict]) -> list[dict]:

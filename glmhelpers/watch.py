@@ -13,7 +13,7 @@ here makes a GPU wait.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Watch(TrainerCallback):
         points: one dict for each logged step: `step`, `loss` or `eval_loss`, and `memory` (device name -> bytes).
         seconds, steps, tokens: of this process' part of the run.
         measured: device name -> peak bytes.
+        finished: the run was finished before: its log was read back, and nothing was trained or measured.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Watch(TrainerCallback):
         self.points: list[dict[str, Any]] = []
         self.seconds, self.steps, self.tokens, self.total = 0.0, 0, 0, 0
         self.measured: dict[str, int] = {}
+        self.finished = False
         self._display = None
         self._line = ""
         self._start = (0.0, 0, 0)
@@ -76,9 +78,19 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock, and the peaks of the GPUs."""
         reset_gpu_peaks()
+        self.finished = False
         self._start = (self.clock(), state.global_step, state.num_input_tokens_seen)
         # A resumed run shows its whole curve.
-        self.points = [dict(entry) for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+        self.points = logged_losses(state.log_history)
+
+    def read_back(self, state: Mapping[str, Any]) -> None:
+        """Take the log of a run that was finished before, for the table.
+
+        Args:
+            state: the Trainer's state, as `checkpoints.read_state` gives it.
+        """
+        self.points, self.total, self.finished = logged_losses(state["log_history"]), state["max_steps"], True
+        self.seconds, self.steps, self.tokens, self.measured = 0.0, 0, 0, {}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the losses that were logged."""
@@ -125,18 +137,28 @@ class Watch(TrainerCallback):
 
     def table(self) -> str:
         """Time, tokens a second, and each device's peak as predicted and as measured."""
+        read = [
+            ("steps", f"0 of {self.total} now: the run was finished before, its log and its adapter are read back"),
+            ("time", "not measured now, nor tokens and memory"),
+        ]
         rows = [
             ("steps", f"{self.steps} of {self.total}"),
             ("time", clock_text(self.seconds)),
             ("tokens", f"{self.tokens:,}"),
             ("speed", f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"),
         ]
+        rows = read if self.finished else rows
         predicted = predicted_peaks(self.predicted)
         for name in sorted({*predicted, *self.measured}):
             text = f"predicted {size_text(predicted[name])}" if name in predicted else "not predicted"
             text += f", measured {size_text(self.measured[name])}" if name in self.measured else ", not measured"
             rows.append((f"peak {name}", text))
         return "\n".join(f"{name:12}{text}" for name, text in rows)
+
+
+def logged_losses(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A Trainer's log as points of a Watch."""
+    return [dict(entry) for entry in history if "loss" in entry or "eval_loss" in entry]
 
 
 def predicted_peaks(prediction: Any) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,9 @@ def test_gradients_are_looked_at_as_a_whole():
     ],
 )
 def test_several_processes_are_told_the_right_road(environment):
-    with pytest.raises(RuntimeError, match=r"one of several processes.*torch\.distributed\.pipelining.*notebook 06"):
+    with pytest.raises(
+        RuntimeError, match=r"one of several processes.*torch\.distributed\.pipelining.*right tool' in the README"
+    ):
         refuse_many_processes(environment)
 
 
@@ -229,7 +232,7 @@ def test_out_of_memory_in_training_is_explained_and_lets_go_of_its_tensors(tmp_p
 
     def fail(*args, **kwargs):
         big = Big()
-        alive.append(__import__("weakref").ref(big))
+        alive.append(weakref.ref(big))
         raise torch.OutOfMemoryError(ERROR)
 
     monkeypatch.setattr(trainer, "run_step", fail)
@@ -243,6 +246,24 @@ def test_out_of_memory_in_training_is_explained_and_lets_go_of_its_tensors(tmp_p
     assert alive
     assert alive[0]() is None, "the failed step's tensors are still held"
     assert sys.getrefcount(error.value) > 0
+
+
+def test_a_training_stopped_by_hand_lets_go_of_its_tensors(tmp_path, monkeypatch):
+    class Big:
+        """Stands for the tensors of the step that was stopped."""
+
+    alive = []
+
+    def stopped(*args, **kwargs):
+        big = Big()
+        alive.append(weakref.ref(big))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "run_step", stopped)
+    with pytest.raises(KeyboardInterrupt) as error:
+        run(tmp_path)
+    assert error.value.__traceback__ is not None, "a notebook keeps it, too"
+    assert alive[0]() is None, "the stopped step's tensors are still held"
 
 
 @pytest.mark.parametrize(

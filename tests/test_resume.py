@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from glmhelpers.checkpoints import (
     run_settings,
     what_is_wrong,
 )
-from glmhelpers.watch import EveryMinutes
+from glmhelpers.watch import EveryMinutes, Watch
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -140,9 +141,13 @@ def test_killed_while_the_first_checkpoint_was_written(uninterrupted, tmp_path, 
 
 def test_a_finished_run_is_read_back(uninterrupted, capsys):
     want, folder = uninterrupted
-    log, model = run(folder.parent, [StopAt(1)])
+    watch = Watch(live=False)
+    log, model = run(folder.parent, [StopAt(1)], watch=watch)
     assert "is finished: step 26 of 26" in capsys.readouterr().out
     assert numbers(log) == want
+    assert [point["step"] for point in watch.points] == [entry["step"] for entry in log]
+    assert re.match(r"steps +0 of 26 now: the run was finished before, .* read back\ntime +not measured", watch.table())
+    assert "tokens/s" not in watch.table()
     stored = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     mine = dict(model.named_parameters())
     for name, tensor in stored.items():

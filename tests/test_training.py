@@ -15,7 +15,7 @@ from glmhelpers.adapter import load_adapter, lora_b_norms, prove, save_adapter
 from glmhelpers.checkpoints import run_settings
 from glmhelpers.collate import RightPadCollator
 from glmhelpers.fingerprints import base_difference, base_note, fingerprint
-from glmhelpers.inference import answers, compare, share_right
+from glmhelpers.inference import answers, compare, is_right, share_right
 from glmhelpers.plots_training import draw_lora, plot_b_norms, plot_loss, plot_sampling
 from glmhelpers.tokens import encode_example
 from glmhelpers.training import attach_lora, check_adapter, count_parameters, train, training_arguments
@@ -276,6 +276,36 @@ def test_compare_switches_the_adapter_off_for_the_base(model_and_log):
 def test_share_right_ignores_spaces_and_case():
     assert share_right(["I am TinyGLM.", "3 + 4 = 7"], ["tinyglm", "3+4=8"]) == 0.5
     assert share_right([], []) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["7", "7.", "3+4=7.", "３＋４＝７", "3 + 4 = 7", "3加4等于7。", "3 plus 4 equals 7!", "The sum of 3 and 4 is 7"],
+)
+def test_a_sum_is_right_however_it_is_worded(text):
+    assert is_right(text, "3+4=7.")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "17", "71", "7.5", "-7", "3+4=17.", "3+4=7.5", "7+4=11", "3+4=-7", "七", "7 and 8"]
+)
+def test_another_number_is_not_right(text):
+    assert not is_right(text, "3+4=7.")
+
+
+def test_a_number_of_the_question_is_no_result():
+    """Here the result is also one of the two numbers."""
+    assert is_right("16-8=8", "16-8=8.")
+    assert is_right("Let x = 16 - 8. Then x = 8", "16-8=8.")
+    for wrong in ("16-8=9.", "16减8等于9。", "x = 8 + 1", "16 - 8 = 8 + 2 = 10"):
+        assert not is_right(wrong, "16-8=8.")
+    assert is_right("2-9 = -7", "2-9=-7.")
+    assert not is_right("2-9 = 7", "2-9=-7.")
+
+
+def test_words_are_no_sums():
+    assert is_right("It is 3+4=7, as ever", "as ever")
+    assert not is_right("7", "seven")
 
 
 def test_figures_show_their_numbers(model_and_log):
