@@ -215,7 +215,9 @@ def find_real_weights(project: Path | None = None) -> Path | None:
 
 
 def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto", may_fetch: bool = False) -> Run:
-    """Choose checkpoint and devices, print the choice in one line, return it.
+    """Choose checkpoint and devices, print the choice, return it.
+
+    One line is printed, and a [NOTE] where GPUs for the real model are here but its weights are not.
 
     Args:
         weights: "tiny", "real", a folder with a checkpoint, or "auto": real where the real weights are
@@ -267,6 +269,13 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
         wants_download=wants_download,
     )
     print(run)
+    if wants_download and not may_fetch:
+        print(
+            "[NOTE] These GPUs are large enough for ChatGLM-6B, but its weights are neither in thuglm/ nor below "
+            "/kaggle/temp or /kaggle/input.\n"
+            "       -> all that follows is on tiny ChatGLM: run notebook 01 in this session, attach its output, or set "
+            "GLM_WEIGHTS to their folder"
+        )
     return run
 
 

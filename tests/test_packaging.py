@@ -115,10 +115,15 @@ def test_readme_gives_the_figures_of_the_planner():
     readme, config = " ".join((PROJECT / "README.md").read_text().split()), ChatGLMConfig()
     plan = plan_device_map(config, ["T4", "T4"], 4, 1024, objective="memory")
     first, second = (f"{total / GIB:.2f}" for total in plan.total_bytes)
-    assert f"need {first} and {second} GiB" in readme
+    decimal = " and ".join(f"{total / 1e9:.2f}" for total in plan.total_bytes)
+    assert f"need {first} and {second} GiB ({decimal} GB)" in readme
+    rows = [largest_batch(config, cards, 1024) for cards in (["T4"], ["T4", "T4"])]
+    assert f"With one, {rows[0]} rows of 1024 tokens fit; with two, {rows[1]}" in readme
     assert f"up to {largest_batch(config, ['T4', 'T4'], 1024)} rows fit" in readme
     alone = plan_device_map(config, ["T4"], 4, 1024, objective="memory")
-    assert f"{alone.total_bytes[0] / GIB:.1f} GiB" in readme
+    peak, total = alone.peak_bytes[0], alone.total_bytes[0]
+    assert f"predicted are {peak / 1e9:.2f} GB at the peak" in readme
+    assert f"{total / GIB:.1f} GiB = {total / 1e9:.2f} GB" in readme
 
 
 def test_readme_gives_the_measured_figures():

@@ -225,15 +225,18 @@ def test_auto_with_real_weights_depends_on_the_gpus(gpus, real_weights, sizes, t
     assert run.dtype == (torch.float16 if sizes else torch.float32)
 
 
-def test_gpus_without_real_weights(gpus, monkeypatch):
+def test_gpus_without_real_weights(gpus, monkeypatch, capsys):
     gpus(15, 15)
     monkeypatch.setattr(runtime, "find_real_weights", lambda project=None: None)
     run = runtime.choose()
     assert (run.is_tiny, run.devices) == (True, [0, 1])
     assert "not here" in str(run)
     assert run.wants_download
+    assert "[NOTE] These GPUs are large enough" in capsys.readouterr().out
+    runtime.choose(may_fetch=True)  # notebook 01 fetches them
     monkeypatch.setenv("GLM_WEIGHTS", "tiny")
     assert not runtime.choose().wants_download
+    assert "[NOTE]" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="run notebook 01 first"):
         runtime.choose("real")
     asked = runtime.choose("real", may_fetch=True)
