@@ -19,6 +19,7 @@ from glmhelpers.gpus import CATALOGUE, GIB, find_gpu, find_gpus, parse_size
 from glmhelpers.lora import fuse_lora
 from glmhelpers.measure import gpus_here, predict_case
 from glmhelpers.memory import TERMS, Stage, predict, stage_terms
+from glmhelpers.placement import part_names
 from glmhelpers.recompute import recompute
 from glmhelpers.shapes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.stages import find_stages, is_checkpointed
@@ -355,3 +356,12 @@ def test_config_without_a_size_is_refused():
 def test_divisors():
     for number in random.Random(0).sample(range(1, 500), 20):
         assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+def test_a_table_without_training_speaks_of_no_second_run():
+    halves = {name: int(number > 14) for number, name in enumerate(part_names(28))}
+    tables = [
+        str(predict(PUBLISHED, halves, 1, 512, training=training, checkpointed=True)) for training in (True, False)
+    ]
+    assert ["one block run again" in table for table in tables] == [True, False]
+    assert ["one block at work" in table for table in tables] == [False, True]
