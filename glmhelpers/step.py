@@ -105,14 +105,13 @@ def run_step(
     device = torch.device(device or first_device(model))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    homes = dict.fromkeys(("labels", "label_rows"), head_device(model) or device)
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(homes["labels"])
+        num_items = num_items.to(head_device(model) or device)
     losses = []
     with own_streams(model):
         looked_up = look_up(model, parts, device)
         for number, part in enumerate(parts):
-            placed = {key: to_device(value, homes.get(key, device)) for key, value in part.items()}
+            placed = place_part(model, part, device)
             if looked_up:
                 placed["inputs_embeds"], looked_up[number] = looked_up[number], None
             output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
@@ -171,6 +170,12 @@ def head_device(model: nn.Module) -> torch.device | None:
     """Device of `lm_head`, where the loss is made; None for a model without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else head.weight.device
+
+
+def place_part(model: nn.Module, part: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch for the model's forward: labels where the head is, everything else on `device`."""
+    homes = dict.fromkeys(("labels", "label_rows"), head_device(model) or device)
+    return {key: to_device(value, homes.get(key, device)) for key, value in part.items()}
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

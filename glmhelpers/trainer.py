@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from glmhelpers.attach import fill_adapter
 from glmhelpers.checkpoints import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.guards import Guard
-from glmhelpers.step import first_device, label_rows, run_step, split_batch, to_device
+from glmhelpers.step import first_device, label_rows, own_streams, place_part, run_step, split_batch
 
 RANDOM_STATES = "rng_state_gpus.pth"
 
@@ -121,7 +121,8 @@ class GLMTrainer(Trainer):
         device = first_device(model)
         rows_at_once = max(1, -(-self.args.per_device_train_batch_size // self.micro_batches))
         total, labels, rows = torch.zeros((), dtype=torch.float64), 0, 0
-        with torch.random.fork_rng(devices=[]):
+        # In training's streams, or memory that the allocator keeps for them could not be used here.
+        with torch.random.fork_rng(devices=[]), own_streams(model):
             for batch in dataloader:
                 rows += len(batch["labels"])
                 self.batch_shape = tuple(batch["input_ids"].shape)
@@ -129,7 +130,7 @@ class GLMTrainer(Trainer):
                     continue  # adds nothing to either sum
                 for part in split_batch(batch, -(-len(batch["labels"]) // rows_at_once)):
                     labels += len(part["label_rows"])
-                    placed = {key: to_device(value, device) for key, value in part.items()}
+                    placed = place_part(model, part, device)
                     output = model(**placed, num_items_in_batch=1, use_cache=False, return_logits=False, **self.forward)
                     total = total.to(output.loss.device) + output.loss
         if not labels:

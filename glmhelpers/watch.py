@@ -176,6 +176,8 @@ def gpu_peaks() -> dict[str, int]:
 
 def reset_gpu_peaks() -> None:
     """Forget the peaks so far, such as that of loading."""
+    if not torch.cuda.is_initialized():
+        return  # nothing was allocated, and the call below would fail
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 
