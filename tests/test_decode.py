@@ -134,8 +134,9 @@ def test_a_replaced_weight_is_another_state():
 # Sampling
 
 
-@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=12, unique=True), st.floats(0.05, 0.99))
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12, unique=True), st.floats(0.05, 0.99))
 def test_likely_keeps_what_the_library_keeps(weights, top_p):
+    """Whole numbers: of two tokens that are equally likely in float32, either may be the one that is kept."""
     probabilities = torch.tensor([weights]) / sum(weights)
     reached = probabilities.sort(descending=True).values.cumsum(-1)
     if (reached - top_p).abs().min() < 1e-4:
