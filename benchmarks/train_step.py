@@ -35,8 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glmhelpers.devicemap import plan_device_map
-from glmhelpers.measure import prepare
-from glmhelpers.memory import predict
+from glmhelpers.measure import forecast_case, prepare
 from glmhelpers.placement import part_names
 from glmhelpers.shapes import Shape
 from glmhelpers.stages import is_checkpointed
@@ -244,22 +243,10 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
         if on_gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
-    device_map, cut = device_map_of(config, case)
-    stage = case.stage or 0
-    forecast = predict(
-        config,
-        device_map,
-        case.batch,
-        case.length,
-        checkpointed=[block for block, marked in enumerate(marked_blocks(config, case)) if marked],
-        gpus=["H100"] * len(cut),
-        micro_batches=case.micro_batches,
-        loss_chunk=case.loss_chunk,
-        label_share=case.label_share,
-        lora_fused=case.lora == "fused",
-        dtype="float16" if on_gpu else "float32",
-    )
-    predicted = dict(zip(forecast.devices, forecast.peak_bytes, strict=True))[stage]
+    _, cut = device_map_of(config, case)
+    blocks = [block for block, marked in enumerate(marked_blocks(config, case)) if marked]
+    exact = asdict(case) | {"cut": cut, "checkpointed": blocks}
+    predicted, moment = forecast_case(config, exact, "float16" if on_gpu else "float32")
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     result = {
         "bench": "train_step",
@@ -271,7 +258,7 @@ def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, pr
         "predicted_peak_bytes": predicted,
         "difference": round(predicted / peak - 1, 4) if peak else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
-        "moment": dict(zip(forecast.devices, forecast.moments, strict=True))[stage],
+        "moment": moment,
     }
     if profile:
         print_profile(lambda: one_step(batch))

@@ -15,7 +15,8 @@ from torch import nn
 
 from glmhelpers.devicemap import DoesNotFit, Plan, plan_device_map
 from glmhelpers.fingerprints import base_bits
-from glmhelpers.gpus import CATALOGUE, GIB, GPU, find_gpu
+from glmhelpers.gpus import GIB, known_gpu
+from glmhelpers.measure import gpu_here, gpus_here
 from glmhelpers.memory import Prediction, predict
 from glmhelpers.shapes import Setting
 
@@ -39,29 +40,6 @@ class CardState:
     """Most that was in tensors at one time."""
     others: int = 0
     """What other processes hold, and the driver."""
-
-
-def gpu_here(index: int) -> GPU:
-    """What the planner should take a GPU of this machine for."""
-    found = torch.cuda.get_device_properties(index)
-    return known_gpu(found.name, found.total_memory)
-
-
-def known_gpu(name: str, total: int) -> GPU:
-    """The card of the catalogue with a driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
-
-    Speed, CUDA context and workspaces differ from card to card, so the name matters. A card that the catalogue does
-    not have is known by its size alone.
-
-    Args:
-        name: as the driver gives it.
-        total: bytes.
-    """
-    words = re.split(r"[ -]", name)
-    same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
-    if not same:
-        return find_gpu(total)
-    return replace(min(same, key=lambda gpu: abs(gpu.memory - total)), memory=total)
 
 
 def training_plan(run: Any, config: Any, batch_size: int, seq_length: int, **settings: Any) -> Plan | None:
@@ -103,7 +81,7 @@ def predict_training(
         settings: more fields of `shapes.Setting`, such as loss_chunk.
     """
     whole = -(-batch_size // micro_batches) * micro_batches
-    gpus = [gpu_here(index) for index in range(torch.cuda.device_count())]
+    gpus = gpus_here()
     how = {"checkpointed": checkpointed(model), "micro_batches": micro_batches, **model_settings(model), **settings}
     return predict(model.config, placement(model), whole, seq_length, gpus=gpus or None, **how)
 

@@ -105,6 +105,23 @@ def find_gpu(gpu: "GPU | str | int | float") -> GPU:
     return replace(CATALOGUE["T4"], name=f"{size / GIB:.4g} GiB", memory=size)
 
 
+def known_gpu(name: str, total: int) -> GPU:
+    """The card of the catalogue with a driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
+
+    Speed, CUDA context and workspaces differ from card to card, so the name matters. A card that the catalogue does
+    not have is known by its size alone.
+
+    Args:
+        name: as the driver gives it.
+        total: bytes.
+    """
+    words = re.split(r"[ -]", name)
+    same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
+    if not same:
+        return find_gpu(total)
+    return replace(min(same, key=lambda gpu: abs(gpu.memory - total)), memory=total)
+
+
 def find_gpus(gpus: "GPU | str | int | float | list | tuple") -> list[GPU]:
     """List of GPUs from a list of names or sizes; a single name or size is one GPU.
 

@@ -8,7 +8,6 @@ examples
   +-----------------------------------+---------- tokens
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +79,3 @@ def padding_share(lengths: Sequence[int], batch_size: int, multiple_of: int = 8)
         batch = lengths[start : start + batch_size]
         held += len(batch) * -(-max(batch) // multiple_of) * multiple_of
     return 1 - sum(lengths) / held
-
-
-def count_lengths(lengths: Sequence[int]) -> Counter:
-    """Tokens of each example -> length -> number of examples."""
-    return Counter(int(length) for length in lengths)

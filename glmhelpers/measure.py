@@ -6,14 +6,13 @@ a line of benchmarks/results/ -> predict_case -> the bytes that the formula says
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from glmhelpers.gpus import GPU, find_gpu
+from glmhelpers.gpus import GPU, known_gpu
 from glmhelpers.lora import fuse_lora
 from glmhelpers.memory import predict
 from glmhelpers.placement import part_names
@@ -40,25 +39,28 @@ def random_batch(config: Any, rows: int, length: int) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "labels": labels}
 
 
+def gpu_here(index: int) -> GPU:
+    """What the planner should take a GPU of this machine for."""
+    facts = torch.cuda.get_device_properties(index)
+    return known_gpu(facts.name, facts.total_memory)
+
+
 def gpus_here() -> list[GPU]:
     """This machine's GPUs, by name where the catalogue has it, else by size; [] where there is none."""
-    found = []
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        # "NVIDIA H100 80GB HBM3" is the catalogue's H100. An A100 may have 40 or 80 GB: the driver knows.
-        words = [word for word in facts.name.replace("-", " ").split() if word not in ("NVIDIA", "Tesla")]
-        try:
-            found.append(replace(find_gpu("".join(words[:1])), memory=facts.total_memory))
-        except ValueError:
-            found.append(find_gpu(facts.total_memory))
-    return found
+    return [gpu_here(index) for index in range(torch.cuda.device_count())]
 
 
 def predict_case(config: Any, case: Mapping[str, Any]) -> int:
-    """Peak in bytes that the formula gives today for a line of benchmarks/results/train_step_*.jsonl, on an H100.
+    """Peak in bytes that the formula gives today for a line of benchmarks/results/train_step_*.jsonl, on an H100; see
+    `forecast_case`."""
+    return forecast_case(config, case)[0]
+
+
+def forecast_case(config: Any, case: Mapping[str, Any], dtype: str = "float16") -> tuple[int, str]:
+    """Peak in bytes of a case of benchmarks/train_step.py on an H100, and the moment at which it is reached.
 
     Args:
-        config: of the full-size model.
+        config: of the model.
         case: the line; read are gpus, stage, cut, batch, length, micro_batches, checkpointed ("all", "half", "none" or
             a list of blocks), embedding ("first" or "tied"), lora ("fused" or "peft"), loss_chunk and label_share.
     """
@@ -77,8 +79,10 @@ def predict_case(config: Any, case: Mapping[str, Any]) -> int:
         lora_fused=case["lora"] == "fused",
         loss_chunk=case["loss_chunk"],
         label_share=case["label_share"],
+        dtype=dtype,
     )
-    return dict(zip(forecast.devices, forecast.peak_bytes, strict=True))[stage]
+    at = list(forecast.devices).index(stage)
+    return forecast.peak_bytes[at], forecast.moments[at]
 
 
 def checkpoint_only(model: nn.Module, layers: Iterable[int]) -> None:

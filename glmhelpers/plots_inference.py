@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from glmhelpers.gpus import GIB
 from glmhelpers.memory import cache_bytes
-from glmhelpers.plots import COLORS, HATCHES
+from glmhelpers.plots import COLORS, HATCHES, label_bars
 from glmhelpers.shapes import Setting, Shape
 from glmhelpers.speed import Speeds, timeline, token_time
 
@@ -120,8 +120,7 @@ def plot_cache(config: Any, tokens: Sequence[int] = (256, 512, 1024, 2048), dtyp
     _, axes = plt.subplots(figsize=(5.5, 2.6))
     places = np.arange(len(tokens))
     axes.bar(places, sizes, 0.6, color=COLORS["sky"], hatch=HATCHES[2], edgecolor="black")
-    for place, size in zip(places, sizes, strict=True):
-        axes.annotate(f"{size:.2f}", (place, size), (0, 2), textcoords="offset points", ha="center")
+    label_bars(axes, sizes)
     axes.set(xticks=places, xticklabels=tokens, xlabel="tokens in the cache", ylabel="GiB")
     axes.grid(axis="x", visible=False)
     return axes

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -46,3 +47,13 @@ def fresh_model(dtype=torch.float32, **kwargs) -> ChatGLMForConditionalGeneratio
 def model(dtype=torch.float32) -> ChatGLMForConditionalGeneration:
     """Shared and frozen: a test that trains or moves a model takes `fresh_model`."""
     return fresh_model(dtype).requires_grad_(False)
+
+
+def adapted_model() -> PeftModel:
+    """A fresh model with an adapter that changes its answers."""
+    torch.manual_seed(0)
+    net = get_peft_model(fresh_model(), LoraConfig(r=4, target_modules=["query_key_value"])).eval()
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return net

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from reference import CHECKPOINT, fresh_model, generation_cases, model, tokenizer
+from reference import CHECKPOINT, adapted_model, fresh_model, generation_cases, model, tokenizer
 
 from glmhelpers.chat import ChatSession, Generation, plain_text, settled
 from glmhelpers.inference import answers, compare
@@ -41,12 +41,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def adapted():
-    torch.manual_seed(0)
-    net = get_peft_model(fresh_model(), LoraConfig(r=4, target_modules=["query_key_value"])).eval()
-    for name, parameter in net.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3)
-    return net
+    return adapted_model()
 
 
 # Answers

@@ -5,9 +5,7 @@ import time
 
 import ipywidgets
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from reference import fresh_model, model, tokenizer
+from reference import adapted_model, model, tokenizer
 
 from glmhelpers.chat import Answer, ChatSession, Generation
 from glmhelpers.chatpanel import ChatPanel, turn_html
@@ -23,12 +21,18 @@ def panel_of(net=None, **settings):
 
 @pytest.fixture(scope="module")
 def adapted():
-    torch.manual_seed(0)
-    net = get_peft_model(fresh_model(), LoraConfig(r=4, target_modules=["query_key_value"])).eval()
-    for name, parameter in net.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3)
-    return net
+    return adapted_model()
+
+
+def writing_panel():
+    """A panel in the middle of a long answer that another thread writes."""
+    panel = panel_of(max_new_tokens=2000)
+    panel.text.value = "你好"
+    panel.send_button.click()
+    deadline = time.monotonic() + 60
+    while not (panel._growing and panel._growing.new_tokens) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return panel
 
 
 def enter(panel, text, order="first Enter"):
@@ -92,12 +96,7 @@ def test_a_long_conversation_is_redrawn_less_often(monkeypatch):
 
 
 def test_stop_button_ends_the_answer_and_the_kernel_stays_free():
-    panel = panel_of(max_new_tokens=2000)
-    panel.text.value = "你好"
-    panel.send_button.click()
-    deadline = time.monotonic() + 60
-    while not (panel._growing and panel._growing.new_tokens) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    panel = writing_panel()
     assert panel.send_button.disabled
     panel.text.value = "again"
     panel.send_button.click()  # pressed a second time: nothing is lost, nothing started
@@ -134,12 +133,7 @@ def test_stop_is_heard_before_the_answer_begins(monkeypatch):
 
 
 def test_asking_while_an_answer_is_written_leaves_that_answer_alone():
-    panel = panel_of(max_new_tokens=2000)
-    panel.text.value = "你好"
-    panel.send_button.click()
-    deadline = time.monotonic() + 60
-    while not (panel._growing and panel._growing.new_tokens) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    panel = writing_panel()
     with pytest.raises(RuntimeError, match="still writing"):
         panel.ask("again")
     assert not panel.stop_button.disabled

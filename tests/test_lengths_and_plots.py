@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glmhelpers import plots, plots_data
 from glmhelpers.collate import RightPadCollator
 from glmhelpers.data import convert_alpaca
-from glmhelpers.lengths import count_lengths, limit_costs, quantile
+from glmhelpers.lengths import limit_costs, quantile
 from glmhelpers.tokens import encode_example
 from tests.reference import CHECKPOINT, logit_cases, tensors, tokenizer
 from thuglm import ChatGLMConfig
@@ -31,7 +31,7 @@ many = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 @given(many, st.integers(1, 70))
 def test_cost_of_a_limit(lengths, limit):
-    (cost,) = limit_costs(count_lengths(lengths), [limit])
+    (cost,) = limit_costs(Counter(lengths), [limit])
     assert cost.kept == sum(n <= limit for n in lengths)
     assert cost.kept + cost.dropped == len(lengths)
     assert cost.tokens_if_dropped == pytest.approx(sum(n for n in lengths if n > limit) / sum(lengths))
@@ -40,7 +40,7 @@ def test_cost_of_a_limit(lengths, limit):
 
 @given(many, st.floats(0.01, 1))
 def test_quantile(lengths, share):
-    found = quantile(count_lengths(lengths), share)
+    found = quantile(Counter(lengths), share)
     assert found in lengths
     assert sum(n <= found for n in lengths) >= share * len(lengths) - 1e-9
     assert sum(n < found for n in lengths) < share * len(lengths)

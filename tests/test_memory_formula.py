@@ -341,10 +341,10 @@ def test_gpus_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(facts))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts[index])
     found = gpus_here()
-    assert [gpu.name for gpu in found] == ["T4", "A100", "H100", "4 GiB", "5 GiB"]
+    assert [gpu.name for gpu in found] == ["T4", "A100-40GB", "H100", "4 GiB", "5 GiB"]
     assert [gpu.memory for gpu in found] == [(number + 1) * GIB for number in range(5)]
     assert [gpu.gemm_workspace for gpu in found[:3]] == [
-        CATALOGUE[name].gemm_workspace for name in ("T4", "A100", "H100")
+        CATALOGUE[name].gemm_workspace for name in ("T4", "A100-40GB", "H100")
     ]
 
 
