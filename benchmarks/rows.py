@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="the longest row, and the width of the padded way")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16], help="rows in a step")
     parser.add_argument("--seconds", type=float, default=20, help="time for each way")
+    parser.add_argument("--checkpointed", default="all", help="blocks that are run again: all, none, half or a number")
     parser.add_argument("--attention", choices=["efficient", "any"], default="efficient")
     parser.add_argument("--tiny", action="store_true", help="the tiny model's shape on the CPU")
     options = parser.parse_args()
@@ -125,14 +126,15 @@ def main() -> None:
     rows = [make_row(config, length) for length in draw_lengths(options.rows, options.length)]
     kernels = list(ANY) if options.tiny or options.attention == "any" else [SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(kernels):
-        step = make_step(config, Case(), device)
+        step = make_step(config, Case(checkpointed=options.checkpointed), device)
         for size in options.batches:
             speed = {}
             for way in ("padded", "alike"):
                 batches = make_batches(config, rows, size, options.length, alike=way == "alike")
                 figures = run(step, batches, device, options.seconds)
                 speed[way] = figures["tokens_per_s"]
-                facts = {"bench": "rows", "way": way, "batch": size, "length": options.length, **figures}
+                what = {"way": way, "batch": size, "length": options.length, "checkpointed": options.checkpointed}
+                facts = {"bench": "rows", **what, **figures}
                 print(json.dumps(facts | {"times": round(speed[way] / speed["padded"], 2)}), flush=True)
 
 

@@ -15,12 +15,15 @@ sys.path.insert(0, str(PROJECT))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from glmhelpers.devicemap import Plan  # noqa: E402
 from glmhelpers.gpus import GIB  # noqa: E402
+from glmhelpers.memory import predict  # noqa: E402
 from glmhelpers.placement import part_names  # noqa: E402
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 
 TINY = PROJECT / "data" / "tiny-chatglm"
 CAP = 14.75 * GIB
+SIZES = ["14.75GiB"] * 2
 
 
 class Machine:
@@ -68,6 +71,39 @@ class Machine:
         rotary = net.transformer.rotary_emb
         rotary.inv_freq = rotary.frequencies().to(self.devices[0])
         return net.place(places)
+
+    def reset_peaks(self) -> None:
+        """From now on, peaks are counted."""
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def compare_peaks(self, places: dict[str, int | str], plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Peaks of a step: what the formula says for these GPUs, whose workspaces differ from a T4's, and what was."""
+        rows, length = batch["labels"].shape
+        chosen = {
+            "micro_batches": plan.micro_batches,
+            "loss_chunk": plan.setting.loss_chunk,
+            "label_share": (batch["labels"][:, 1:] != -100).float().mean().item(),
+        }
+        guess = predict(
+            self.config,
+            places,
+            rows,
+            length,
+            gpus=["H100" if self.on_gpu else "T4"] * 2,
+            dtype=str(self.dtype).removeprefix("torch."),
+            checkpointed=plan.checkpointed_layers,
+            **chosen,
+        ).peak_bytes
+        peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
+        return {
+            "batch": rows,
+            "length": length,
+            **chosen,
+            "predicted_peak_bytes": guess,
+            "peak_bytes": peaks,
+            "difference": [round(g / p - 1, 4) for g, p in zip(guess, peaks, strict=False)],
+        }
 
     def sync(self) -> None:
         """Wait for every GPU."""

@@ -12,9 +12,11 @@
 
 A stage alone on one GPU holds and computes what it would in the split, so that a split can be measured where there is
 only one GPU; only the copies between GPUs are missing. Weights are random, full-size and frozen in float16; LoRA (r = 8
-on query_key_value, dropout 0.1) is float32, with Adam and a GradScaler. One JSON line each: `ms` is the median step,
-`peak_bytes` is torch.cuda.max_memory_allocated, `predicted_peak_bytes` is glmhelpers.memory's. Attention runs on the
-memory-efficient kernel, the one that a T4 has, unless `--attention any` lets PyTorch choose.
+on query_key_value, dropout 0.1) is float32. A step is all that the Trainer does: micro-batches, GradScaler, clipping,
+fused AdamW (a GPU's default), which unlike the plain one does not wait for the GPU to learn whether a gradient is
+infinite. One JSON line each: `ms` is the median step, `peak_bytes` is torch.cuda.max_memory_allocated,
+`predicted_peak_bytes` is glmhelpers.memory's. Attention runs on the memory-efficient kernel, the one that a T4 has,
+unless `--attention any` lets PyTorch choose.
 """
 
 import argparse
@@ -208,7 +210,7 @@ def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[
     model = StageModel(config, blocks, holds_embedding, last, dtype, device)
     model = prepare(model, [block - start for block in blocks if marks[block]], fused=case.lora == "fused")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu)
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
 
     def one_step(batch: dict[str, Tensor]) -> None:
@@ -220,6 +222,8 @@ def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[
             backward=lambda loss: scaler.scale(loss).backward(),
             loss_chunk=case.loss_chunk,
         )
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

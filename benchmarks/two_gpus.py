@@ -7,6 +7,7 @@
     equality     LoRA gradients of one batch on two GPUs against one; with dropout, checkpointed against not
     overlap      a step in 1, 2, 4, 8 micro-batches, with the cut for the least memory and that for the most speed;
                  Gantt charts of the first and the last; idle share of each GPU
+    planned      the planner's fastest plan for that batch in 8 parts, with the blocks that it need not run again
     trainer      50 steps on rows of the course, killed and taken up again, against an unbroken run; the adapter's proof
     chat         an answer of the split model; tokens a second split and unsplit
 
@@ -19,7 +20,6 @@ import gc
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,21 +35,20 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from benchmarks.split_machine import CAP, Machine, line  # noqa: E402
+from benchmarks.split_machine import CAP, SIZES, Machine, line  # noqa: E402
+from benchmarks.split_speed import overlap, planned  # noqa: E402
 from glmhelpers.adapter import load_adapter, prove, save_adapter  # noqa: E402
 from glmhelpers.collate import RightPadCollator  # noqa: E402
 from glmhelpers.decode import Decoder  # noqa: E402
 from glmhelpers.devicemap import largest_batch, plan_device_map  # noqa: E402
-from glmhelpers.gantt import StepRecorder, idle_shares  # noqa: E402
-from glmhelpers.gpus import GIB, find_gpus  # noqa: E402
+from glmhelpers.gpus import GIB  # noqa: E402
 from glmhelpers.measure import checkpoint_only, random_batch  # noqa: E402
-from glmhelpers.memory import predict  # noqa: E402
 from glmhelpers.placement import part_names  # noqa: E402
 from glmhelpers.step import run_step  # noqa: E402
 from glmhelpers.training import attach_lora, train, training_arguments  # noqa: E402
 
 STEPS = 50
-PARTS = ["placement", "equality", "overlap", "trainer"]
+PARTS = ["placement", "equality", "overlap", "planned", "trainer"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -76,44 +75,25 @@ def with_random_b(model: nn.Module) -> nn.Module:
 
 def placement(machine: Machine, model: nn.Module) -> None:
     """Predicted and measured peaks of the planner's memory plan, with Adam."""
-    cards = [find_gpus("H100")[0]] * 2 if machine.on_gpu else ["T4", "T4"]
-    sizes = ["14.75GiB"] * 2
-    rows = [4, 8] if machine.tiny else [4, 8, largest_batch(machine.config, sizes, machine.length)]
+    rows = [4, 8] if machine.tiny else [4, 8, largest_batch(machine.config, SIZES, machine.length)]
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-6)
     for count in rows:
-        plan = plan_device_map(machine.config, sizes, count, machine.length, "memory")
-        planned = tuple(len(blocks) for blocks in plan.blocks)
-        cut = machine.cut if machine.tiny else planned
+        plan = plan_device_map(machine.config, SIZES, count, machine.length, "memory")
+        wanted = tuple(len(blocks) for blocks in plan.blocks)
+        cut = machine.cut if machine.tiny else wanted
         if cut != machine.cut or plan.embedding != "tied":
-            line(
-                "placement", batch=count, skipped=f"the plan is {planned}, {plan.embedding}: not the map of this model"
-            )
+            line("placement", batch=count, skipped=f"the plan is {wanted}, {plan.embedding}: not the map of this model")
             continue
         checkpoint_only(model, plan.checkpointed_layers)
         for _ in range(2):
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.reset_peak_memory_stats(device)
+            machine.reset_peaks()
             batch = random_batch(machine.config, count, machine.length)
-            share = (batch["labels"][:, 1:] != -100).float().mean().item()
             run_step(model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             machine.sync()
         places = {name: machine.devices.index(place) for name, place in machine.device_map().items()}
-        chosen = {"micro_batches": plan.micro_batches, "loss_chunk": plan.setting.loss_chunk, "label_share": share}
-        dtype = str(machine.dtype).removeprefix("torch.")
-        guess = predict(machine.config, places, count, machine.length, gpus=cards, dtype=dtype, **chosen).peak_bytes
-        peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
-        line(
-            "placement",
-            batch=count,
-            length=machine.length,
-            cut=cut,
-            **chosen,
-            predicted_peak_bytes=guess,
-            peak_bytes=peaks,
-            difference=[round(g / p - 1, 4) for g, p in zip(guess, peaks, strict=False)],
-        )
+        line("placement", cut=cut, **machine.compare_peaks(places, plan, batch))
 
 
 def gradients(machine: Machine, model: nn.Module, batch: dict, seed: int = 0, **how: Any) -> dict[str, torch.Tensor]:
@@ -155,62 +135,6 @@ def equality(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     line("equality", what="dropout off: two devices against one", distance=distance(split, whole))
     net.place(machine.device_map())
     set_dropout(model, 0.1)
-
-
-def overlap(machine: Machine, model: nn.Module, net: nn.Module, out: Path) -> None:
-    """Seconds of a step by number of micro-batches and cut, and pictures of who worked when."""
-    layers = machine.config.num_layers
-    checkpoint_only(model, range(layers))
-    for cut in (machine.cut, (layers // 2, layers - layers // 2)):
-        net.place(machine.device_map(cut))
-        overlap_of(machine, model, cut, out / f"gantt-{cut[0]}-{cut[1]}.png")
-    net.place(machine.device_map())
-
-
-def overlap_of(machine: Machine, model: nn.Module, cut: tuple[int, ...], picture: Path) -> None:
-    """The same for one cut."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    from glmhelpers.plots import use_style
-    from glmhelpers.plots_map import draw_schedule
-
-    rows, charts = (8 if machine.tiny else 24), {}
-    batch, first = random_batch(machine.config, rows, machine.length), None
-    for parts in (1, 2, 4, 8):
-        times = []
-        for attempt in range(3 if machine.tiny else 6):
-            machine.sync()
-            start = time.perf_counter()
-            run_step(model, batch, parts)
-            machine.sync()
-            if attempt:
-                times.append(time.perf_counter() - start)
-        with StepRecorder(model, cut) as recorder:
-            run_step(model, batch, parts, backward=recorder.backward)
-        model.zero_grad(set_to_none=True)
-        tasks = charts[parts] = recorder.tasks()
-        seconds = statistics.median(times)
-        first = first or seconds
-        line(
-            "overlap",
-            cut=cut,
-            rows=rows,
-            length=machine.length,
-            micro_batches=parts,
-            ms=round(seconds * 1e3, 1),
-            speedup=round(first / seconds, 2),
-            idle_share=[round(share, 3) for share in idle_shares(tasks)],
-        )
-    use_style()
-    figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
-    until = max(task.end for task in charts[1])
-    for ax, parts in zip(axes, (1, 8), strict=True):
-        draw_schedule(charts[parts], ax, until=until)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 # The Trainer, in processes of its own --------------------------------------------------------------------------------
@@ -345,6 +269,7 @@ def on_one_model(machine: Machine, out: Path, only: list[str]) -> bool:
         "placement": lambda: placement(machine, model),
         "equality": lambda: equality(machine, model, net),
         "overlap": lambda: overlap(machine, model, net, out),
+        "planned": lambda: planned(machine, model, net),
     }
     results = [attempt(name, part) for name, part in parts.items() if name in only]
     return all(results)

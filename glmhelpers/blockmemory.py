@@ -317,11 +317,15 @@ class _Block:
         self._gradient(f"{name} grad A", rank * inputs, last=["dropped again"] * self.dropout)
         if name == self.end:
             return
-        book.make("grad new", narrow)
         self._cast(rank * inputs)
         book.make("correction", narrow)
         self._uncast()
-        book.drop("correction", "grad low", grad, f"{name} low", *[f"{name} dropout mask"] * self.dropout)
+        if self.dropout:
+            book.make("grad new", narrow)
+            book.drop("correction")
+        else:
+            book.alive["grad new"] = book.alive.pop("correction")
+        book.drop("grad low", grad, f"{name} low", *[f"{name} dropout mask"] * self.dropout)
         book.drop(_SOURCE[name])
         self._add(target, narrow, accumulate)
 

@@ -21,6 +21,11 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 
+def _dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """Dropout of `x` with a mask that was drawn before; dropout's gradient is the same function."""
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / keep)
+
+
 class _LoraLinear(torch.autograd.Function):
     """x W^T + bias + scaling * dropout(x) A^T B^T, for frozen W and bias; x: [T, in]."""
 
@@ -37,13 +42,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, a, b, h, mask = ctx.saved_tensors
         grad_b = (grad.T @ h).float().mul_(ctx.scaling)
-        grad_h = (grad @ b.to(x.dtype)).mul_(ctx.scaling / ctx.keep)
-        grad_a = (grad_h.T @ (x if mask is None else x * mask)).float()
+        grad_h = (grad @ b.to(x.dtype)).mul_(ctx.scaling)
+        grad_a = (grad_h.T @ _dropped(x, mask, ctx.keep)).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            correction = grad_h @ a.to(x.dtype)
-            grad_x += correction if mask is None else correction.mul_(mask)
+            grad_x = _dropped(grad_h @ a.to(x.dtype), mask, ctx.keep).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 

@@ -169,7 +169,8 @@ class Search:
 
         for gpu in range(len(room.gpus)):
             grown: dict[int, list[_Partial]] = {}
-            for done, partials in states.items():
+            # Of equally good plans the first one stays: the one whose first GPUs hold the most.
+            for done, partials in sorted(states.items(), reverse=True):
                 for end in range(units if gpu == last else done, units + 1):
                     if end == done:
                         for partial in partials:

@@ -49,7 +49,7 @@ class Watch(TrainerCallback):
     Args:
         predicted: a `memory.Prediction` or a Plan's `.prediction`, for the table.
         live: draw curves that grow; by default in a notebook, unless TQDM_DISABLE asks for no moving output.
-        read: gives device name -> peak bytes so far; the GPUs' allocator by default.
+        read: gives device name -> peak bytes so far; by default the allocator of the GPUs that hold the model.
 
     Attributes:
         points: one dict for each logged step: `step`, `loss` or `eval_loss`, and `memory` (device name -> bytes).
@@ -65,18 +65,20 @@ class Watch(TrainerCallback):
         read: Callable[[], dict[str, int]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.predicted, self.read, self.clock = predicted, read or gpu_peaks, clock
+        self.predicted, self.read, self.clock = predicted, read, clock
         self.live = in_live_notebook() if live is None else live
         self.points: list[dict[str, Any]] = []
         self.seconds, self.steps, self.tokens, self.total = 0.0, 0, 0, 0
         self.measured: dict[str, int] = {}
         self.finished = False
+        self._gpus: list[int] = []
         self._display = None
         self._line = ""
         self._start = (0.0, 0, 0)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Start the clock, and the peaks of the GPUs."""
+        self._gpus = gpus_of(model)
         reset_gpu_peaks()
         self.finished = False
         self._start = (self.clock(), state.global_step, state.num_input_tokens_seen)
@@ -117,7 +119,7 @@ class Watch(TrainerCallback):
             state.num_input_tokens_seen - tokens,
             state.max_steps,
         )
-        self.measured = self.read()
+        self.measured = self.read() if self.read else gpu_peaks(self._gpus)
 
     def _show(self, line: str) -> None:
         if not self.live:
@@ -169,9 +171,15 @@ def predicted_peaks(prediction: Any) -> dict[str, int]:
     return dict(zip(names, prediction.peak_bytes, strict=True))
 
 
-def gpu_peaks() -> dict[str, int]:
-    """Device name ("GPU 0") -> most bytes in tensors since the last reset; empty without a GPU."""
-    return {f"GPU {index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
+def gpus_of(model: Any) -> list[int]:
+    """Indices of the GPUs that hold parameters of a model; none for None."""
+    places = {parameter.device for parameter in model.parameters()} if model is not None else set()
+    return sorted(place.index for place in places if place.type == "cuda")
+
+
+def gpu_peaks(gpus: Iterable[int]) -> dict[str, int]:
+    """Device name ("GPU 0") -> most bytes in tensors since the last reset."""
+    return {f"GPU {index}": torch.cuda.max_memory_allocated(index) for index in gpus}
 
 
 def reset_gpu_peaks() -> None:

@@ -105,3 +105,15 @@ def test_without_gradients_nothing_is_kept():
         loss = chunked_cross_entropy(states, weight, labels, 4)
     assert loss.grad_fn is None
     torch.testing.assert_close(loss, F.cross_entropy(states @ weight.T, labels, reduction="sum"))
+
+
+def test_float16_gradient_of_a_sure_model_is_not_rounded_away():
+    """p = 0.9999 is 1 in float16; p - 1 is not 0."""
+    states, weight, labels = torch.ones(1, 1), torch.tensor([[9.2], [0.0]]), torch.tensor([0])
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        leaf = states.to(dtype).requires_grad_()
+        chunked_cross_entropy(leaf, weight.to(dtype), labels).backward()
+        results.append(leaf.grad.item())
+    assert results[1] != 0
+    assert results[0] == pytest.approx(results[1], rel=1e-2)

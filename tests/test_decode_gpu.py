@@ -70,6 +70,7 @@ def test_seed_repeats_with_and_without_graphs():
 
 def test_no_step_waits_for_the_gpu():
     decoder = Decoder(fresh_model(torch.float16).cuda())
+    decoder.net.config.eos_token_id = -1  # float16 draws differ from card to card: no answer shall end early
     ids = torch.tensor([generation_cases()["greedy_single"][0]["input_ids"]])
     stream = decoder.stream(ids, max_new_tokens=30, temperature=0.8, top_p=0.9, seed=0)
     for _ in range(3):

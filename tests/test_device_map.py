@@ -28,6 +28,7 @@ PUBLISHED = {
     "vocab_size": 130528,
 }
 SMALL = {**PUBLISHED, "num_layers": 6}
+TINY = {"num_layers": 8, "hidden_size": 128, "num_attention_heads": 8, "inner_hidden_size": 512, "vocab_size": 1552}
 
 
 def try_everything(config, gpus, batch, length, objective, reserve=0):
@@ -310,3 +311,11 @@ def test_accepted_maps_can_be_predicted(changes):
     with contextlib.suppress(DeviceMapError):
         check_device_map(PUBLISHED, wrong, ["T4"] * 3)
         assert min(predict(PUBLISHED, wrong, 1, 64).peak_bytes) > 0
+
+
+def test_of_equal_plans_the_first_gpus_hold_the_most():
+    """A model that is fastest on one GPU stands on GPU 0, whatever the number of equal GPUs."""
+    for count in (2, 3):
+        plan = plan_device_map(TINY, ["T4"] * count, 16, 56)
+        assert [len(blocks) for blocks in plan.blocks] == [TINY["num_layers"]] + [0] * (count - 1)
+        assert set(plan.device_map.values()) == {0}

@@ -4,6 +4,7 @@ import re
 import types
 
 import pytest
+import torch
 from reference import fresh_model
 from resumable_run import run
 from transformers import TrainerControl, TrainerState
@@ -182,3 +183,20 @@ def test_the_prediction_for_a_model_on_the_cpu():
     assert size > parameters
     assert predicted_peaks(None) == {}
     assert re.fullmatch(r"peak CPU    predicted \d+\.\d MiB, not measured", Watch(prediction).table().splitlines()[-1])
+
+
+def test_only_gpus_that_hold_the_model_are_shown(monkeypatch):
+    """A second card, or another notebook's model on it, is not this training's business."""
+    monkeypatch.setattr(watch, "gpus_of", lambda model: model)
+    monkeypatch.setattr(watch.torch.cuda, "max_memory_allocated", lambda index: 2**20 * (index + 1))
+    for held, names in (([1], ["GPU 1"]), ([], []), ([0, 1], ["GPU 0", "GPU 1"])):
+        watcher = Watch(live=False)
+        watcher.on_train_begin(None, TrainerState(max_steps=1), TrainerControl(), model=held)
+        watcher.on_train_end(None, TrainerState(max_steps=1), TrainerControl())
+        assert list(watcher.measured) == names
+
+
+def test_the_gpus_of_a_model_are_those_of_its_parameters():
+    parameters = [types.SimpleNamespace(device=torch.device(place)) for place in ("cuda:1", "cpu", "cuda:0", "cuda:1")]
+    assert watch.gpus_of(types.SimpleNamespace(parameters=lambda: parameters)) == [0, 1]
+    assert watch.gpus_of(fresh_model()) == watch.gpus_of(None) == []

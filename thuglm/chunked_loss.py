@@ -32,12 +32,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             keep = targets != IGNORE_INDEX
             targets = targets.clamp_min(0).unsqueeze(1)
             log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
-            total -= (log_probs.gather(1, targets).squeeze(1) * keep).sum()
+            at_target = log_probs.gather(1, targets)
+            total -= (at_target.squeeze(1) * keep).sum()
             if needs_grad:
-                probs = log_probs.exp_()
-                probs.scatter_add_(1, targets, -torch.ones_like(targets, dtype=torch.float32))
+                probs = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=weight.dtype))
+                # p - 1 from the float32 number: where the model is sure, float16 cannot tell p from 1.
+                probs.scatter_(1, targets, torch.expm1(at_target).to(probs.dtype))
                 # Left as the gradient of the *sum*: divided by the number of labels it could underflow in float16.
-                torch.mm(probs.to(weight.dtype), weight, out=grad[start : start + chunk])
+                torch.mm(probs, weight, out=grad[start : start + chunk])
                 grad[start : start + chunk].mul_(keep.unsqueeze(1))
             # Freed here, or the next chunk's logits would be allocated while these are alive.
             log_probs = probs = None

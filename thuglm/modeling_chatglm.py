@@ -198,7 +198,7 @@ class _SplitAndRotate(torch.autograd.Function):
         first, second = _SplitAndRotate.pairs(mixed[:, :, :, :2])
         rest = first * sin
         first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).add_(rest)
+        torch.addcmul(rest, second, cos, out=second)
         return mixed.unbind(3)
 
     @staticmethod

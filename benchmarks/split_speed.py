@@ -1,0 +1,110 @@
+"""Speed of a split step, for `two_gpus.py`: what micro-batches gain, and what the planner makes of a batch.
+
+1 part      GPU 0  [forward       ]                                [backward      ]
+            GPU 1                  [forward       ][backward      ]
+
+8 parts     a step takes (f + b) of the first stage and 8 (f + b) of the slower one, f and b for one part: with equal
+            stages 16 / 9 = 1.78 times as fast at best
+"""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.split_machine import SIZES, Machine, line
+from glmhelpers.devicemap import plan_device_map
+from glmhelpers.gantt import StepRecorder, idle_shares
+from glmhelpers.measure import checkpoint_only, random_batch
+from glmhelpers.step import run_step
+
+
+def overlap(machine: Machine, model: nn.Module, net: nn.Module, out: Path) -> None:
+    """Seconds of a step by number of micro-batches and cut, and pictures of who worked when."""
+    layers = machine.config.num_layers
+    checkpoint_only(model, range(layers))
+    for cut in (machine.cut, (layers // 2, layers - layers // 2)):
+        net.place(machine.device_map(cut))
+        overlap_of(machine, model, cut, out / f"gantt-{cut[0]}-{cut[1]}.png")
+    net.place(machine.device_map())
+
+
+def overlap_of(machine: Machine, model: nn.Module, cut: tuple[int, ...], picture: Path) -> None:
+    """The same for one cut."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    from glmhelpers.plots import use_style
+    from glmhelpers.plots_map import draw_schedule
+
+    rows, charts, first = overlap_rows(machine), {}, None
+    batch = random_batch(machine.config, rows, machine.length)
+    for parts in (1, 2, 4, 8):
+        seconds = step_seconds(machine, model, batch, parts)
+        first = first or seconds
+        with StepRecorder(model, cut) as recorder:
+            run_step(model, batch, parts, backward=recorder.backward)
+        model.zero_grad(set_to_none=True)
+        tasks = charts[parts] = recorder.tasks()
+        line(
+            "overlap",
+            cut=cut,
+            rows=rows,
+            length=machine.length,
+            micro_batches=parts,
+            ms=round(seconds * 1e3, 1),
+            speedup=round(first / seconds, 2),
+            idle_share=[round(share, 3) for share in idle_shares(tasks)],
+        )
+    use_style()
+    figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
+    until = max(task.end for task in charts[1])
+    for ax, parts in zip(axes, (1, 8), strict=True):
+        draw_schedule(charts[parts], ax, until=until)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def overlap_rows(machine: Machine) -> int:
+    """Rows of the batch whose step is timed."""
+    return 8 if machine.tiny else 24
+
+
+def step_seconds(machine: Machine, model: nn.Module, batch: dict, parts: int, **forward: Any) -> float:
+    """Median of some steps, the first one left out."""
+    times = []
+    for attempt in range(3 if machine.tiny else 6):
+        machine.sync()
+        start = time.perf_counter()
+        run_step(model, batch, parts, **forward)
+        machine.sync()
+        if attempt:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """The planner's fastest plan, on the devices: its time, its peaks. It may part head and embedding for good."""
+    rows = overlap_rows(machine)
+    plan = plan_device_map(machine.config, SIZES, rows, machine.length, "speed", micro_batches=8)
+    net.place({name: machine.devices[place] for name, place in plan.device_map.items()})
+    checkpoint_only(model, plan.checkpointed_layers)
+    batch, how = random_batch(machine.config, rows, machine.length), {"loss_chunk": plan.setting.loss_chunk}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    run_step(model, batch, plan.micro_batches, **how)
+    optimizer.step()
+    machine.reset_peaks()
+    seconds = step_seconds(machine, model, batch, plan.micro_batches, **how)
+    line(
+        "planned",
+        cut=[len(blocks) for blocks in plan.blocks],
+        embedding=plan.embedding,
+        kept_blocks=machine.config.num_layers - len(plan.checkpointed_layers),
+        ms=round(seconds * 1e3, 1),
+        **machine.compare_peaks(plan.device_map, plan, batch),
+    )
