@@ -154,20 +154,22 @@ def device_map_of(config: ChatGLMConfig, case: Case) -> tuple[dict[str, int], tu
 
 
 def planned_cases(config: ChatGLMConfig, gpu: str = "15GiB") -> list[Case]:
-    """The planner's fastest plan for two such GPUs at 4 x 1024, as two stages to be measured alone."""
-    base = Case(gpus=2)
+    """The planner's fastest plan for two such GPUs at 4 x 1024, each of its stages to be measured alone."""
+    base = Case()
     plan = plan_device_map(config, [gpu] * 2, base.batch, base.length, "speed")
+    cut = tuple(len(blocks) for blocks in plan.blocks if blocks)
     return [
         replace(
             base,
+            gpus=len(cut),
             stage=stage,
-            cut=tuple(len(blocks) for blocks in plan.blocks),
+            cut=cut,
             micro_batches=plan.micro_batches,
             checkpointed=tuple(plan.checkpointed_layers),
             embedding=plan.embedding,
             loss_chunk=plan.setting.loss_chunk,
         )
-        for stage in (0, 1)
+        for stage in range(len(cut))
     ]
 
 

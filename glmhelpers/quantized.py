@@ -49,6 +49,7 @@ def load_quantized(
         raise ValueError(f"bits is {bits!r}; bitsandbytes packs weights into 8 or 4")
     if reason := why_not():
         raise ModuleNotFoundError(reason)
+    from bitsandbytes.nn import Linear8bitLt
     from transformers import BitsAndBytesConfig
 
     from thuglm import ChatGLMForConditionalGeneration
@@ -60,11 +61,24 @@ def load_quantized(
         folder, dtype=dtype, quantization_config=config, device_map=places
     )
     for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(forget_input)
         # On CPUs that have bfloat16, bitsandbytes 0.50 rearranges the packed weights at the first answer: the base's
         # checksum is another one then, and the next training step fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def forget_input(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """Forward hook of an 8-bit layer: its node in the graph lets go of the layer's input.
+
+    On a GPU bitsandbytes ties the input to the node itself, for the gradient of the weights. These are frozen, and
+    checkpointing, which replaces what autograd saves, does not see it: each block would keep 7 times its hidden states,
+    6.6 GB for ChatGLM-6B at 4 x 1024 (benchmarks/packed.py).
+    """
+    if hasattr(output.grad_fn, "tensors"):
+        output.grad_fn.tensors = (None, None, None)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -169,8 +169,8 @@ class Search:
 
         for gpu in range(len(room.gpus)):
             grown: dict[int, list[_Partial]] = {}
-            # Of equally good plans the first one stays: the one whose first GPUs hold the most.
-            for done, partials in sorted(states.items(), reverse=True):
+            # Of equally good plans the first one stays, so those that leave the first GPUs empty come last.
+            for done, partials in sorted(states.items(), key=lambda state: (state[0] == 0, state[0])):
                 for end in range(units if gpu == last else done, units + 1):
                     if end == done:
                         for partial in partials:
@@ -192,7 +192,8 @@ class Search:
         ends = states.get(units, [])
         if not ends:
             return None
-        best = min(ends, key=(lambda p: p.peak) if count_what == "peak" else seconds)
+        # A GPU that makes nothing faster is left free.
+        best = min(ends, key=lambda partial: (partial.peak if count_what == "peak" else seconds(partial), partial.used))
         return Found(setting, place, best.stages, seconds(best), best.peak)
 
     def _least_lack(self, setting: Setting, place: str) -> list[int]:

@@ -14,7 +14,9 @@ Work of one block, forward, on T tokens of length L (multiply and add count as t
     matrix products    2 * T * (matrix weights)           backward the same again: the matrices are frozen; with few
                                                           tokens, the time to read the weights once, if that is longer
     attention          4 * T * L * hidden                 backward 2.5 times that
-    elementwise        bytes read and written, in units of the hidden states, counted in `thuglm` and peft
+    elementwise        bytes read and written, in units of the hidden states, counted in `thuglm` and in the LoRA layer
+
+A checkpointed block runs forward again before its backward, up to the last product, whose result nobody needs.
 
 One Python process starts all kernels of all GPUs, one after the other. With long rows it is far ahead of them; with
 short rows, or a batch cut into many small pieces, the GPUs wait for it. So a pass takes as long as the pipeline or as
@@ -22,9 +24,9 @@ all launches together, whichever is longer, and more micro-batches are not alway
 
     host   |FfFfFfFf|bBbBbBbB|      F, B: launches for GPU 0, f, b: for GPU 1. Both GPUs are idle most of the time.
 
-Rates come from `gpus`. On one H100 (batch 4 x 1024, checkpointed, LoRA rank 8) matrix products took 190 ms of a
-step, attention 80 ms and elementwise work 115 ms; the shares below and in `gpus` are set from that. Seconds for other
-GPUs are estimates, good for comparing plans on one machine.
+Rates come from `gpus`. On one H100 (batch 4 x 1024, checkpointed, LoRA rank 8) matrix products take 183 ms of a
+step, attention 81 ms and everything else 62 ms; the shares below and in `gpus` are set from that. A test lays the model
+beside every step measured there. Seconds for other GPUs are estimates, good for comparing plans on one machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,11 +41,17 @@ from glmhelpers.stages import Stage
 ATTENTION_SHARE = 0.11
 """Part of the matrix rate that the memory-efficient attention kernel reaches (measured: 8.7 TFLOP in 80 ms)."""
 
-ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 27, 39
-"""Bytes moved by elementwise work in one block without LoRA, in units of its hidden states."""
+ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
+"""Bytes moved by elementwise work in one block without LoRA, in units of its hidden states: forward two LayerNorms 4,
+rotation 10, GELU 8, two sums 6; backward 6, 12, 12 and 10."""
 
-LORA_INPUT, LORA_OUTPUT, LORA_INPUT_BACK, LORA_OUTPUT_BACK = 9.5, 14, 14, 14
-"""The same for one adapter, for each hidden-sized piece of its input and output: casts, dropout, scaling, sum."""
+LAST_SUM = 3
+"""The last of them, after the last product, which is not run again."""
+
+FUSED_LORA = (3.5, 2, 8, 2)
+PEFT_LORA = (9.5, 14, 14, 14)
+"""The same for one adapter, forward and backward, for each hidden-sized piece of its (input, output, input, output):
+dropout, thin products and sums in `glmhelpers.lora`; in peft also casts to float32 and scaling."""
 
 LAUNCH = 0.5e-3
 """Seconds that the CPU needs to start the kernels of one block once, forward, backward, or forward again. Measured with
@@ -78,18 +86,27 @@ def _product_seconds(operations: float, weights: int, setting: Setting, gpu: GPU
     return max(arithmetic, weights * setting.element / (gpu.bandwidth * gpu.memory_share))
 
 
-def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, float]:
-    """Seconds of one block on the GPU for one micro-batch: (forward, backward without running it again)."""
-    matrices = _product_seconds(2 * setting.tokens * shape.matrix_parameters, shape.matrix_parameters, setting, gpu)
+def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, float, float]:
+    """Seconds of one block on the GPU for one micro-batch: forward, forward again, backward from there."""
+    weights = shape.matrix_parameters
+    last = 0 if "dense_4h_to_h" in setting.adapters else shape.hidden * shape.inner
+    matrices, again = (
+        _product_seconds(2 * setting.tokens * count, count, setting, gpu) for count in (weights, weights - last)
+    )
     operations = 4 * setting.tokens * setting.seq_length * shape.hidden
     attention = operations / (gpu.matrix_rate * ATTENTION_SHARE)
     unit = hidden_bytes(shape, setting) / (gpu.bandwidth * gpu.memory_share)
     forward, backward = ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD
+    ahead_in, ahead_out, back_in, back_out = FUSED_LORA if setting.fused else PEFT_LORA
     for name in setting.adapters:
         inputs, outputs = (width / shape.hidden for width in shape.linear(name))
-        forward += LORA_INPUT * inputs + LORA_OUTPUT * outputs
-        backward += LORA_INPUT_BACK * inputs + LORA_OUTPUT_BACK * outputs
-    return matrices + attention + forward * unit, matrices + 2.5 * attention + backward * unit
+        forward += ahead_in * inputs + ahead_out * outputs
+        backward += back_in * inputs + back_out * outputs
+    return (
+        matrices + attention + forward * unit,
+        again + attention + (forward - LAST_SUM * (last > 0)) * unit,
+        matrices + 2.5 * attention + backward * unit,
+    )
 
 
 def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
@@ -102,15 +119,15 @@ def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
 
 def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> StageTime:
     """Seconds of one GPU's stage for one micro-batch; a checkpointed block runs forward twice."""
-    forward, backward = block_seconds(shape, setting, gpu)
-    blocks, again = len(stage.blocks), sum(stage.blocks)
+    forward, again, backward = block_seconds(shape, setting, gpu)
+    blocks, checkpointed = len(stage.blocks), sum(stage.blocks)
     send = 0.0 if stage.head else hidden_bytes(shape, setting) / gpu.link
     ahead = blocks * forward + send + (head_seconds(shape, setting, gpu) if stage.head else 0.0)
     launch_ahead = (blocks + stage.head) * LAUNCH  # head and loss: about as many kernels as a block
     if not setting.training:
         return StageTime(ahead, 0.0, launch_ahead)
-    back = blocks * backward + again * forward + send
-    return StageTime(ahead, back, launch_ahead, (blocks + again) * LAUNCH)
+    back = blocks * backward + checkpointed * again + send
+    return StageTime(ahead, back, launch_ahead, (blocks + checkpointed) * LAUNCH)
 
 
 def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: int, gpu: GPU) -> float:

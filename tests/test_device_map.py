@@ -313,7 +313,7 @@ def test_accepted_maps_can_be_predicted(changes):
         assert min(predict(PUBLISHED, wrong, 1, 64).peak_bytes) > 0
 
 
-def test_of_equal_plans_the_first_gpus_hold_the_most():
+def test_of_equal_plans_one_that_starts_on_the_first_gpu_is_taken():
     """A model that is fastest on one GPU stands on GPU 0, whatever the number of equal GPUs."""
     for count in (2, 3):
         plan = plan_device_map(TINY, ["T4"] * count, 16, 56)

@@ -149,8 +149,18 @@ def test_readme_gives_the_measured_figures():
     whole = next(line for line in lines["train_step_speed"])
     assert row["a step on one GPU, 4 x 1024 tokens, every block checkpointed"] == f"{whole['ms']:.0f} ms"
     assert row["the same, nothing checkpointed"] == f"{steps['none']:.0f} ms"
-    speedups = [line["speedup"] for line in lines["two_gpus"] if line.get("micro_batches") == 8 and "speedup" in line]
-    assert row["two GPUs, 8 micro-batches against 1"] == f"{speedups[0]} times as fast"
+    stages = " and ".join(f"{line['ms']:.0f}" for line in lines["train_step_planned"])
+    assert row["the two stages that the planner chooses for two 15 GiB GPUs, each alone"] == f"{stages} ms"
+    (even,) = (line for line in lines["two_gpus"] if line.get("cut") == [14, 14] and line.get("speedup", 1) > 1.6)
+    assert even["micro_batches"] == 8
+    assert row["two GPUs, 14 blocks each, 8 micro-batches against 1"] == f"{even['speedup']} times as fast"
+    (alike,) = (
+        line for line in lines["rows"] if (line["way"], line["batch"], line["checkpointed"]) == ("alike", 16, "all")
+    )
+    what = "rows of real lengths, 16 a step: tokens per second against the same rows padded to 1024"
+    assert row[what] == f"{alike['times']} times as many"
+    packed = " and ".join(f"{line['peak_bytes'] / 1e9:.2f}" for line in lines["packed"][1:3])
+    assert row["the base in 8 and in 4 bits, peak on one GPU, 4 x 1024 tokens"] == f"{packed} GB"
     tokens = [line["tokens_per_s"] for line in lines["decode"] if line.get("way") == "graphs" and line["gpus"] == 1]
     assert row["tokens per second of one answer"] == f"{min(tokens):.0f} to {max(tokens):.0f}"
 

@@ -1,5 +1,7 @@
 """The base in 8 and 4 bits. Most of it needs bitsandbytes, which the course does not install."""
 
+import weakref
+
 import pytest
 import torch
 from reference import CHECKPOINT, fresh_model, model, tokenizer
@@ -11,7 +13,9 @@ from glmhelpers.collate import RightPadCollator
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.fingerprints import base_checksum
 from glmhelpers.fit import model_settings, predict_training
+from glmhelpers.measure import checkpoint_only, random_batch
 from glmhelpers.quantized import load_quantized, stored_bytes, why_not
+from glmhelpers.step import run_step
 from glmhelpers.training import train, training_arguments
 from glmhelpers.watch import Watch
 from thuglm import ChatGLMConfig
@@ -89,3 +93,65 @@ def test_an_adapter_learns_on_a_packed_base_and_leaves_it_alone(bits, tmp_path):
     assert losses[-1] < losses[0]
     assert "eval_loss" in log[-1]
     assert base_checksum(packed) == before
+
+
+class KeepsItsInput(torch.autograd.Function):
+    """As bitsandbytes' product of 8-bit weights: the input hangs on the node, where no hook for saved tensors sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.tensors = (None, None, x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_the_input_of_a_packed_layer_is_let_go():
+    x = torch.ones(3, requires_grad=True)
+    kept = x * 1
+    alive, out = weakref.ref(kept), KeepsItsInput.apply(kept)
+    del kept
+    assert alive() is not None
+    quantized.forget_input(None, (), out)
+    assert alive() is None
+    out.sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    quantized.forget_input(None, (), torch.ones(3))  # without a graph there is nothing to forget
+
+
+@needs_library
+def test_eight_bit_layers_keep_no_input_and_give_the_same_gradient():
+    """In eval mode the CPU takes the function that GPUs always take."""
+    packed = load_quantized(CHECKPOINT, 8, dtype=torch.float16).eval()
+    layer = packed.transformer.layers[0].mlp.dense_h_to_4h
+    x = torch.randn(5, layer.in_features, dtype=torch.float16, requires_grad=True)
+    out = layer(x)
+    assert type(out.grad_fn).__name__ == "MatMul8bitLtBackward"
+    assert out.grad_fn.tensors == (None, None, None)
+    out.float().sum().backward()
+    exact = fresh_model().transformer.layers[0].mlp.dense_h_to_4h.weight.sum(dim=0)
+    assert (x.grad - exact).norm() < 0.02 * exact.norm() * 5**0.5
+
+
+@needs_library
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_checkpointed_blocks_of_a_packed_base_keep_their_input_alone(bits):
+    """Blocks that are run again hold one copy of the hidden states each, however they are packed."""
+    model = attach_lora(load_quantized(CHECKPOINT, bits, {"": 0}), dropout=0.0).train()
+    checkpoint_only(model, range(4))
+    batch = random_batch(model.config, 8, 512)
+    grown = []
+
+    def backward(loss):
+        grown.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        run_step(model, batch, backward=backward)
+    unit = 8 * 512 * model.config.hidden_size * 2
+    assert grown[-1] < 12 * unit + 8 * 512 * 512 * 2, "4 inputs, the loss, the mask; 28 units more if all are kept"

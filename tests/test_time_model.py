@@ -1,5 +1,8 @@
 """How long a step takes: the CPU that starts the kernels, and the weights that must be read, can be the slowest part."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +10,8 @@ from hypothesis import strategies as st
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.gpus import find_gpus
 from glmhelpers.shapes import Setting, Shape
-from glmhelpers.timemodel import StageTime, Task, block_seconds, busy_share, schedule, step_seconds
+from glmhelpers.stages import Stage
+from glmhelpers.timemodel import StageTime, Task, block_seconds, busy_share, schedule, stage_seconds, step_seconds
 from thuglm import ChatGLMConfig
 
 PUBLISHED = ChatGLMConfig()
@@ -51,3 +55,59 @@ def test_few_tokens_cost_as_much_as_reading_the_weights():
     assert two == pytest.approx(one, rel=0.05)
     assert one >= shape.matrix_parameters * 2 / gpu.bandwidth
     assert many > 10 * one
+
+
+# The model against every step measured on H100s: GPUs that wait for their host are left to the tests above ---------------
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+H100 = find_gpus("H100")[0]
+
+
+def lines(name):
+    return [json.loads(line) for line in (RESULTS / f"{name}_h100.jsonl").read_text().splitlines()]
+
+
+def seconds_of(cut, kept, gpus, how):
+    """Of a step: one stage for each number of blocks in `cut`, of which `kept` are not run again."""
+    shape, last = Shape.of(PUBLISHED), len(cut) - 1
+    stages = [Stage.of(n, k, first=at == 0, head=at == last) for at, (n, k) in enumerate(zip(cut, kept, strict=True))]
+    times = [stage_seconds(shape, how, stage, H100) for stage in stages]
+    return step_seconds([times[at] for at in gpus], how.micro_batches)
+
+
+STEPS = [
+    line
+    for name in ("train_step_speed", "train_step_memory", "train_step_planned")
+    for line in lines(name)
+    if line["attention"] == "efficient"
+]
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)))
+def test_steps_measured_on_an_h100(number):
+    case = STEPS[number]
+    cut, stage = case["cut"], case.get("stage")
+    how = Setting(
+        case["batch"],
+        case["length"],
+        case["micro_batches"],
+        lora_fused=case["lora"] == "fused",
+        loss_chunk=case["loss_chunk"],
+        label_share=case["label_share"],
+    )
+    share = {"all": 0, "half": 0.5, "none": 1}.get(str(case["checkpointed"]), 1)
+    kept = [round(share * blocks) for blocks in cut]
+    seconds = seconds_of(cut, kept, range(len(cut)) if stage is None else [stage], how)
+    if how.tokens < 1024 or how.loss_chunk < 512:  # too little work at a time: the host was the slower one
+        assert seconds < case["ms"] / 1e3
+    else:
+        assert seconds == pytest.approx(case["ms"] / 1e3, rel=0.08)
+
+
+def test_gain_of_micro_batches_measured_on_two_h100s():
+    cases = [line for line in lines("two_gpus") if line["figure"] == "overlap"]
+    assert len(cases) == 8
+    for case in cases:
+        how = Setting(case["rows"], case["length"], case["micro_batches"], label_share=0.5)
+        seconds = seconds_of(case["cut"], (0, 0), (0, 1), how)
+        assert seconds == pytest.approx(case["ms"] / 1e3, rel=0.04)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from glmhelpers.devicemap import plan_device_map
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -61,11 +63,18 @@ def test_rows_reports_real_tokens_only(rows_module):
     assert alike["padding_share"] < padded["padding_share"]
 
 
-def test_planned_measures_both_stages_of_the_planners_choice():
-    stages = lines_of("train_step.py", "--suite", "planned", "--steps", "1")
-    assert [line["stage"] for line in stages] == [0, 1]
-    assert sum(stages[0]["cut"]) == 8
-    assert stages[0]["cut"] == stages[1]["cut"]
+def test_planned_measures_each_stage_of_the_planners_choice(monkeypatch):
+    """The tiny model is not worth a cut: it is one stage. The real one is two."""
+    (line,) = lines_of("train_step.py", "--suite", "planned", "--steps", "1")
+    assert (line["gpus"], line["stage"], line["cut"]) == (1, 0, [8])
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import train_step
+
+    first, last = train_step.planned_cases(train_step.ChatGLMConfig())
+    plan = plan_device_map(train_step.ChatGLMConfig(), ["15GiB"] * 2, 4, 1024)
+    assert (first.stage, last.stage, first.gpus) == (0, 1, 2)
+    assert list(first.cut) == [len(blocks) for blocks in plan.blocks]
+    assert first == train_step.replace(last, stage=0)
 
 
 def test_launch_reports_what_the_cpu_needs():
