@@ -152,7 +152,7 @@ def lora_b_norms(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found; `ok` if the adapter changes the model, survived the disk, and left the base alone."""
+    """What `prove` found; `ok` if the adapter changes the model, survived the disk, taught, and left the base alone."""
 
     largest_b_norm: float
     trained_to_reloaded: float
@@ -162,6 +162,9 @@ class Proof:
     base_before: str | None = None
     """Checksum of the frozen weights before training; None if it was not given."""
     base_after: str | None = None
+    learnt_before: float | None = None
+    """Share of answers of the base that hold what was taught; None if it was not given."""
+    learnt_after: float | None = None
     general_before: float | None = None
     """Share of general questions answered rightly by the base; None if it was not given."""
     general_after: float | None = None
@@ -181,6 +184,9 @@ class Proof:
             same = self.base_before == self.base_after
             text = f"checksum {self.base_after}, as before" if same else f"{self.base_before} became {self.base_after}"
             found.append((same, f"frozen weights: {text}"))
+        if self.learnt_before is not None:
+            text = f"what was taught: {self.learnt_before:.0%} of the answers before, {self.learnt_after:.0%} after"
+            found.append((self.learnt_after > self.learnt_before, text))
         if self.general_before is not None:
             text = f"general questions right: {self.general_before:.0%} before, {self.general_after:.0%} after"
             found.append((self.general_after >= STILL_KNOWN * self.general_before, text))
@@ -221,6 +227,7 @@ def prove(
     input_ids: Tensor,
     base_before: str | None = None,
     general: tuple[float, float] | None = None,
+    learnt: tuple[float, float] | None = None,
 ) -> Proof:
     """Compare the trained model, the reloaded one and the base on one prompt [B, L], and the base with itself.
 
@@ -228,16 +235,19 @@ def prove(
         trained: the model, or what it said: two copies of ChatGLM-6B do not fit on one T4.
         base_before: `base_checksum` of the base before training.
         general: shares (0 to 1) of general questions answered rightly before and after.
+        learnt: the same of questions about what was taught.
     """
     said = trained if isinstance(trained, Witness) else witness(trained, input_ids)
     again = reloaded(input_ids=input_ids).logits.float().cpu()
-    before, after = general or (None, None)
+    (before, after), (old, new) = general or (None, None), learnt or (None, None)
     return Proof(
         largest_b_norm=max(lora_b_norms(reloaded).values()),
         trained_to_reloaded=(said.trained - again).abs().max().item(),
         trained_to_base=(said.trained - said.base).abs().max().item(),
         base_before=base_before,
         base_after=None if base_before is None else said.base_checksum,
+        learnt_before=old,
+        learnt_after=new,
         general_before=before,
         general_after=after,
     )

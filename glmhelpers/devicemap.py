@@ -155,11 +155,12 @@ class Plan:
     def __str__(self) -> str:
         """The plan in a few lines."""
         setting = self.setting
-        free = len(self.stages) and self.shape.layers - len(self.checkpointed_layers)
+        marked, layers = len(self.checkpointed_layers), self.shape.layers
+        known = {0: "no block", layers: f"all {layers} blocks"}
         lines = [
             f"batch {setting.batch_size} x {setting.seq_length} tokens in {self.micro_batches} micro-batch"
             f"{'es' * (self.micro_batches > 1)}, embedding {_WHERE[self.embedding]}, "
-            f"{free or 'no'} block{'s' * (free != 1)} without checkpointing, about {self.seconds:.3g} s a step"
+            f"{known.get(marked, f'{marked} of {layers} blocks')} checkpointed, about {self.seconds:.3g} s a step"
         ]
         rows = zip(self.gpus, self.blocks, self.stages, self.peak_bytes, self.total_bytes, strict=True)
         for index, (gpu, blocks, stage, peak, total) in enumerate(rows):

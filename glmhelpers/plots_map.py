@@ -146,13 +146,16 @@ def draw_map(device_map: Mapping[str, int | str], axes: Axes | None = None) -> A
     return axes
 
 
-def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float | None = None) -> Axes:
+def draw_schedule(
+    tasks: Sequence[Task], axes: Axes | None = None, until: float | None = None, title: str = ""
+) -> Axes:
     """Who works when: one row for each GPU, one bar for each micro-batch, forward light and backward hatched.
 
     Args:
         tasks: from timemodel.schedule.
         axes: where to draw.
         until: right end of the axis in seconds, to compare two schedules.
+        title: what it is, before the numbers.
     """
     count = 1 + max(task.gpu for task in tasks)
     axes = axes or plt.subplots(figsize=(8, 0.9 + 0.5 * count))[1]
@@ -162,8 +165,8 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
                   color=COLORS["sky" if forward else "orange"], hatch="" if forward else "//")  # fmt: skip
     end = max(task.end for task in tasks)
     axes.set_yticks(range(count), [device_name(index) for index in range(count)])
-    title = f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time"
-    axes.set(xlim=(0, until or end), xlabel="seconds", title=title)
+    numbers = f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time"
+    axes.set(xlim=(0, until or end), xlabel="seconds", title=f"{title}: {numbers}" if title else numbers)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(

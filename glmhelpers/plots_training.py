@@ -46,11 +46,15 @@ def plot_loss(log: Sequence[Mapping[str, float]]) -> Axes:
 
 
 def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
-    for key, label, style in (("loss", "training", "o-"), ("eval_loss", "held-out rows", "s--")):
+    for key, label, style in (("loss", "training", "o-"), ("eval_loss", "evaluation", "s--")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    seen = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
+    if seen and 0 < 10 * min(seen) < max(seen):
+        # The end of a curve that fell far would lie on the axis.
+        axes.set(yscale="log", ylim=(None, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return axes

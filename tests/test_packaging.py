@@ -143,8 +143,8 @@ def test_readme_gives_the_measured_figures():
     )
     assert row["rows of 1024 tokens that fit on both"] == str(max(placed))
     memory = lines["train_step_memory"]
-    assert row[f"predicted peak against the measured one, {len(memory)} cases"] == "within 0.2 %"
-    assert all(abs(predict_case(ChatGLMConfig(), line) / line["peak_bytes"] - 1) <= 0.002 for line in memory)
+    assert row[f"predicted peak against the measured one, {len(memory)} cases"] == "within 0.04 %"
+    assert all(abs(predict_case(ChatGLMConfig(), line) / line["peak_bytes"] - 1) <= 0.0004 for line in memory)
     steps = {line["checkpointed"]: line["ms"] for line in reversed(lines["train_step_speed"]) if line["gpus"] == 1}
     whole = next(line for line in lines["train_step_speed"])
     assert row["a step on one GPU, 4 x 1024 tokens, every block checkpointed"] == f"{whole['ms']:.0f} ms"

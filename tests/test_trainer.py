@@ -254,6 +254,10 @@ def test_proof_notices_a_touched_base_and_forgotten_knowledge(tmp_path):
     assert f"[OK] frozen weights: checksum {before}, as before" in str(proof)
     assert "[OK] general questions right: 90% before, 80% after" in str(proof)
     assert not prove(model, reloaded, ids, before, general=(0.9, 0.5)).ok
+    taught = prove(model, reloaded, ids, before, learnt=(0.0, 0.975))
+    assert taught.ok
+    assert "[OK] what was taught: 0% of the answers before, 98% after" in str(taught)
+    assert not prove(model, reloaded, ids, before, learnt=(0.5, 0.5)).ok
     with torch.no_grad():
         model.base_model.model.transformer.layers[3].mlp.dense_4h_to_h.bias[0] += 1e-3
     proof = prove(model, reloaded, ids, before)
