@@ -79,6 +79,8 @@ def run(step, batches: list[dict], device: str, seconds: float) -> dict:
     for batch in sorted(batches, key=lambda batch: -batch["input_ids"].numel())[:WARM_UP]:
         step(batch)
     wait()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
     random.Random(0).shuffle(batches)
     begin, done = time.perf_counter(), []
     for batch in batches:

@@ -85,6 +85,7 @@ def step_seconds(machine: Machine, model: nn.Module, batch: dict, parts: int, **
         machine.sync()
         if attempt:
             times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
     return statistics.median(times)
 
 
@@ -92,12 +93,14 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     """The planner's fastest plan, on the devices: its time, its peaks. It may part head and embedding for good."""
     rows = overlap_rows(machine)
     plan = plan_device_map(machine.config, SIZES, rows, machine.length, "speed", micro_batches=8)
-    net.place({name: machine.devices[place] for name, place in plan.device_map.items()})
+    homes = dict(enumerate(machine.devices))
+    net.place({name: homes.get(place, place) for name, place in plan.device_map.items()})
     checkpoint_only(model, plan.checkpointed_layers)
     batch, how = random_batch(machine.config, rows, machine.length), {"loss_chunk": plan.setting.loss_chunk}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     run_step(model, batch, plan.micro_batches, **how)
     optimizer.step()
+    model.zero_grad(set_to_none=True)
     machine.reset_peaks()
     seconds = step_seconds(machine, model, batch, plan.micro_batches, **how)
     line(

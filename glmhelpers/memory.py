@@ -115,13 +115,13 @@ def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def loss_working_bytes(shape: Shape, setting: Setting) -> int:
-    """While a chunk is computed: its logits in the base dtype and in float32, the normed states, the labelled rows with
-    their labels (int64).
+    """While a chunk is computed: its logits in the base dtype, their log-probabilities in float32, the normed states,
+    the labelled rows with their labels (int64).
 
-    Later the float32 probabilities and their copy in the base dtype take the place of the logits: the same size.
+    Then the probabilities in the base dtype take the place of the logits: the same size.
     """
     rows = label_rows(setting)
-    chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element % 4)
+    chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
     return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 
 

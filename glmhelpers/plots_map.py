@@ -146,9 +146,7 @@ def draw_map(device_map: Mapping[str, int | str], axes: Axes | None = None) -> A
     return axes
 
 
-def draw_schedule(
-    tasks: Sequence[Task], axes: Axes | None = None, until: float | None = None, title: str = ""
-) -> Axes:
+def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float | None = None, title: str = "") -> Axes:
     """Who works when: one row for each GPU, one bar for each micro-batch, forward light and backward hatched.
 
     Args:

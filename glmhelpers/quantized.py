@@ -73,21 +73,25 @@ def load_quantized(
 def forget_input(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
     """Forward hook of an 8-bit layer: its node in the graph lets go of the layer's input.
 
-    On a GPU bitsandbytes ties the input to the node itself, for the gradient of the weights. These are frozen, and
-    checkpointing, which replaces what autograd saves, does not see it: each block would keep 7 times its hidden states,
-    6.6 GB for ChatGLM-6B at 4 x 1024 (benchmarks/packed.py).
+    bitsandbytes ties the input to the node itself, for the gradient of the weights: as `tensors` on a GPU, as `A` in
+    training on a CPU. The weights are frozen, and checkpointing, which replaces what autograd saves, does not see it:
+    each block would keep 7 times its hidden states, 6.6 GB for ChatGLM-6B at 4 x 1024 (benchmarks/packed.py).
     """
-    if hasattr(output.grad_fn, "tensors"):
-        output.grad_fn.tensors = (None, None, None)
+    node = output.grad_fn
+    if hasattr(node, "tensors"):
+        node.tensors = (None, None, None)
+    if hasattr(node, "A"):
+        node.A = None
 
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all frozen weights as they are stored, scales included; what is shared counts once."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            total += parameter.numel() * parameter.element_size()
-            # bitsandbytes keeps the scales beside the parameter: SCB for 8 bits, a QuantState for 4.
-            scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
-            total += sum(scale.numel() * scale.element_size() for scale in scales if scale is not None)
-    return total
+    frozen = {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    stored = list(frozen.values())
+    for name, parameter in frozen.items():
+        # bitsandbytes keeps the scales beside the parameter, for 8 bits only up to the first answer: then in the layer.
+        layer = model.get_submodule(name.rpartition(".")[0])
+        stored += [getattr(parameter, "SCB", None), getattr(getattr(layer, "state", None), "SCB", None)]
+        stored.append(getattr(getattr(parameter, "quant_state", None), "absmax", None))
+    different = {id(tensor): tensor for tensor in stored if tensor is not None}
+    return sum(tensor.numel() * tensor.element_size() for tensor in different.values())

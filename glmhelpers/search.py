@@ -41,6 +41,11 @@ class Found:
     seconds: float
     peak: int
 
+    @property
+    def used(self) -> int:
+        """GPUs that hold something."""
+        return sum(stage != Stage() for stage in self.stages)
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -107,7 +112,7 @@ class Search:
         for setting in settings:
             for place in self.embeddings:
                 found = self._walk(setting, place, ceiling, "time", best)
-                if found and (best is None or found.seconds < best.seconds):
+                if found and (best is None or _rank(found.seconds, found.used) < _rank(best.seconds, best.used)):
                     best = found
         return best
 
@@ -169,8 +174,9 @@ class Search:
 
         for gpu in range(len(room.gpus)):
             grown: dict[int, list[_Partial]] = {}
-            # Of equally good plans the first one stays, so those that leave the first GPUs empty come last.
-            for done, partials in sorted(states.items(), key=lambda state: (state[0] == 0, state[0])):
+            # Of equally good plans the first one stays: one that is complete rather than one that goes on behind an
+            # empty GPU, and last one that has not begun.
+            for done, partials in sorted(states.items(), key=lambda state: (state[0] == 0, state[0] < units, state[0])):
                 for end in range(units if gpu == last else done, units + 1):
                     if end == done:
                         for partial in partials:
@@ -192,8 +198,7 @@ class Search:
         ends = states.get(units, [])
         if not ends:
             return None
-        # A GPU that makes nothing faster is left free.
-        best = min(ends, key=lambda partial: (partial.peak if count_what == "peak" else seconds(partial), partial.used))
+        best = min(ends, key=lambda p: _rank(p.peak if count_what == "peak" else seconds(p), p.used))
         return Found(setting, place, best.stages, seconds(best), best.peak)
 
     def _least_lack(self, setting: Setting, place: str) -> list[int]:
@@ -218,6 +223,12 @@ class Search:
                         grown[end] = new
             states = grown
         return states[units]
+
+
+def _rank(amount: float, used: int) -> tuple[float, int]:
+    """What the best plan has least of. A GPU that makes nothing faster is left free; sums of floats that differ in the
+    last digits are the same time."""
+    return round(amount, 9), used
 
 
 def _add(partial: _Partial, piece: _Piece, timed: bool) -> _Partial:

@@ -26,7 +26,8 @@ all launches together, whichever is longer, and more micro-batches are not alway
 
 Rates come from `gpus`. On one H100 (batch 4 x 1024, checkpointed, LoRA rank 8) matrix products take 183 ms of a
 step, attention 81 ms and everything else 62 ms; the shares below and in `gpus` are set from that. A test lays the model
-beside every step measured there. Seconds for other GPUs are estimates, good for comparing plans on one machine.
+beside every step measured there with a 16-bit base (what it costs to unpack 8 bits is not counted). Seconds for other
+GPUs are estimates, good for comparing plans on one machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,16 +47,17 @@ ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
 rotation 10, GELU 8, two sums 6; backward 6, 12, 12 and 10."""
 
 LAST_SUM = 3
-"""The last of them, after the last product, which is not run again."""
+"""The last of them, behind the last product: it is not run again."""
 
 FUSED_LORA = (3.5, 2, 8, 2)
 PEFT_LORA = (9.5, 14, 14, 14)
 """The same for one adapter, forward and backward, for each hidden-sized piece of its (input, output, input, output):
-dropout, thin products and sums in `glmhelpers.lora`; in peft also casts to float32 and scaling."""
+dropout, thin products and sums in `glmhelpers.lora`; in peft also casts to float32 and scaling. With dropout."""
 
 LAUNCH = 0.5e-3
 """Seconds that the CPU needs to start the kernels of one block once, forward, backward, or forward again. Measured with
-benchmarks/launch.py on a 2-core machine: 0.31, 0.27 and 0.50 ms; the host of the H100s needed some four times that."""
+benchmarks/launch.py on 2-core machines: 0.31, 0.27 and 0.50 ms on one, twice that on another; the hosts of the H100s
+needed 0.7 to 1.1 ms."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,20 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
         backward += back_in * inputs + back_out * outputs
     return (
         matrices + attention + forward * unit,
-        again + attention + (forward - LAST_SUM * (last > 0)) * unit,
+        again + attention + (forward - LAST_SUM) * unit,
         matrices + 2.5 * attention + backward * unit,
     )
 
 
 def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
-    """Head and loss of one micro-batch: two products over the vocabulary, and 24 bytes moved for each logit."""
-    logits = (label_rows(setting) if setting.training else setting.rows) * shape.vocab
-    times = 2 if setting.training else 1
-    products = _product_seconds(2 * times * logits * shape.hidden, times * shape.head_parameters, setting, gpu)
-    return products + 24 * logits / (gpu.bandwidth * gpu.memory_share)
+    """Head and loss of one micro-batch: two products over the vocabulary for each chunk, and what is moved of a logit:
+    it is written, read for the softmax, 4 bytes are written and read, the probability is written and read."""
+    rows = label_rows(setting) if setting.training else setting.rows
+    times, chunks = (2, max(1, -(-rows // setting.loss_chunk))) if setting.training else (1, 1)
+    logits, element = rows * shape.vocab, setting.element
+    operations = 2 * times * logits * shape.hidden
+    products = chunks * _product_seconds(operations / chunks, times * shape.head_parameters, setting, gpu)
+    return products + (4 * element + 8) * logits / (gpu.bandwidth * gpu.memory_share)
 
 
 def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> StageTime:

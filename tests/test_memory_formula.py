@@ -132,10 +132,12 @@ def test_the_first_block_keeps_less():
         assert saved[1] - saved[0] == unit + statistics + mask
 
 
-def track_model(config, rows, length, micro_batches, checkpointed, share, chunk, rank=8, fused=True):
+def track_model(
+    config, rows, length, micro_batches, checkpointed, share, chunk, rank=8, fused=True, dtype=torch.float16
+):
     """Peak of a whole training step (forward of all micro-batches, one backward), all parameters ignored."""
     with torch.device("meta"):
-        base = ChatGLMForConditionalGeneration(config).half()
+        base = ChatGLMForConditionalGeneration(config).to(dtype)
     base = base.to("meta")
     base.lm_head.weight = base.transformer.word_embeddings.weight
     model = lora(base, rank=rank, fused=fused)
@@ -184,6 +186,16 @@ def test_whole_step_equals_the_real_model(rows, length, micro_batches, kept, sha
     kept_before = ("weights", "embedding", "lora", "adam", "workspace")
     predicted = sum(size for term, size in terms.items() if term not in kept_before)
     real = track_model(MIDDLE, rows, length, micro_batches, marks, share, chunk, rank, fused)
+    assert real == pytest.approx(predicted, rel=1e-4)
+
+
+def test_whole_step_in_float32_equals_the_real_model():
+    shape, setting = Shape.of(MIDDLE), Setting(4, 1024, 1, 8, loss_chunk=512, dtype="float32")
+    stage = Stage((True,) * shape.layers, embedding=True, head=True, shared=True, first=True)
+    moment, terms = stage_terms(shape, setting, stage)
+    assert moment == "loss of the last micro-batch"
+    predicted = sum(terms[name] for name in set(terms) - {"weights", "embedding", "lora", "adam", "workspace"})
+    real = track_model(MIDDLE, 4, 1024, 1, [True] * shape.layers, 1.0, 512, dtype=torch.float32)
     assert real == pytest.approx(predicted, rel=1e-4)
 
 

@@ -54,7 +54,9 @@ def test_weights_shrink_as_predicted(bits):
     packed = attach_lora(load_quantized(CHECKPOINT, bits, dtype=torch.float32))
     assert model_settings(packed)["base_bits"] == bits
     terms = predict_training(packed, 2, 16).breakdown[0]
-    assert stored_bytes(packed) == pytest.approx(terms["weights"] + terms["embedding"], rel=0.02)
+    for _ in range(2):  # before an answer and after it
+        assert stored_bytes(packed) == pytest.approx(terms["weights"] + terms["embedding"], rel=1e-3)
+        packed(torch.tensor([[5, 2657, 2660]]))
     assert packed.base_model.model.lm_head.weight.dtype == torch.float32
 
 
@@ -133,6 +135,17 @@ def test_eight_bit_layers_keep_no_input_and_give_the_same_gradient():
     out.float().sum().backward()
     exact = fresh_model().transformer.layers[0].mlp.dense_h_to_4h.weight.sum(dim=0)
     assert (x.grad - exact).norm() < 0.02 * exact.norm() * 5**0.5
+
+
+@needs_library
+def test_eight_bit_layers_keep_no_input_in_training_on_a_cpu():
+    layer = load_quantized(CHECKPOINT, 8, dtype=torch.float32).train().transformer.layers[0].mlp.dense_h_to_4h
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    out = layer(x)
+    assert type(out.grad_fn).__name__ == "MatMul8bitFpBackward"
+    assert out.grad_fn.A is None
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
 
 
 @needs_library

@@ -95,11 +95,11 @@ def test_steps_measured_on_an_h100(number):
         loss_chunk=case["loss_chunk"],
         label_share=case["label_share"],
     )
-    share = {"all": 0, "half": 0.5, "none": 1}.get(str(case["checkpointed"]), 1)
+    share = {"all": 0, "half": 0.5, "none": 1, "[]": 1}[str(case["checkpointed"])]
     kept = [round(share * blocks) for blocks in cut]
     seconds = seconds_of(cut, kept, range(len(cut)) if stage is None else [stage], how)
-    if how.tokens < 1024 or how.loss_chunk < 512:  # too little work at a time: the host was the slower one
-        assert seconds < case["ms"] / 1e3
+    if how.tokens < 1024:  # too little work at a time: the host was the slower one
+        assert 0.6 * case["ms"] / 1e3 < seconds < case["ms"] / 1e3
     else:
         assert seconds == pytest.approx(case["ms"] / 1e3, rel=0.08)
 
