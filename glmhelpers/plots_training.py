@@ -54,7 +54,8 @@ def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
     seen = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
     if seen and 0 < 10 * min(seen) < max(seen):
         # The end of a curve that fell far would lie on the axis.
-        axes.set(yscale="log", ylim=(None, None))
+        axes.set(yscale="log", ylim=(0.7 * min(seen), 1.4 * max(seen)))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return axes
