@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glmhelpers.attach import adapter_from, adapter_layers
+from glmhelpers.attach import adapter_from, adapter_layers, not_a_number
 from glmhelpers.fingerprints import base_checksum, base_difference, base_note
 from glmhelpers.templates import TEMPLATES
 
@@ -41,7 +41,7 @@ STILL_KNOWN = 0.75
 def save_adapter(
     model: PeftModel, folder: str | Path, template: str = "chatglm", settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the adapter to `folder`, replacing what is there, and return it.
+    """Write the adapter to `folder`, replacing the one that is there, and return it.
 
     Everything is written to a folder beside it first, so a killed process leaves the old adapter or the new one.
 
@@ -50,15 +50,20 @@ def save_adapter(
         settings: how it was trained, for readers: `checkpoints.run_settings`, or whatever JSON can hold.
 
     Raises:
-        ValueError: unknown template, or an adapter that learnt nothing (every lora_B is 0).
+        ValueError: unknown template, or an adapter that learnt nothing (every lora_B is 0) or holds NaN.
+        FileExistsError: `folder` holds something else than an adapter.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; there are {', '.join(TEMPLATES)}")
+    if name := not_a_number(model):
+        raise ValueError(f"{name} holds NaN or infinity: training diverged. Take an earlier checkpoint.")
     if not any(norm > 0 for norm in lora_b_norms(model).values()):
         raise ValueError("Every lora_B is 0: this adapter changes nothing. Train it before saving it.")
-    folder = Path(folder)
-    draft, old = folder.with_name(folder.name + ".part"), _aside(folder)
+    folder = Path(folder).absolute()
+    draft, old = folder.with_name(f".{folder.name}.part"), _aside(folder)
     _bring_back(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise FileExistsError(f"{folder} is there and is no adapter: give save_adapter a folder of its own")
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(draft, save_embedding_layers=False)
@@ -73,7 +78,12 @@ def save_adapter(
 
 def _aside(folder: Path) -> Path:
     """Where the old adapter lies for the moment in which the new one takes its place."""
-    return folder.with_name(folder.name + ".old")
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _replaceable(folder: Path) -> bool:
+    """An adapter's folder, or an empty one."""
+    return folder.is_dir() and ((folder / ADAPTER_FILES[0]).is_file() or not any(folder.iterdir()))
 
 
 def _bring_back(folder: Path) -> None:
@@ -97,7 +107,7 @@ def load_adapter(
         ValueError: a file is damaged, a tensor has no place or a place no tensor, the base has an adapter already, or
             the adapter was trained on another base or with another template; names the difference.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     _bring_back(folder)
     if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves an adapter.")
@@ -130,6 +140,8 @@ def _read_note(folder: Path) -> dict[str, Any]:
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         wanted = {"template", "base"} - set(note)
+        if not wanted and "fingerprint" not in note["base"]:
+            wanted = {"the base's fingerprint"}
     except (ValueError, TypeError) as error:
         raise ValueError(_damaged(folder / NOTE, error)) from error
     if wanted:

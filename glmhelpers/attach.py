@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from glmhelpers.lora import fuse_lora
+from glmhelpers.shapes import as_targets
 
 
 @contextmanager
@@ -52,14 +53,19 @@ def attach_lora(
     """
     torch.manual_seed(seed)
     adapted = _adapted(model, lora_config(r, alpha, dropout, targets))
-    adapted.starts_from = f"fresh, seed {seed}"
+    adapted.starts_from, adapted.start_digest = f"fresh, seed {seed}", weights_digest(adapted)
     return adapted
 
 
 def lora_config(r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
     """Arguments as in `attach_lora`."""
     return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(as_targets(targets)),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
 
 
@@ -94,11 +100,22 @@ def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Ten
     except ValueError:
         adapted.unload()
         raise
-    digest = hashlib.sha256()
-    for name, weight in adapter_weights(adapted).items():
-        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
-    adapted.starts_from = f"loaded, {digest.hexdigest()[:16]}"
+    adapted.start_digest = weights_digest(adapted)
+    adapted.starts_from = f"loaded, {adapted.start_digest}"
     return adapted
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of all bits of the adapter."""
+    digest = hashlib.sha256()
+    for name, weight in adapter_weights(model).items():
+        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def not_a_number(model: nn.Module) -> str | None:
+    """Name of the first matrix of the adapter that holds NaN or infinity; None if none does. Waits for the GPUs."""
+    return next((name for name, weight in adapter_weights(model).items() if not weight.isfinite().all()), None)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -157,8 +174,8 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], source: str = 
         source: where they come from, for messages.
 
     Raises:
-        ValueError: a name that the adapter lacks, a place that stays empty, or a shape that does not fit. Nothing is
-            copied then.
+        ValueError: a name that the adapter lacks, a place that stays empty, a shape that does not fit, or a value that
+            is no number. Nothing is copied then.
     """
     places = adapter_weights(model)
     if unknown := [name for name in tensors if name not in places]:
@@ -173,6 +190,11 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], source: str = 
             raise ValueError(
                 f"{name} is {list(tensor.shape)} in {source}, but {list(places[name].shape)} in this model: another "
                 "rank, or another model"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinity in {source}: its training diverged, or the file is damaged. Take an "
+                "earlier checkpoint."
             )
     for name, tensor in tensors.items():
         places[name].copy_(tensor)

@@ -24,6 +24,7 @@ import numpy as np
 from torch import nn
 
 from glmhelpers.atomic import whole_file
+from glmhelpers.attach import weights_digest
 from glmhelpers.fingerprints import fingerprint
 
 MARKER = "complete.json"
@@ -44,6 +45,10 @@ COUNTED = (
     "train_sampling_strategy",
     "seed",
     "data_seed",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "neftune_noise_alpha",
+    "dataloader_drop_last",
 )
 """The training arguments that decide what is learnt. How the work is cut and where it is done do not."""
 
@@ -73,6 +78,27 @@ def run_settings(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: A
     }
 
 
+def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any) -> Path:
+    """The folder of the run that this model, these rows and these settings make; noted on the model.
+
+    A model that was trained in this very run, and stopped, still belongs to it. One that was trained in another run, or
+    changed otherwise, starts a run that is no fresh one.
+    """
+    settings = run_settings(model, dataset, args)
+    folder = run_folder(args.output_dir, settings)
+    trained_in, now = getattr(model, "trained_in", None), weights_digest(model)
+    known = trained_in == folder.resolve() if trained_in else now == getattr(model, "start_digest", None)
+    if not known:
+        model.starts_from = settings["starts_from"] = f"trained before, {now}"
+        folder = run_folder(args.output_dir, settings)
+    if not (folder / "settings.json").is_file():
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        with whole_file(folder / "settings.json") as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
+    model.trained_in = folder.resolve()
+    return folder
+
+
 def rows_digest(dataset: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
     """Number of rows, and 16 hex digits of all lengths, ids and labels in their order."""
     digests, count = [hashlib.sha256() for _ in range(3)], 0
@@ -95,13 +121,9 @@ def _columns(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, A
 
 
 def run_folder(parent: str | Path, settings: Mapping[str, Any]) -> Path:
-    """The folder of the run with these settings, below `parent`; made, with its `settings.json`, if it is not there."""
+    """The folder of the run with these settings, below `parent`."""
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    folder = Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if not (folder / "settings.json").is_file():
-        with whole_file(folder / "settings.json") as draft:
-            draft.write_text(text + "\n", encoding="utf-8")
-    return folder
+    return Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
@@ -126,12 +148,12 @@ def marker_facts(folder: Path) -> dict[str, Any]:
 def what_is_wrong(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if it is complete."""
     try:
-        sizes = marker_facts(folder)["files"]
+        pairs = marker_facts(folder)["files"].items()
     except FileNotFoundError:
         return f"it has no {MARKER}, so the process was stopped while it was written"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} cannot be read"
-    for name, size in sizes.items():
+    for name, size in pairs:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -147,7 +169,8 @@ def step_of(folder: Path) -> int:
 
 def checkpoints(run: Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, the newest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    folders = (path for path in run.glob("checkpoint-*") if path.is_dir())
+    found = [path for path in folders if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 

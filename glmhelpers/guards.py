@@ -111,6 +111,34 @@ def gradients_finite(model: torch.nn.Module) -> bool:
     return all(bool(torch.stack(group).isfinite().all()) for group in sums.values())
 
 
+def refuse_settings(args: Any) -> None:
+    """Refuse training arguments that would be ignored here, or broken by taking a run up again.
+
+    Raises:
+        ValueError: names the setting, and what to do instead.
+    """
+    if args.load_best_model_at_end or getattr(args.save_strategy, "value", args.save_strategy) == "best":
+        raise ValueError(
+            "load_best_model_at_end and save_strategy='best' are not supported: a run is taken up from its last "
+            "checkpoint. Find the step of the lowest eval_loss in the log that train() returns, and train again with "
+            "max_steps of that many."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor has no effect on the chunked loss: leave it 0")
+
+
+def refuse_rows(dataset: Any, what_for: str) -> None:
+    """Refuse a data set without rows, or whose rows have no labels.
+
+    Raises:
+        ValueError: says which.
+    """
+    if not len(dataset):
+        raise ValueError(f"there are no rows {what_for}: was everything dropped or held out (notebook 02)?")
+    if missing := {"input_ids", "labels"} - set(dataset[0]):
+        raise ValueError(f"the rows {what_for} have no {' and no '.join(sorted(missing))}: make them with encode_file")
+
+
 def refuse_many_processes(environment: Any = None) -> None:
     """Explain, before anything hangs, that this trainer is one process for all GPUs.
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from glmhelpers.attach import fill_adapter
+from glmhelpers.attach import fill_adapter, not_a_number
 from glmhelpers.checkpoints import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.guards import Guard
 from glmhelpers.step import first_device, label_rows, own_streams, place_part, run_step, split_batch
@@ -152,7 +152,16 @@ class GLMTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return str(self.folder)
 
+    def check_weights(self) -> None:
+        """Stop if the adapter holds what is no number, before a checkpoint of it could take the place of a good one."""
+        if name := not_a_number(self.model):
+            self.guard.stop(
+                f"after step {self.state.global_step}, {name} holds NaN or infinity",
+                f"Lower the learning rate (it is {self.args.learning_rate:g}).",
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        self.check_weights()
         target = self.folder / f"checkpoint-{self.state.global_step}"
         shutil.rmtree(target, ignore_errors=True)
         # The Trainer would delete older checkpoints before this one has its marker.

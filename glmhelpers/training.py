@@ -30,13 +30,14 @@ from glmhelpers.attach import (
     check_adapter,
     count_parameters,
     fill_adapter,
+    not_a_number,
     quiet_peft,
 )
-from glmhelpers.checkpoints import last_complete, read_state, run_folder, run_settings
+from glmhelpers.checkpoints import last_complete, read_state, start_run
 from glmhelpers.collate import SAMPLING
 from glmhelpers.devicemap import Plan
 from glmhelpers.fit import explain_out_of_memory
-from glmhelpers.guards import TrainingStoppedError, refuse_many_processes
+from glmhelpers.guards import TrainingStoppedError, refuse_many_processes, refuse_rows, refuse_settings
 from glmhelpers.trainer import GLMTrainer
 from glmhelpers.watch import EveryMinutes, Watch
 
@@ -124,7 +125,8 @@ def train(
     Raises:
         TrainingStoppedError: the loss is no number or 0, every step is skipped, or a batch has no label
             (`NoLabelsError`, which is a ValueError too).
-        ValueError: nothing is trainable.
+        ValueError: nothing is trainable, there are no rows, or no number in the adapter; a setting that a run which is
+            taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
     """
@@ -137,8 +139,13 @@ def train(
         )
     if plan is not None:
         micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
-    settings = run_settings(model, dataset, args)
-    folder = run_folder(args.output_dir, settings)
+    refuse_settings(args)
+    refuse_rows(dataset, "to train on")
+    if eval_dataset is not None:
+        refuse_rows(eval_dataset, "for evaluation")
+    if name := not_a_number(model):
+        raise ValueError(f"{name} holds NaN or infinity: load the base again, then attach or load the adapter")
+    folder = start_run(model, dataset, args)
     checkpoint = last_complete(folder)
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -167,6 +174,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_weights()
     except torch.OutOfMemoryError as error:
         message = explain_out_of_memory(trainer, str(error))
         let_go(error)

@@ -103,6 +103,9 @@ def test_the_two_thirds_form_of_peft_0_2_computes_the_same(tmp_path):
             {STEM.format(4, s, ""): torch.ones(8, 64) for s in ("lora_A", "lora_B")},
             r"layers\.4\.\S+ but this base has no linear layer there",
         ),
+        ({STEM.format(1, "lora_A", ""): torch.ones(8, 64).long()}, r"as torch.int64 \[8, 64\].* matrix of floating"),
+        ({STEM.format(1, "lora_A", ""): torch.tensor(1.0)}, r"must be a matrix of floating point numbers"),
+        ({STEM.format(1, "lora_A", ""): torch.full((8, 64), torch.nan)}, r"holds NaN or infinity"),
         ({STEM.format(0, "lora_A", ".other"): torch.ones(8, 64)}, r"several adapters \(None, other\)"),
         (
             {STEM.format(1, "lora_A", ""): torch.ones(4, 64), STEM.format(1, "lora_B", ""): torch.ones(192, 4)},
@@ -142,7 +145,7 @@ def test_a_file_with_code_in_it_is_not_loaded(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"half"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"hello world", b"half"])
 def test_a_damaged_file_is_refused(content, tmp_path):
     whole = tmp_path / "whole.pt"
     old_file(whole)

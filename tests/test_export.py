@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import CHECKPOINT, fresh_model, tokenizer
@@ -83,7 +83,10 @@ def test_merged_matrix_is_the_rounded_exact_sum(seed, rank, scaling):
     room = exact.abs() * 2**-11 + 2**-25 + 1e-5
     assert ((merged.double() - exact).abs() <= room).all()
     assert correction.largest_error(weight, merged) <= 1
-    # what a mistake would look like: another scaling, the transposed order, a forgotten adapter
+    # what a mistake would look like: another scaling, the transposed order, a forgotten adapter; it shows only if the
+    # one random input that is looked at does not happen to lie across A
+    x = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    assume((a @ x).norm() > 0.5)
     assert Correction(a, b, scaling * 1.5).largest_error(weight, merged) > 1
     assert correction.largest_error(weight, weight) > 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from reference import fresh_model
+from reference import fresh_model, tokenizer
 from resumable_run import STEPS, PrintSteps, rows, run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -31,6 +31,7 @@ from glmhelpers.checkpoints import (
     run_settings,
     what_is_wrong,
 )
+from glmhelpers.collate import RightPadCollator
 from glmhelpers.watch import EveryMinutes, Watch
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -254,9 +255,7 @@ def test_one_changed_label_is_another_run(tmp_path):
     assert rows_digest(table.select([0, 1, 3, 2]))[1] != digest
     examples[2]["labels"][-1] += 1
     assert rows_digest(examples)[1] != digest
-    one, other = run_folder(tmp_path, {"rows": digest}), run_folder(tmp_path, {"rows": "other"})
-    assert one != other
-    assert json.loads((one / "settings.json").read_text()) == {"rows": digest}
+    assert run_folder(tmp_path, {"rows": digest}) != run_folder(tmp_path, {"rows": "other"})
 
 
 def test_checkpoints_by_minutes(tmp_path):
@@ -270,3 +269,123 @@ def test_checkpoints_by_minutes(tmp_path):
     run(tmp_path, [Clock(), every, PrintSteps()], save_steps=1000, max_steps=8, save_total_limit=None)
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in (8, 6, 3, 0)]
+
+
+# What a tester found ---------------------------------------------------------------------------------------------------
+
+
+def short(folder, model, **changes):
+    how = {"max_steps": 2, "learning_rate": 2e-3, "logging_steps": 1, "save_steps": 1, **changes}
+    arguments = training.training_arguments(folder, False, **how)
+    return training.train(model, rows(), RightPadCollator(tokenizer()), arguments, watch=Watch(live=False))
+
+
+def test_a_trained_model_starts_a_run_of_its_own(tmp_path, capsys):
+    """A second stage must not stand in the place of a fresh run with the same settings."""
+    model = training.attach_lora(fresh_model())
+    short(tmp_path, model, learning_rate=1e-2)
+    second = short(tmp_path, model)
+    assert "not fresh" in capsys.readouterr().out
+    again = short(tmp_path, model)
+    assert "is finished" in capsys.readouterr().out
+    assert numbers(again) == numbers(second)
+    fresh = short(tmp_path, training.attach_lora(fresh_model()))
+    assert "finished" not in capsys.readouterr().out
+    assert numbers(fresh) != numbers(second)
+    assert len(list(tmp_path.glob("run-*"))) == 3
+
+
+def test_the_same_cell_again_on_a_stopped_model_goes_on(tmp_path, capsys):
+    model = training.attach_lora(fresh_model())
+    with pytest.raises(KeyboardInterrupt):
+        training.train(
+            model,
+            rows(),
+            RightPadCollator(tokenizer()),
+            training.training_arguments(tmp_path, False, max_steps=4, save_steps=1),
+            callbacks=[StopAt(3)],
+        )
+    training.train(
+        model,
+        rows(),
+        RightPadCollator(tokenizer()),
+        training.training_arguments(tmp_path, False, max_steps=4, save_steps=1),
+    )
+    assert re.search(r"goes on from step [23] of 4", capsys.readouterr().out)
+    assert len(list(tmp_path.glob("run-*"))) == 1
+
+
+class Spoil(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            next(iter(adapter_weights(model).values())).data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(("step", "saving"), [(2, "steps"), (3, "steps"), (3, "no")])
+def test_spoilt_weights_become_no_checkpoint(step, saving, tmp_path):
+    arguments = training.training_arguments(
+        tmp_path, False, max_steps=3, save_steps=1, save_strategy=saving, save_total_limit=1
+    )
+    with pytest.raises(
+        training.TrainingStoppedError, match=rf"after step {step}, .*lora_A.weight holds NaN or infinity"
+    ):
+        training.train(
+            training.attach_lora(fresh_model()),
+            rows(),
+            RightPadCollator(tokenizer()),
+            arguments,
+            callbacks=[Spoil(step)],
+        )
+    kept = [folder.name for run_ in tmp_path.glob("run-*") for folder in checkpoints(run_)]
+    assert kept == ([] if saving == "no" else [f"checkpoint-{step - 1}"])
+
+
+def test_a_setting_that_changes_the_result_makes_another_run():
+    model, names = training.attach_lora(fresh_model()), set()
+    for changes in (
+        {},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"optim_args": "x=1"},
+        {"neftune_noise_alpha": 5},
+        {"dataloader_drop_last": True},
+    ):
+        arguments = training.training_arguments("nowhere", False, max_steps=2, **changes)
+        names.add(run_folder("x", run_settings(model, rows(), arguments)))
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1},
+            "load_best_model",
+        ),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        short(tmp_path, training.attach_lora(fresh_model()), **changes)
+
+
+def test_no_rows_and_rows_without_labels_are_refused(tmp_path):
+    for found, message in (([], "no rows to train on"), ([{"input_ids": [5, 2657, 2660]}], "have no labels")):
+        with pytest.raises(ValueError, match=message):
+            training.train(
+                training.attach_lora(fresh_model()),
+                found,
+                RightPadCollator(tokenizer()),
+                training.training_arguments(tmp_path, False, max_steps=1),
+            )
+
+
+def test_a_marker_of_something_else_and_a_file_in_the_place_of_a_folder(tmp_path):
+    folder = make(tmp_path, 4)
+    (folder / MARKER).write_text('{"files": []}')
+    (tmp_path / "checkpoint-8").write_text("a file")
+    assert what_is_wrong(folder) == "its complete.json cannot be read"
+    assert last_complete(tmp_path, lambda _: None) is None
