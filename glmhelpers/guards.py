@@ -11,7 +11,7 @@ saving a checkpoint that is spoilt. Running out of memory is explained in `fit`.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,13 @@ def refuse_settings(args: Any) -> None:
 
 
 def refuse_rows(dataset: Any, what_for: str) -> None:
-    """Refuse a data set without rows, or whose rows have no labels.
+    """Refuse a data set without rows, or whose rows have no labels, and several at once.
 
     Raises:
         ValueError: says which.
     """
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"several sets of rows {what_for} were given; give one, so that there is one loss")
     if not len(dataset):
         raise ValueError(f"there are no rows {what_for}: was everything dropped or held out (notebook 02)?")
     if missing := {"input_ids", "labels"} - set(dataset[0]):

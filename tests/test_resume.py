@@ -383,6 +383,14 @@ def test_no_rows_and_rows_without_labels_are_refused(tmp_path):
             )
 
 
+def test_several_sets_for_the_evaluation_are_refused(tmp_path):
+    arguments = training.training_arguments(tmp_path, False, max_steps=1)
+    with pytest.raises(ValueError, match="several sets of rows for evaluation"):
+        training.train(
+            training.attach_lora(fresh_model()), rows(), RightPadCollator(tokenizer()), arguments, {"a": rows()}
+        )
+
+
 def test_a_marker_of_something_else_and_a_file_in_the_place_of_a_folder(tmp_path):
     folder = make(tmp_path, 4)
     (folder / MARKER).write_text('{"files": []}')
