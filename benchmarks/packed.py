@@ -26,6 +26,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks.random_checkpoint import make_config, write_checkpoint  # noqa: E402
+from benchmarks.train_step import update  # noqa: E402
 from glmhelpers.fit import predict_training  # noqa: E402
 from glmhelpers.layout import published_shards  # noqa: E402
 from glmhelpers.measure import checkpoint_only, random_batch  # noqa: E402
@@ -75,11 +76,7 @@ def measure(folder: Path, bits: int, rows: int, length: int, steps: int, on_gpu:
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         loss = run_step(model, batch, backward=lambda loss: scaler.scale(loss).backward(), loss_chunk=LOSS_CHUNK)
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(scaler, optimizer)
         loss = loss.item()
         times.append((time.perf_counter() - begin) * 1e3)
     share = (batch["labels"][:, 1:] != -100).float().mean().item()

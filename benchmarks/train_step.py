@@ -224,13 +224,18 @@ def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[
             backward=lambda loss: scaler.scale(loss).backward(),
             loss_chunk=case.loss_chunk,
         )
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(scaler, optimizer)
 
     return one_step
+
+
+def update(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """What the Trainer does behind a backward pass: clip, step, forget the gradients."""
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def build_and_run(config: ChatGLMConfig, case: Case, device: str, steps: int, profile: bool) -> dict:

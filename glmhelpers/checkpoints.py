@@ -92,9 +92,8 @@ def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any)
         model.starts_from = settings["starts_from"] = f"trained before, {now}"
         folder = run_folder(args.output_dir, settings)
     if not (folder / "settings.json").is_file():
-        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
         with whole_file(folder / "settings.json") as draft:
-            draft.write_text(text + "\n", encoding="utf-8")
+            draft.write_text(_as_text(settings) + "\n", encoding="utf-8")
     model.trained_in = folder.resolve()
     return folder
 
@@ -122,8 +121,11 @@ def _columns(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, A
 
 def run_folder(parent: str | Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the run with these settings, below `parent`."""
-    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    return Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path(parent) / f"run-{hashlib.sha256(_as_text(settings).encode()).hexdigest()[:8]}"
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
