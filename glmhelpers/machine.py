@@ -23,7 +23,7 @@ GiB = 2**30
 
 SUPPORTED = {
     "torch": ("2.11", None),
-    "transformers": ("5.15", "5.23"),
+    "transformers": ("5.15", "5.24"),
     "peft": ("0.20", None),
     "accelerate": ("1.14", None),
     "huggingface_hub": ("1.0", None),

@@ -5,7 +5,7 @@ import torch
 from reference import CHECKPOINT, fresh_model, generation_cases, logit_cases, model, tensors, tokenizer
 
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from thuglm.modeling_chatglm import ALPHA, ChatGLMRotaryEmbedding, make_position_ids, make_visible
+from thuglm.modeling_chatglm import ALPHA, CACHE_NAME, ChatGLMRotaryEmbedding, make_position_ids, make_visible
 from thuglm.prompt import chat_prompt, process_response
 
 CASES = logit_cases()
@@ -111,7 +111,7 @@ def test_against_original_cached_steps():
     torch.testing.assert_close(out.logits[0, -1], data["step_logits"][0].reshape(-1), atol=3e-4, rtol=0)
     # The original keeps [L, B, heads, head_dim], transformers' caches [B, heads, L, head_dim].
     for layer, which in ((0, "layer0"), (-1, "last")):
-        cached = out.past_key_values.layers[layer]
+        cached = out[CACHE_NAME].layers[layer]
         for got, kind in ((cached.keys, "key"), (cached.values, "value")):
             want = data[f"past0_{kind}_{which}"].permute(1, 2, 0, 3)
             torch.testing.assert_close(got[:, :, : want.shape[2]], want, atol=1e-4, rtol=0)
@@ -119,7 +119,7 @@ def test_against_original_cached_steps():
         out = model()(
             input_ids=token.reshape(1, 1),
             position_ids=position.reshape(1, 2, 1),
-            past_key_values=out.past_key_values,
+            past_key_values=out[CACHE_NAME],
             use_cache=True,
         )
         torch.testing.assert_close(out.logits[0, -1], data["step_logits"][step].reshape(-1), atol=3e-4, rtol=0)

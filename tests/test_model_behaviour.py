@@ -7,6 +7,7 @@ from reference import CHECKPOINT, fresh_model, model, tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from thuglm.modeling_chatglm import CACHE_NAME
 
 PROMPTS = ["你好", "晚上睡不着应该怎么办", "What is the capital of France?"]
 
@@ -93,7 +94,33 @@ def test_cache_equals_no_cache_and_static_cache():
     with_cache = model().generate(**inputs, **settings)
     assert torch.equal(with_cache, model().generate(**inputs, use_cache=False, **settings))
     static = StaticCache(config=model().config, max_cache_len=inputs["input_ids"].shape[1] + 16)
-    assert torch.equal(with_cache, model().generate(**inputs, past_key_values=static, **settings))
+    assert torch.equal(with_cache, model().generate(**inputs, **{CACHE_NAME: static}, **settings))
+
+
+def test_forward_takes_the_cache_under_both_names_and_returns_it_under_the_one_of_transformers():
+    prompt, step = torch.tensor([[5, 256, 2657, 2660]]), torch.tensor([[9]])
+    positions = torch.tensor([[[2], [2]]])
+    given = {}
+    for name in ("past_key_values", "cache"):
+        out = model()(input_ids=prompt, use_cache=True)
+        assert CACHE_NAME in out
+        given[name] = model()(input_ids=step, position_ids=positions, **{name: out[CACHE_NAME]}).logits
+    assert torch.equal(*given.values())
+    one, other = (model()(input_ids=prompt, use_cache=True)[CACHE_NAME] for _ in range(2))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model()(input_ids=step, position_ids=positions, past_key_values=one, cache=other)
+
+
+def test_transformers_and_the_model_agree_on_the_name_of_the_cache():
+    # generate drops a cache under a name that it does not know, and the next step would start without one.
+    outputs, kept = model()(input_ids=torch.tensor([[5, 256, 2657, 2660]]), use_cache=True), {}
+    kept = model()._update_model_kwargs_for_generation(outputs, kept)
+    assert kept[CACHE_NAME] is outputs[CACHE_NAME]
+
+
+def test_a_step_without_its_cache_is_told_apart_from_a_bad_prompt():
+    with pytest.raises(ValueError, match=r"single token .* no cache"):
+        model()(input_ids=torch.tensor([[9]]))
 
 
 def test_several_new_tokens_after_a_cache_equal_the_full_forward():
@@ -103,14 +130,14 @@ def test_several_new_tokens_after_a_cache_equal_the_full_forward():
 
     positions = make_position_ids(row, model().config)
     first = model()(input_ids=row[:, :cut], use_cache=True)
-    rest = model()(input_ids=row[:, cut:], position_ids=positions[..., cut:], past_key_values=first.past_key_values)
+    rest = model()(input_ids=row[:, cut:], position_ids=positions[..., cut:], past_key_values=first[CACHE_NAME])
     torch.testing.assert_close(rest.logits, model()(input_ids=row).logits[:, cut:], atol=1e-4, rtol=0)
 
 
 def test_cached_step_without_positions_is_refused():
     out = model()(input_ids=torch.tensor([[5, 256, 2657, 2660]]), use_cache=True)
     with pytest.raises(ValueError, match=r"position_ids .* must be given"):
-        model()(input_ids=torch.tensor([[9]]), past_key_values=out.past_key_values)
+        model()(input_ids=torch.tensor([[9]]), past_key_values=out[CACHE_NAME])
 
 
 def test_given_embeddings_equal_looked_up_ones():

@@ -105,8 +105,8 @@ GOOD = {name: oldest for name, (oldest, _) in machine.SUPPORTED.items()}
     ("changes", "ok", "words"),
     [
         ({}, True, "transformers 5.15"),
-        ({"transformers": "5.23.4"}, True, "transformers 5.23.4"),
-        ({"transformers": "5.24.0"}, True, "newer than the 5.23 tested here"),
+        ({"transformers": "5.24.4"}, True, "transformers 5.24.4"),
+        ({"transformers": "5.25.0"}, True, "newer than the 5.24 tested here"),
         ({"transformers": "4.57.1"}, False, "pip install 'transformers>=5.15'"),
         ({"ipywidgets": "8.1.9"}, True, "ipywidgets 8.1.9"),
         ({"peft": None}, False, "peft missing"),
