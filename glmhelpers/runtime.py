@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.atomic import whole_file
-from glmhelpers.machine import (
+from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
     GiB,
@@ -36,6 +35,8 @@ from glmhelpers.machine import (
     output_folder,
     short,
 )
+from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.markdown import markdown_table
 
 __all__ = [
     "SUPPORTED",
@@ -51,6 +52,7 @@ __all__ = [
     "free_ram_bytes",
     "list_gpus",
     "machine_name",
+    "markdown_table",
     "output_folder",
     "preflight",
     "report_result",
@@ -89,8 +91,8 @@ def _check_files(project: Path) -> Check:
 
 
 def _compare_files(project: Path) -> Check:
-    from glmhelpers.manifest import MANIFEST_NAME
-    from glmhelpers.verify import verify_weights
+    from glmhelpers.weights.manifest import MANIFEST_NAME
+    from glmhelpers.weights.verify import verify_weights
 
     real, folder = find_real_weights(project), project / "thuglm"
     if real is not None:
@@ -168,10 +170,10 @@ class Run:
             config: a ChatGLMConfig; one device needs only its `num_layers`, the planner reads the rest.
         """
         if len(self.devices) == 1:
-            from glmhelpers.placement import part_names
+            from glmhelpers.devicemap.placement import part_names
 
             return dict.fromkeys(part_names(config.num_layers), self.devices[0])
-        from glmhelpers.devicemap import plan_device_map
+        from glmhelpers.devicemap.plan import plan_device_map
 
         sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
         plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices])
@@ -191,8 +193,8 @@ def find_real_weights(project: Path | None = None) -> Path | None:
     Looked at are thuglm/, then where Kaggle has data. A folder with a manifest of its own counts too, if it holds as
     many bytes (the weights as safetensors).
     """
-    from glmhelpers.manifest import read_manifest, total_bytes
-    from glmhelpers.shards import INDEX_NAMES
+    from glmhelpers.weights.manifest import read_manifest, total_bytes
+    from glmhelpers.weights.shards import INDEX_NAMES
 
     project = project or find_project()
     clouds = [Path(root) for root in ("/kaggle/temp", "/kaggle/input") if Path(root).is_dir()]

@@ -28,7 +28,7 @@ A block is neither pre-norm nor post-norm: the *normalised* tensor runs along th
             x ──► LN ──► a ──┬──► attention ──► + ──► LN ──► b ──┬──► MLP ──► + ──►
                              └── ALPHA * a ─────┘                └── ALPHA * b ─┘
 
-Equal to the original in every case of tests/data/reference; three things there surprise everybody who ports this model:
+Equal to the original in every case of tests/reference; three things there surprise everybody who ports this model:
 ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float16 in every dtype, and the stored
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
