@@ -37,12 +37,12 @@ def test_layout_against_the_model():
     assert sizes["transformer.layers.27"] == 2 * 201_379_840
 
 
-def test_layout_against_the_reference_shards(folder):  # noqa: F811
+def test_layout_against_the_reference_shards(folder):
     stored = {name: entry.shape for path in folder.glob("*.bin") for name, entry in read_entries(path).items()}
     assert stored == tensor_shapes(ChatGLMConfig.from_pretrained(folder))
 
 
-def test_float32_layernorms_as_published_become_the_asked_dtype(folder):  # noqa: F811
+def test_float32_layernorms_as_published_become_the_asked_dtype(folder):
     name = "transformer.layers.0.input_layernorm.weight"
     exact = torch.linspace(0.9, 1.1, 64)
     edit_shard(folder / FIRST, **{name: exact})
