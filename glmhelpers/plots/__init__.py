@@ -17,6 +17,7 @@ from glmhelpers.plots.device_map import (
 from glmhelpers.plots.inference import draw_bounds, plot_cache, plot_sampling, plot_speeds, plot_top_p, token_labels
 from glmhelpers.plots.lora import draw_lora, plot_b_norms
 from glmhelpers.plots.style import COLORS, cjk_font, label_bars, use_style
+from glmhelpers.plots.training import plot_loss, plot_progress
 from glmhelpers.plots.weights import draw_mask, draw_parts, draw_positions, draw_shards
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "label_bars",
     "plot_b_norms",
     "plot_cache",
+    "plot_loss",
+    "plot_progress",
     "plot_sampling",
     "plot_speeds",
     "plot_top_p",

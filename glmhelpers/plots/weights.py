@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from glmhelpers.plots.style import COLORS
-from glmhelpers.utils.units import size_text
+from glmhelpers.utils.units import file_size
 from glmhelpers.weights.layout import part_bytes, part_of, published_shards, stored_bytes, tensor_shapes
 
 EMBEDDING_LOOK = {"facecolor": COLORS["sky"], "hatch": "//", "edgecolor": "white"}
@@ -51,7 +51,7 @@ def draw_parts(config: Any) -> np.ndarray:
     total, head = sum(sizes.values()), sizes["lm_head"]
     _name_spans(axes[0], [("embedding", head), (f"{config.num_layers} blocks", total - 2 * head), ("head", head)])
     axes[0].set_title(
-        f"stored: {size_text(total)}; loaded, with the head tied to the embedding: {size_text(total - head)}"
+        f"stored: {file_size(total)}; loaded, with the head tied to the embedding: {file_size(total - head)}"
     )
     block = {
         name.split(".")[-2]: 2 * math.prod(shape)
@@ -71,7 +71,7 @@ def draw_parts(config: Any) -> np.ndarray:
     _name_spans(axes[1], [(short.get(name, name), size) for name, size in block.items()])
     rest = sizes["transformer.layers.0"] - sum(block.values())
     axes[1].set_title(
-        f"one block: {size_text(sizes['transformer.layers.0'])} in four matrices (biases and norms: {size_text(rest)})"
+        f"one block: {file_size(sizes['transformer.layers.0'])} in four matrices (biases and norms: {file_size(rest)})"
     )
     for axis in axes:
         axis.set_yticks([])
@@ -86,7 +86,7 @@ def draw_parts(config: Any) -> np.ndarray:
 def _name_spans(axes: Axes, spans: list[tuple[str, int]]) -> None:
     start = 0
     for name, size in spans:
-        axes.annotate(f"{name}\n{size_text(size)}", (start + size / 2, -0.36), ha="center", va="top", fontsize=9)
+        axes.annotate(f"{name}\n{file_size(size)}", (start + size / 2, -0.36), ha="center", va="top", fontsize=9)
         start += size
 
 

@@ -13,7 +13,7 @@ from glmhelpers.training.guards import TrainingStoppedError, refuse_many_process
 from glmhelpers.training.measure import measured_peaks, parameter_bytes, predict_case
 from glmhelpers.training.memory_plan import predict_training, training_plan
 from glmhelpers.training.pipeline import run_step
-from glmhelpers.training.progress import Watch, plot_loss, plot_progress
+from glmhelpers.training.progress import Watch
 from glmhelpers.training.trainer import GLMTrainer
 
 __all__ = [
@@ -25,8 +25,6 @@ __all__ = [
     "idle_shares",
     "measured_peaks",
     "parameter_bytes",
-    "plot_loss",
-    "plot_progress",
     "predict_case",
     "predict_training",
     "refuse_many_processes",

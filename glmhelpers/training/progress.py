@@ -13,17 +13,13 @@ here makes a GPU wait.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
-from glmhelpers.utils.units import GIB, MIB
+from glmhelpers.utils.units import clock, memory_size
 
 
 class EveryMinutes(TrainerCallback):
@@ -106,8 +102,8 @@ class Watch(TrainerCallback):
             line = f"step {state.global_step:4}/{state.max_steps}  {kind} {logs[kind]:.4f}"
             if kind == "loss":
                 left = (state.max_steps - state.global_step) * self.seconds / max(self.steps, 1)
-                line += f"  {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s  {clock_text(left)} left"
-                line += "".join(f"  {name} {size_text(size)}" for name, size in self.measured.items())
+                line += f"  {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s  {clock(left)} left"
+                line += "".join(f"  {name} {memory_size(size)}" for name, size in self.measured.items())
             self._show(line)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -131,6 +127,8 @@ class Watch(TrainerCallback):
         import matplotlib.pyplot as plt
         from IPython.display import display
 
+        from glmhelpers.plots.training import plot_progress
+
         # The last line with a speed stays: an evaluation's line has none.
         self._line = line if "tokens/s" in line else self._line
         figure = plot_progress(self.points, self._line)
@@ -148,15 +146,15 @@ class Watch(TrainerCallback):
         ]
         rows = [
             ("steps", f"{self.steps} of {self.total}"),
-            ("time", clock_text(self.seconds)),
+            ("time", clock(self.seconds)),
             ("tokens", f"{self.tokens:,}"),
             ("speed", f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"),
         ]
         rows = read if self.finished else rows
         predicted = predicted_peaks(self.predicted)
         for name in sorted({*predicted, *self.measured}):
-            text = f"predicted {size_text(predicted[name])}" if name in predicted else "not predicted"
-            text += f", measured {size_text(self.measured[name])}" if name in self.measured else ", not measured"
+            text = f"predicted {memory_size(predicted[name])}" if name in predicted else "not predicted"
+            text += f", measured {memory_size(self.measured[name])}" if name in self.measured else ", not measured"
             rows.append((f"peak {name}", text))
         return "\n".join(f"{name:12}{text}" for name, text in rows)
 
@@ -199,58 +197,3 @@ def in_live_notebook() -> bool:
     # Colab's shell is a subclass with a name of its own.
     names = {kind.__name__ for kind in type(shell).__mro__}
     return "ZMQInteractiveShell" in names and os.environ.get("TQDM_DISABLE", "") in ("", "0")
-
-
-def clock_text(seconds: float) -> str:
-    """75 -> "1:15", 4000 -> "1:06:40"."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def size_text(size: int) -> str:
-    """Bytes in GiB, or in MiB below half of one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 2 else f"{size / MIB:.1f} MiB"
-
-
-def plot_loss(log: Sequence[Mapping[str, float]]) -> Axes:
-    """Training loss (and evaluation loss, if any) against the step."""
-    _, axes = plt.subplots(figsize=(6, 3))
-    return _draw_losses(axes, log)
-
-
-def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
-    for key, label, style in (("loss", "training", "o-"), ("eval_loss", "evaluation", "s--")):
-        points = [(entry["step"], entry[key]) for entry in log if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
-    seen = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
-    if seen and 0 < 10 * min(seen) < max(seen):
-        # The end of a curve that fell far would lie on the axis.
-        axes.set(yscale="log", ylim=(0.7 * min(seen), 1.4 * max(seen)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
-    return axes
-
-
-def plot_progress(points: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Losses so far and, where there are GPUs, the peak of each card's memory beside them.
-
-    Args:
-        points: as in `watch.Watch.points`.
-        title: one line above.
-    """
-    devices = sorted({name for point in points for name in point.get("memory", {})})
-    figure, row = plt.subplots(1, 1 + bool(devices), figsize=(7.5 if devices else 5, 2.8), squeeze=False)
-    _draw_losses(row[0, 0], points)
-    for number, name in enumerate(devices):
-        known = [(point["step"], point["memory"][name] / 2**30) for point in points if name in point.get("memory", {})]
-        row[0, 1].plot(*zip(*known, strict=True), "os^vD"[number % 5] + "-", label=name, markersize=4)
-    if devices:
-        row[0, 1].set(xlabel="step", ylabel="peak (GiB)", ylim=(0, None))
-        row[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        row[0, 1].legend()
-    figure.suptitle(title, fontsize=9)
-    return figure

@@ -1,6 +1,6 @@
 """Sizes and times in words, and words into bytes: KIB, MIB, GIB are powers of two, kB, MB, GB powers of ten.
 
-"15GiB" --parse_size()--> 16106127360 --size_text()--> "16.11 GB"
+"15GiB" --parse_size()--> 16106127360 --file_size()--> "16.11 GB"
 """
 
 import re
@@ -11,11 +11,16 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part // whole if whole else 100:3d} %"
 
 
-def size_text(count: int) -> str:
-    """Bytes as a person reads them: 12.35 GB, 4.3 MB, 740.0 kB (1 GB = 10**9 bytes)."""
+def file_size(count: int) -> str:
+    """Bytes of a file or of a disk: 12.35 GB, 4.3 MB, 740.0 kB (1 GB = 10**9 bytes)."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def memory_size(count: int) -> str:
+    """Bytes of memory: 12.35 GiB, 4.3 MiB (1 GiB = 2**30 bytes)."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 2 else f"{count / MIB:.1f} MiB"
 
 
 def amount(part: int, whole: int) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.progress import TextProgress
-from glmhelpers.utils.units import size_text
+from glmhelpers.utils.units import file_size
 from glmhelpers.weights.checksums import read_facts, remember
 from glmhelpers.weights.layout import HEAD
 from glmhelpers.weights.manifest import MANIFEST_NAME
@@ -103,7 +103,7 @@ def _check_disk(output: Path, sizes: list[int], replace: bool) -> None:
         hint = "" if replace else ", or replace=True, which needs room for one shard"
         raise OSError(
             errno.ENOSPC,
-            f"{size_text(need)} are needed in {output}, {size_text(free)} are free: choose another output{hint}",
+            f"{file_size(need)} are needed in {output}, {file_size(free)} are free: choose another output{hint}",
         )
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from glmhelpers.utils.environment import short
 from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.progress import TextProgress, reading
-from glmhelpers.utils.units import size_text
+from glmhelpers.utils.units import file_size
 from glmhelpers.weights.checksums import checksums, read_facts, remember, remembered
 from glmhelpers.weights.hub import DownloadError, Remote
 from glmhelpers.weights.manifest import read_manifest, total_bytes
@@ -161,8 +161,8 @@ def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list
     if free < need:
         raise OSError(
             errno.ENOSPC,
-            f"{size_text(need)} are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
-            f"{size_text(free)} are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
+            f"{file_size(need)} are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
+            f"{file_size(free)} are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
             "/kaggle/temp holds more; an input data set costs nothing (source='/kaggle/input/...'). "
             "Colab: choose a folder under /content, not the mounted drive, or delete what you do not need",
         )

@@ -31,7 +31,7 @@ from glmhelpers.devicemap.placement import (
     device_of,
     expand_device_map,
 )
-from glmhelpers.utils.units import size_text
+from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
 from glmhelpers.weights.layout import HEAD, part_of
 from glmhelpers.weights.reading import BlockReader
@@ -77,12 +77,12 @@ class LoadReport:
 
     def memory_line(self, shard: ShardTime) -> str:
         """Seconds, MB/s and memory after one shard, as one line of text."""
-        gpus = "".join(f" | cuda:{index} {size_text(used)}" for index, used in shard.gpu_bytes.items())
-        read = f"{size_text(shard.read_bytes):>9} {shard.seconds:6.2f} s {shard.speed / 1e6:6.0f} MB/s"
+        gpus = "".join(f" | cuda:{index} {memory_size(used)}" for index, used in shard.gpu_bytes.items())
+        read = f"{file_size(shard.read_bytes):>9} {shard.seconds:6.2f} s {shard.speed / 1e6:6.0f} MB/s"
         if not shard.read_bytes:
             read = "not read: its head is the embedding"
-        more = (shard.host_bytes - self.host_before) / 1e9
-        return f"{shard.name} {read:>35} | host {shard.host_bytes / 1e9:.2f} GB ({more:+.2f}){gpus}"
+        more = (shard.host_bytes - self.host_before) / GIB
+        return f"{shard.name} {read:>35} | host {shard.host_bytes / GIB:.2f} GiB ({more:+.2f}){gpus}"
 
 
 def load_model(
@@ -138,7 +138,7 @@ def load_model(
     report.seconds = time.perf_counter() - started
     model.load_report = report
     if progress:
-        print(f"{size_text(report.read_bytes)} in {report.seconds:.2f} s, {report.tensors} tensors checked")
+        print(f"{file_size(report.read_bytes)} in {report.seconds:.2f} s, {report.tensors} tensors checked")
     return model.eval()
 
 

@@ -17,11 +17,11 @@ from glmhelpers.lora.fingerprint import base_difference, base_note, fingerprint
 from glmhelpers.lora.proof import prove
 from glmhelpers.plots.inference import plot_sampling
 from glmhelpers.plots.lora import draw_lora, plot_b_norms
+from glmhelpers.plots.training import plot_loss
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_example
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import attach_lora, check_adapter, count_parameters, train, training_arguments
-from glmhelpers.training.progress import plot_loss
 from tests.helpers.reference import fresh_model, tokenizer
 from thuglm import ChatGLMForConditionalGeneration
 

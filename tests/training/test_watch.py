@@ -9,9 +9,11 @@ from transformers import TrainerControl, TrainerState
 
 from glmhelpers.cost_model.step_memory import predict
 from glmhelpers.lora.attach import attach_lora
+from glmhelpers.plots.training import plot_progress
 from glmhelpers.training import progress as watch
 from glmhelpers.training.memory_plan import checkpointed, model_settings, placement
-from glmhelpers.training.progress import Watch, clock_text, in_live_notebook, plot_progress, predicted_peaks, size_text
+from glmhelpers.training.progress import Watch, in_live_notebook, predicted_peaks
+from glmhelpers.utils.units import clock, memory_size
 from tests.helpers.reference import fresh_model
 from tests.helpers.resumable_run import run
 
@@ -162,7 +164,7 @@ def test_a_plain_process_is_no_live_notebook():
 
 
 def test_times_and_sizes_are_readable():
-    assert [clock_text(seconds) for seconds in (0, 59.6, 75, 3599, 4000, 90_000)] == [
+    assert [clock(seconds) for seconds in (0, 59.6, 75, 3599, 4000, 90_000)] == [
         "0:00",
         "1:00",
         "1:15",
@@ -170,7 +172,7 @@ def test_times_and_sizes_are_readable():
         "1:06:40",
         "25:00:00",
     ]
-    assert [size_text(size) for size in (GIB, GIB // 2, GIB // 2 - 1)] == ["1.00 GiB", "0.50 GiB", "512.0 MiB"]
+    assert [memory_size(size) for size in (GIB, GIB // 2, GIB // 2 - 1)] == ["1.00 GiB", "0.50 GiB", "512.0 MiB"]
 
 
 def test_the_prediction_for_a_model_on_the_cpu():
