@@ -12,6 +12,9 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +22,29 @@ from torch import Tensor, nn
 
 from glmhelpers.cost_model.sizes import as_targets
 from glmhelpers.lora.layer import fuse_lora
+
+
+@dataclass
+class Origin:
+    """Where the adapter of a model comes from: part of what makes a training run this run and no other.
+
+    Attributes:
+        starts_from: in words: fresh with its seed, loaded, or trained before.
+        digest: of the weights then (`weights_digest`); another one now means that somebody changed them.
+        run: the folder of the run that trained it since, if one did.
+    """
+
+    starts_from: str = "unknown"
+    digest: str = ""
+    run: Path | None = None
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """The origin of this model's adapter; unknown for one that was not attached here."""
+    return _ORIGINS.setdefault(model, Origin())
 
 
 @contextmanager
@@ -53,7 +79,7 @@ def attach_lora(
     """
     torch.manual_seed(seed)
     adapted = _adapted(model, lora_config(r, alpha, dropout, targets))
-    adapted.starts_from, adapted.start_digest = f"fresh, seed {seed}", weights_digest(adapted)
+    _ORIGINS[adapted] = Origin(f"fresh, seed {seed}", weights_digest(adapted))
     return adapted
 
 
@@ -100,8 +126,8 @@ def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Ten
     except ValueError:
         adapted.unload()
         raise
-    adapted.start_digest = weights_digest(adapted)
-    adapted.starts_from = f"loaded, {adapted.start_digest}"
+    digest = weights_digest(adapted)
+    _ORIGINS[adapted] = Origin(f"loaded, {digest}", digest)
     return adapted
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from glmhelpers.inference.batch import answers, compare, is_right, share_right
 from glmhelpers.lora.adapter import load_adapter, save_adapter
-from glmhelpers.lora.attach import lora_b_norms
+from glmhelpers.lora.attach import attach_lora, check_adapter, count_parameters, lora_b_norms
 from glmhelpers.lora.fingerprint import base_difference, base_note, fingerprint
 from glmhelpers.lora.proof import prove
 from glmhelpers.plots.inference import plot_sampling
@@ -21,7 +21,7 @@ from glmhelpers.plots.training import plot_loss
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_example
 from glmhelpers.training.checkpoint_manager import run_settings
-from glmhelpers.training.finetune import attach_lora, check_adapter, count_parameters, train, training_arguments
+from glmhelpers.training.finetune import train, training_arguments
 from tests.helpers.reference import fresh_model, tokenizer
 from thuglm import ChatGLMForConditionalGeneration
 
