@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 from packaging.version import Version
 
+from glmhelpers import folders
 from glmhelpers.folders import cloud_tops, find_folders
 
 GiB = 2**30
@@ -83,7 +84,7 @@ def output_folder() -> Path:
     if wanted := os.environ.get("GLM_OUTPUT"):
         folder = Path(wanted).expanduser()
     elif machine_name() == "Kaggle":
-        folder = Path("/kaggle/working/outputs")
+        folder = folders.ROOT / "kaggle" / "working" / "outputs"
     else:
         folder = find_project() / "outputs"
     try:
