@@ -69,7 +69,10 @@ def start(notebook: str, fork: str = "") -> tuple[Path, ModuleType, Any]:
     print(f"project: {PROJECT}{_commit()}{updated}{_other_copies()}")
     _install(notebook, _torch_version())
     runtime = importlib.import_module("glmhelpers.runtime")
-    return PROJECT, runtime, runtime.preflight()
+    try:
+        return PROJECT, runtime, runtime.preflight()
+    except OSError as error:  # the folder of outputs cannot be written, the disk cannot be asked
+        raise Stop(f"{error.strerror or error}") from None
 
 
 def _git(*arguments: str, seconds: float = 20) -> subprocess.CompletedProcess:
@@ -95,11 +98,15 @@ def _update(fork: str) -> str:
     """Bring a clone of `fork` up to date; what became of it, or nothing where the copy is not such a clone."""
     if not fork or PROJECT.parent != Path.cwd().resolve() or not (PROJECT / ".git").exists():
         return ""
-    origin = _git("remote", "get-url", "origin").stdout.strip()
-    if origin != fork:
-        raise Stop(f"{PROJECT} is a clone of {origin or 'nothing'}, not of FORK: rename that folder, run this again")
+    # Neither address is printed: one may hold a password.
+    if _plain(_git("remote", "get-url", "origin").stdout) != _plain(fork):
+        raise Stop(f"{PROJECT} is a clone of another address than FORK: rename that folder, then run this again")
     done = _git("pull", "--quiet", "--ff-only", seconds=60)
     return "" if done.returncode == 0 else f" (not updated: {_last_line(done.stderr)})"
+
+
+def _plain(address: str) -> str:
+    return address.strip().rstrip("/").removesuffix(".git")
 
 
 def _other_copies() -> str:

@@ -125,7 +125,9 @@ def test_a_clone_is_brought_up_to_date_or_what_it_is_is_said(bare, working, tmp_
 def test_a_clone_of_another_address_is_not_taken_for_the_fork(bare, working, tmp_path):
     run_cell(working, root=tmp_path, fork=bare.as_uri())
     done = run_cell(working, root=tmp_path, fork="https://example.org/other.git")
-    assert stopped(done).endswith("not of FORK: rename that folder, run this again")
+    assert "is a clone of another address than FORK: rename that folder" in stopped(done)
+    same = run_cell(working, root=tmp_path, fork=bare.as_uri().removesuffix(".git") + "/")
+    assert preflight_of(same) == working / "course"
 
 
 def test_a_clone_that_was_cut_off_is_made_anew(bare, working, tmp_path):

@@ -121,6 +121,14 @@ def test_another_copy_in_the_same_kernel_is_refused(project, tmp_path):
     assert stopped(done).startswith(f"this kernel already runs the copy in {other}: restart the kernel")
 
 
+def test_a_folder_of_outputs_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    before = f"import os; os.environ['GLM_OUTPUT'] = {str(tmp_path / 'file' / 'out')!r}"
+    sentence = stopped(run_cell(PROJECT / "notebooks", before=before))
+    assert "file/out cannot be written (" in sentence
+    assert "%env GLM_OUTPUT=/a/folder" in sentence
+
+
 def test_every_dependency_is_importable_under_its_own_name():
     # A requirement is cut at ">=", and what is left is looked for among the imported modules.
     for need in DEPENDENCIES:
