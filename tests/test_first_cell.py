@@ -47,10 +47,10 @@ def test_finds_the_project_where_kaggle_puts_it(place, tmp_path):
 
 
 def test_the_nearest_copy_wins_and_a_huge_data_set_hides_none(tmp_path):
-    for number in range(200):
-        (tmp_path / "root/kaggle/input/a" / f"{number:03}" / "b").mkdir(parents=True)
+    for number in range(6000):  # more than the cell looks into
+        (tmp_path / "root/kaggle/input/a" / f"{number:04}").mkdir(parents=True)
     put_project(tmp_path / "root/kaggle/input/datasets/o/old")
-    near = put_project(tmp_path / "root/kaggle/input/z")
+    near = put_project(tmp_path / "root/kaggle/input/z/course")
     assert preflight_of(run_cell(tmp_path, root=tmp_path / "root")) == near
 
 
