@@ -6,13 +6,14 @@
     both           /kaggle/working   /kaggle/temp
     Colab          /content   /content/drive/MyDrive (mounted by its user)
 
-    level 0   working  temp  input            all folders of one level before any of the next,
-    level 1   course   x     datasets  ...    so what lies nearest is found first, and one huge
-    level 2   ...            owner     ...    data set cannot hide what lies beside it
+    level 0   working  temp  input            looked into first: the folders with few others beside them and beside
+    level 1   course   x     datasets  ...    those above them, level by level; so no data set of a million folders
+    level 2   ...            owner     ...    can hide what lies next to it. Named first: what lies nearest
 
 How deep something lies is not limited; the number of folders and the seconds are. Needs the standard library only.
 """
 
+import heapq
 import os
 import time
 from collections.abc import Iterable
@@ -50,28 +51,30 @@ def find_folders(
         max_seconds: wall-clock time after which no further entry is read.
     """
     end, tops = time.monotonic() + max_seconds, [Path(top) for top in tops]
-    found, level, seen = [], tops, set()
-    while level:
-        below: list[Path] = []
-        for folder in level:
-            if len(seen) >= max_folders or time.monotonic() > end:
-                where = ", ".join(map(str, tops))
-                print(f"[NOTE] stopped looking for {marker} below {where} after {len(seen)} folders: give its folder")
-                return found
-            try:
-                facts = folder.stat()
-                if (facts.st_dev, facts.st_ino) in seen:
-                    continue
-                seen.add((facts.st_dev, facts.st_ino))
-                if (folder / marker).is_file():
-                    found.append(folder)
-                inside = _folders_in(folder, end)
-            except OSError:
+    found, seen = [], set()
+    queue = [(0, 0, number, top) for number, top in enumerate(tops)]  # digits of the widest above, level, top, folder
+    while queue:
+        width, level, number, folder = heapq.heappop(queue)
+        if len(seen) >= max_folders or time.monotonic() > end:
+            where = ", ".join(map(str, tops))
+            print(f"[NOTE] stopped looking for {marker} below {where} after {len(seen)} folders: give its folder")
+            break
+        try:
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
                 continue
+            seen.add((facts.st_dev, facts.st_ino))
+            if (folder / marker).is_file():
+                found.append((level, number, folder))
+            inside = _folders_in(folder, end)
+        except OSError:
+            continue
+        width = max(width, len(str(len(inside))))
+        for path in inside:
             # A mounted Drive lies in /content and is slow: it is a top of its own.
-            below += [path for path in inside if not any(top.is_relative_to(path) for top in tops)]
-        level = below
-    return found
+            if not any(top.is_relative_to(path) for top in tops):
+                heapq.heappush(queue, (width, level + 1, number, path))
+    return [folder for *_, folder in sorted(found)]
 
 
 def _folders_in(folder: Path, end: float) -> list[Path]:
@@ -82,4 +85,4 @@ def _folders_in(folder: Path, end: float) -> list[Path]:
                 break
             if not entry.name.startswith(".") and entry.is_dir():
                 inside.append(folder / entry.name)
-    return sorted(inside)
+    return inside

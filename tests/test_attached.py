@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glmhelpers import download, folders, machine
 from glmhelpers.attached import find_adapter, find_real_weights
@@ -69,11 +72,13 @@ def test_the_nearest_come_first_and_equally_near_ones_by_name(tmp_path):
 
 
 def test_a_huge_data_set_does_not_hide_what_lies_beside_it(tmp_path, capsys):
-    for number in range(300):
+    for number in range(100):
         (tmp_path / "a-million" / f"{number:03}" / "pictures").mkdir(parents=True)
-    (tmp_path / "z" / "course").mkdir(parents=True)
-    (tmp_path / "z" / "course" / "mark").touch()
-    assert find_folders("mark", [tmp_path], max_folders=310) == [tmp_path / "z" / "course"]
+        (tmp_path / "b" / f"{number % 10}" / f"{number:03}").mkdir(parents=True)
+    deep = tmp_path / "z" / "owner" / "slug" / "version" / "course"
+    deep.mkdir(parents=True)
+    (deep / "mark").touch()
+    assert find_folders("mark", [tmp_path], max_folders=20) == [deep]
     assert "[NOTE] stopped looking for mark below" in capsys.readouterr().out
     assert find_folders("mark", [tmp_path], max_seconds=-1) == []
     assert "after 0 folders" in capsys.readouterr().out
@@ -108,6 +113,20 @@ def test_the_rest_of_a_drive_is_left_alone(root):
         (root / place).mkdir(parents=True)
         (root / place / "mark").touch()
     assert find_folders("mark", cloud_tops(root)) == [root / "content/drive/MyDrive/a"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), min_size=1, max_size=12), st.data())
+def test_the_order_is_that_of_a_sorted_listing(places, data):
+    marked = data.draw(st.lists(st.sampled_from(places), unique_by=tuple))
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        for place in places:
+            top.joinpath(*place).mkdir(parents=True, exist_ok=True)
+        for place in marked:
+            top.joinpath(*place, "mark").touch()
+        wanted = sorted((path.parent for path in top.rglob("mark")), key=lambda path: (len(path.parts), path.parts))
+        assert find_folders("mark", [top]) == wanted
 
 
 # ---- weights ----
