@@ -31,7 +31,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", type=int, default=82_561)
     options.add_argument("--source", type=Path, help="folder with the data set; made up if left out")
-    options.add_argument("--tokenizer", type=Path, default=ROOT / "tests" / "data" / "reference" / "tokenizer")
+    options.add_argument("--tokenizer", type=Path, default=ROOT / "tests" / "reference" / "tokenizer")
     options.add_argument("--way", choices=["ours", "2023"], help="one way only, in this process")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -83,8 +83,8 @@ def measure(way: str, source: Path, tokenizer_folder: Path, work: Path) -> dict:
 
 def ours(source: Path, tokenizer, work: Path) -> dict:
     """convert_alpaca and encode_file."""
-    from glmhelpers.data import convert_alpaca
-    from glmhelpers.tokens import encode_file, token_report
+    from glmhelpers.data.convert import convert_alpaca
+    from glmhelpers.tokens.encode import encode_file, token_report
 
     report = convert_alpaca(source, work / "train.jsonl")
     tokens = token_report(encode_file(work / "train.jsonl", tokenizer))

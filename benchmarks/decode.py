@@ -7,7 +7,7 @@
 For each number of GPUs, prompt length (64, 512) and adapter (merged, unmerged) three ways to the same greedy tokens:
 
     plain     model.generate with a growing cache
-    fixed     glmhelpers.decode.Decoder without graphs: fixed cache, every kernel launched from Python
+    fixed     glmhelpers.inference.decoder.Decoder without graphs: fixed cache, every kernel launched from Python
     graphs    the same with one CUDA graph per GPU
 
 One JSON line each:
@@ -40,8 +40,8 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.random_checkpoint import CONFIGS, make_config  # noqa: E402
-from glmhelpers.decode import Decoder  # noqa: E402
-from glmhelpers.placement import device_of, expand_device_map, part_names  # noqa: E402
+from glmhelpers.devicemap.placement import device_of, expand_device_map, part_names  # noqa: E402
+from glmhelpers.inference.decoder import Decoder  # noqa: E402
 from thuglm import ChatGLMForConditionalGeneration  # noqa: E402
 
 TIE = 0.05
@@ -150,7 +150,7 @@ def with_adapter(net: nn.Module) -> nn.Module:
     """LoRA of rank 8 on query_key_value with a B that is not zero, fused as the course uses it."""
     from peft import LoraConfig, get_peft_model
 
-    from glmhelpers.lora import fuse_lora
+    from glmhelpers.lora.layer import fuse_lora
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

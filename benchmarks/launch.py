@@ -4,7 +4,7 @@
 
     step = blocks x micro-batches x (forward, backward, and forward once more where a block is checkpointed)
 
-`glmhelpers.timemodel` takes its LAUNCH from here. One thread, 28 blocks of width 64, 8
+`glmhelpers.cost_model.step_time` takes its LAUNCH from here. One thread, 28 blocks of width 64, 8
 micro-batches of 16 tokens, LoRA; the arithmetic that is left (a third or so) stands for the launches of a real GPU.
 """
 
@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glmhelpers.measure import prepare, random_batch
-from glmhelpers.step import run_step
+from glmhelpers.training.measure import prepare, random_batch
+from glmhelpers.training.pipeline import run_step
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 BLOCKS, PARTS, TOKENS, STEPS = 28, 8, 16, 10

@@ -6,7 +6,7 @@
     random checkpoint on disk ─► load_quantized(bits) ─► LoRA, every block checkpointed ─► GradScaler, AdamW
 
 One JSON line for each number of bits: `weights_bytes` is what the frozen base takes as it is stored, `peak_bytes` is
-torch.cuda.max_memory_allocated in a step, and the two predictions are glmhelpers.memory's.
+torch.cuda.max_memory_allocated in a step, and the two predictions are glmhelpers.cost_model.step_memory's.
 """
 
 import argparse
@@ -27,12 +27,13 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.random_checkpoint import make_config, write_checkpoint  # noqa: E402
 from benchmarks.train_step import update  # noqa: E402
-from glmhelpers.fit import predict_training  # noqa: E402
-from glmhelpers.layout import published_shards  # noqa: E402
-from glmhelpers.measure import checkpoint_only, random_batch  # noqa: E402
-from glmhelpers.quantized import BITS, load_quantized, stored_bytes, why_not  # noqa: E402
-from glmhelpers.step import run_step  # noqa: E402
-from glmhelpers.training import attach_lora  # noqa: E402
+from glmhelpers.lora.quantized import BITS, load_quantized, stored_bytes, why_not  # noqa: E402
+from glmhelpers.training.activation_checkpointing import checkpoint_only  # noqa: E402
+from glmhelpers.training.finetune import attach_lora  # noqa: E402
+from glmhelpers.training.measure import random_batch  # noqa: E402
+from glmhelpers.training.memory_plan import predict_training  # noqa: E402
+from glmhelpers.training.pipeline import run_step  # noqa: E402
+from glmhelpers.weights.layout import published_shards  # noqa: E402
 from thuglm import ChatGLMForConditionalGeneration  # noqa: E402
 
 LOSS_CHUNK = 512

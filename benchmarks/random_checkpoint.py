@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from glmhelpers.layout import published_shards
+from glmhelpers.weights.layout import published_shards
 from thuglm import ChatGLMConfig
 
 CONFIGS = {

@@ -25,8 +25,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import ANY, Case, make_step  # puts the project on the path
 
-from glmhelpers.collate import RightPadCollator
-from glmhelpers.trainer import SameOrderSampler
+from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.training.trainer import SameOrderSampler
 from thuglm import ChatGLMConfig
 
 POINTS = ((0.0, 10), (0.5, 59), (0.9, 143), (0.99, 290), (1.0, 1133))

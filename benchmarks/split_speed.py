@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from benchmarks.split_machine import SIZES, Machine, line
-from glmhelpers.devicemap import plan_device_map
-from glmhelpers.gantt import StepRecorder, idle_shares
-from glmhelpers.measure import checkpoint_only, random_batch
-from glmhelpers.step import run_step
+from glmhelpers.devicemap.plan import plan_device_map
+from glmhelpers.training.activation_checkpointing import checkpoint_only
+from glmhelpers.training.gantt import StepRecorder, idle_shares
+from glmhelpers.training.measure import random_batch
+from glmhelpers.training.pipeline import run_step
 
 
 def overlap(machine: Machine, model: nn.Module, net: nn.Module, out: Path) -> None:
@@ -39,8 +40,8 @@ def overlap_of(machine: Machine, model: nn.Module, cut: tuple[int, ...], picture
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    from glmhelpers.plots import use_style
-    from glmhelpers.plots_map import draw_schedule
+    from glmhelpers.plots.device_map import draw_schedule
+    from glmhelpers.plots.style import use_style
 
     rows, charts, first = overlap_rows(machine), {}, None
     batch = random_batch(machine.config, rows, machine.length)

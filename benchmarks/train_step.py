@@ -36,12 +36,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glmhelpers.devicemap import plan_device_map
-from glmhelpers.measure import forecast_case, prepare
-from glmhelpers.placement import part_names
-from glmhelpers.shapes import Shape
-from glmhelpers.stages import is_checkpointed
-from glmhelpers.step import run_step
+from glmhelpers.cost_model.sizes import Shape
+from glmhelpers.cost_model.stages import is_checkpointed
+from glmhelpers.devicemap.placement import part_names
+from glmhelpers.devicemap.plan import plan_device_map
+from glmhelpers.training.measure import forecast_case, prepare
+from glmhelpers.training.pipeline import run_step
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 ANY = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)

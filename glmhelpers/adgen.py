@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.adapter import save_adapter
-from glmhelpers.collate import RightPadCollator
-from glmhelpers.data import convert_alpaca
-from glmhelpers.fit import training_plan
-from glmhelpers.measure import checkpoint_only
-from glmhelpers.quality import Scores, evaluate
-from glmhelpers.report import Report
-from glmhelpers.tokens import encode_file
-from glmhelpers.training import attach_lora, train, training_arguments
+from glmhelpers.data.convert import convert_alpaca
+from glmhelpers.data.report import Report
+from glmhelpers.inference.scores import Scores, evaluate
+from glmhelpers.lora.adapter import save_adapter
+from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.tokens.encode import encode_file
+from glmhelpers.training.activation_checkpointing import checkpoint_only
+from glmhelpers.training.finetune import attach_lora, train, training_arguments
+from glmhelpers.training.memory_plan import training_plan
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from thuglm.prompt import process_response
 

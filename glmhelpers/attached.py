@@ -9,11 +9,11 @@ every notebook is a session of its own       find_real_weights()       find_adap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from glmhelpers import folders
-from glmhelpers.folders import cloud_tops, find_folders
-from glmhelpers.machine import find_project, output_folder, short
-from glmhelpers.manifest import read_manifest, total_bytes
-from glmhelpers.shards import INDEX_NAMES
+from glmhelpers.utils import folders
+from glmhelpers.utils.environment import find_project, output_folder, short
+from glmhelpers.utils.folders import cloud_tops, find_folders
+from glmhelpers.weights.manifest import read_manifest, total_bytes
+from glmhelpers.weights.shards import INDEX_NAMES
 
 REAL_BYTES = 12 * 10**9
 """A checkpoint with fewer bytes is not the 6B model: with tied head it has 12.35 GB."""
@@ -32,7 +32,7 @@ def find_real_weights(
 
     Args:
         project: the project's folder; looked for if None.
-        root: where a cloud's folders lie, see `glmhelpers.folders`.
+        root: where a cloud's folders lie, see `glmhelpers.utils.folders`.
         say: gets one sentence: which were taken, from where, and what else was found.
     """
     own = (project or find_project()) / "thuglm"
@@ -71,7 +71,7 @@ def find_adapter(adapter: str | Path = "auto", output: Path | None = None, root:
     Args:
         adapter: a folder, or "auto": `output`/adapter, else the nearest complete one that is attached or on a Drive.
         output: the folder of what the notebooks make; `output_folder()` if None.
-        root: where a cloud's folders lie, see `glmhelpers.folders`.
+        root: where a cloud's folders lie, see `glmhelpers.utils.folders`.
 
     Raises:
         FileNotFoundError: there is none, or not all of it.

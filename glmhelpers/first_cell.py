@@ -111,7 +111,7 @@ def _plain(address: str) -> str:
 
 def _other_copies() -> str:
     """Where else the project lies, if this copy was attached: there may be a newer one."""
-    from glmhelpers.folders import cloud_tops, find_folders
+    from glmhelpers.utils.folders import cloud_tops, find_folders
 
     inputs = [top for top in cloud_tops() if PROJECT.is_relative_to(top) and top.name == "input"]
     others = [str(place) for place in find_folders("glmhelpers/first_cell.py", inputs) if place.resolve() != PROJECT]

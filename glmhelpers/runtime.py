@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmhelpers import folders
-from glmhelpers.atomic import whole_file
 from glmhelpers.attached import find_adapter, find_real_weights
-from glmhelpers.machine import (
+from glmhelpers.utils import folders
+from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
     GiB,
@@ -38,6 +37,8 @@ from glmhelpers.machine import (
     output_folder,
     short,
 )
+from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.markdown import markdown_table
 
 __all__ = [
     "SUPPORTED",
@@ -54,6 +55,7 @@ __all__ = [
     "free_ram_bytes",
     "list_gpus",
     "machine_name",
+    "markdown_table",
     "output_folder",
     "preflight",
     "report_result",
@@ -89,8 +91,8 @@ def _check_files(project: Path) -> Check:
 
 
 def _compare_files(project: Path) -> Check:
-    from glmhelpers.manifest import MANIFEST_NAME
-    from glmhelpers.verify import verify_weights
+    from glmhelpers.weights.manifest import MANIFEST_NAME
+    from glmhelpers.weights.verify import verify_weights
 
     real, folder = find_real_weights(project), project / "thuglm"
     if real is not None:
@@ -168,10 +170,10 @@ class Run:
             config: a ChatGLMConfig; one device needs only its `num_layers`, the planner reads the rest.
         """
         if len(self.devices) == 1:
-            from glmhelpers.placement import part_names
+            from glmhelpers.devicemap.placement import part_names
 
             return dict.fromkeys(part_names(config.num_layers), self.devices[0])
-        from glmhelpers.devicemap import plan_device_map
+        from glmhelpers.devicemap.plan import plan_device_map
 
         sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
         plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices])
@@ -264,8 +266,8 @@ def choose(
 
 
 def _fetch(project: Path, source: str | Path) -> Path:
-    from glmhelpers.download import download_weights
-    from glmhelpers.remotes import DownloadError
+    from glmhelpers.weights.download import download_weights
+    from glmhelpers.weights.hub import DownloadError
 
     folder = folders.ROOT / "kaggle" / "temp" / "chatglm-6b" if machine_name() == "Kaggle" else project / "thuglm"
     print(f"weights: neither here nor attached, so they are fetched from {source} to {short(folder)}")

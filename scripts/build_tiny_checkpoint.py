@@ -30,8 +30,8 @@ from tiny_answers import held_out_accuracy, training_accuracy  # noqa: E402
 from tiny_publish import publish, write  # noqa: E402
 from tiny_tokenizer import train_sentencepiece  # noqa: E402
 
-from glmhelpers.collate import RightPadCollator  # noqa: E402
-from glmhelpers.templates import build_prompt  # noqa: E402
+from glmhelpers.tokens.collate import RightPadCollator  # noqa: E402
+from glmhelpers.tokens.prompts import build_prompt  # noqa: E402
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 
 SEED = 20230314

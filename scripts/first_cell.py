@@ -4,7 +4,7 @@
     FORK empty: also beside it, below /kaggle     not found: git clone of FORK to course.<number>, renamed
                                                   failed: one sentence, and a cell that has failed
 
-`near` and `far` are searched as `glmhelpers.folders` does it, which is not there yet: one level of folders after the
+`near` and `far` are searched as `utils.folders` does it, which is not there yet: one level of folders after the
 other, at most so many. With FORK set, no attached copy can be taken for it. A clone that was cut off never has the
 name `course`. Only the notebook's name differs from cell to cell: it decides which packages are installed.
 """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from glmhelpers import plots
-from glmhelpers.devicemap import largest_batch, plan_device_map
-from glmhelpers.gpus import GIB
-from glmhelpers.plots_map import draw_plan
+from glmhelpers.devicemap.plan import largest_batch, plan_device_map
+from glmhelpers.plots import style as plots
+from glmhelpers.plots.device_map import draw_plan
+from glmhelpers.utils.units import GIB
 from thuglm import ChatGLMConfig
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "memory_two_t4.png"

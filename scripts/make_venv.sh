@@ -1,10 +1,12 @@
 #!/bin/sh
-# make_venv.sh FOLDER CONSTRAINTS: a virtual environment with the project (editable) and exactly the pinned packages.
-# A folder that is there already is brought up to date. $PYTHON chooses the interpreter; without it, the first of
+# make_venv.sh FOLDER CONSTRAINTS [--upgrade]: a virtual environment with the project (editable) and exactly the pinned
+# packages. A folder that is there already is brought up to date; with --upgrade, what is not pinned becomes the newest
+# that the ranges of pyproject.toml allow today. $PYTHON chooses the interpreter; without it, the first of
 # python3, python3.13, python3.12, python3.11 that is 3.11 or newer.
 set -eu
 folder=$1
 constraints=$2
+upgrade=${3:+--upgrade --upgrade-strategy=eager}
 
 new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -37,6 +39,9 @@ else
     fi
 fi
 # setuptools is pinned too, and the build may not fetch another one: hence the two steps.
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" setuptools
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" --no-build-isolation -e ".[test]"
+# shellcheck disable=SC2086 # no words, or two
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check $upgrade -c "$constraints" "setuptools>=77"
+# shellcheck disable=SC2086
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check $upgrade -c "$constraints" \
+    --no-build-isolation -e ".[test]"
 touch "$folder/.installed"

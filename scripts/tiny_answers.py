@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from glmhelpers.templates import History, build_prompt
+from glmhelpers.tokens.prompts import History, build_prompt
 from thuglm import ChatGLMTokenizer
 
 LONGEST_ANSWER = 40

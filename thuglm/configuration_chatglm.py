@@ -39,7 +39,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own class-level convention
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers' own class-level convention
     attribute_map = {  # noqa: RUF012
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",

@@ -28,7 +28,7 @@ A block is neither pre-norm nor post-norm: the *normalised* tensor runs along th
             x ──► LN ──► a ──┬──► attention ──► + ──► LN ──► b ──┬──► MLP ──► + ──►
                              └── ALPHA * a ─────┘                └── ALPHA * b ─┘
 
-Equal to the original in every case of tests/data/reference; three things there surprise everybody who ports this model:
+Equal to the original in every case of tests/reference; three things there surprise everybody who ports this model:
 ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float16 in every dtype, and the stored
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
@@ -61,6 +61,22 @@ ALPHA = (2 * 28) ** 0.5
 MASKED_SCORE = -10000.0
 
 
+# transformers calls the key-value cache `past_key_values`, from 5.24 on `cache`: in what forward returns, and in what
+# generate hands to the next step. A name that generate does not know would be dropped without a word.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The key-value cache, under whichever of its two names it was given.
+
+    Raises:
+        ValueError: two different caches were given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument, and differ here: give one of them.")
+    return cache if past_key_values is None else past_key_values
+
+
 # What the blocks need to know about a batch: visible pairs, positions, rotations ------------------------------------
 
 
@@ -83,6 +99,12 @@ def check_input_ids(input_ids: Tensor, config: ChatGLMConfig, *, prompt: bool = 
             raise ValueError(
                 f"Row {row} of input_ids holds id {bad[0]}, the vocabulary has ids 0 to {config.vocab_size - 1}. "
                 "Tokenizer and model are of different checkpoints: load both from one folder."
+            )
+        if prompt and len(ids) == 1 and config.bos_token_id not in ids:
+            raise ValueError(
+                f"Row {row} of input_ids is a single token (id {ids[0]}), and there is no cache. As a step of an "
+                "answer it needs the cache that the step before returned, as past_key_values (cache, from transformers "
+                "5.24 on); as a prompt it needs [gMASK] <sop>, which tokenizer(text) adds."
             )
         if prompt and config.bos_token_id not in ids:
             raise ValueError(
@@ -300,7 +322,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers' own class-level convention
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     # The published shards store each block's rotary frequencies; the original ignores them, and so do we.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
@@ -392,6 +414,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the blocks. Nothing in here waits for a GPU.
@@ -402,6 +425,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 [B, 1, L, past + L] is taken as the published model takes it: True = *masked*.
             position_ids: [B, 2, L]; derived from the ids if not given. Needed when the cache is not empty.
             inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
+            cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
 
         Returns:
             `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
@@ -411,6 +435,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
         """
         config = self.config
+        past_key_values = one_cache(past_key_values, cache)
         new = input_ids.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
@@ -461,7 +486,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states = self.final_layernorm(hidden_states.to(self.final_layernorm.weight.device))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -573,6 +598,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         label_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = DEFAULT_CHUNK,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
@@ -599,6 +625,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -615,7 +642,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

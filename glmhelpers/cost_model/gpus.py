@@ -1,0 +1,129 @@
+"""GPUs that learners meet: how much fits on each, and how fast each is.
+
+    "T4"          -> 14.75 GiB, 65 TFLOP/s, 320 GB/s     a name from the catalogue
+    "15GiB"       -> that much memory, the speed of a T4  a size in words
+    16106127360   -> the same                             a size in bytes
+
+`memory` is what PyTorch reports as the device's total, which is less than the number on the box: a T4 of
+"16 GB" has 15,360 MiB, of which the driver and error correction keep 256 MiB. Peak rates are the vendors'
+datasheet figures for dense float16; `matrix_share` and `memory_share` say which part of them a training step
+reaches. Those two are estimates, except on the H100, where they were measured (see `step_time`).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from glmhelpers.utils.units import _SIZE, GIB, KIB, MIB, parse_size
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU: its memory in bytes and its rates in units a second.
+
+    Attributes:
+        name: name in the catalogue, or the size it was made from.
+        memory: bytes that PyTorch reports as the device's total.
+        context: bytes the CUDA context takes before the first tensor (kernels are loaded lazily).
+        matrix_rate: datasheet float16 multiply-add operations a second, two for each multiply-add.
+        bandwidth: datasheet bytes a second to and from its memory.
+        matrix_share: part of `matrix_rate` that matrix products reach, 0 to 1.
+        memory_share: part of `bandwidth` that elementwise work reaches, 0 to 1.
+        gemm_workspace: bytes that one cuBLAS handle keeps; forward and backward threads have one handle each.
+        link: bytes a second to a neighbour GPU in the same machine.
+    """
+
+    name: str
+    memory: int
+    context: int
+    matrix_rate: float
+    bandwidth: float
+    matrix_share: float
+    memory_share: float = 0.65
+    gemm_workspace: int = 8 * MIB + 128 * KIB
+    link: float = 6e9
+
+
+def _gpu(name: str, gib: float, tflops: float, gbs: float, share: float, context_mib: int, **extra) -> GPU:
+    return GPU(name, int(gib * GIB), context_mib * MIB, tflops * 1e12, gbs * 1e9, share, **extra)
+
+
+CATALOGUE = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("T4", 14.75, 65, 320, 0.38, 192),
+        _gpu("P100", 15.89, 18.7, 732, 0.6, 256),
+        _gpu("V100", 15.77, 112, 900, 0.6, 320, link=10e9),
+        _gpu("L4", 22.17, 121, 300, 0.5, 320, link=10e9),
+        _gpu("A10", 22.06, 125, 600, 0.5, 320, link=10e9),
+        _gpu("A100-40GB", 39.39, 312, 1555, 0.7, 448, link=20e9),
+        _gpu("A100", 79.15, 312, 2039, 0.7, 448, link=20e9),
+        _gpu("H100", 79.11, 989, 3350, 0.74, 512, link=20e9, gemm_workspace=32 * MIB),
+        _gpu("H200", 139.8, 989, 4800, 0.74, 512, link=20e9, gemm_workspace=32 * MIB),
+    )
+}
+"""GPUs by name. Sizes of cards not seen by this project come from vendors' tables."""
+
+
+def find_gpu(gpu: "GPU | str | int | float") -> GPU:
+    """One GPU from a GPU, a catalogue name, or a memory size.
+
+    A GPU known by its size only is taken to be as fast as a T4, so that plans stay comparable.
+
+    Raises:
+        ValueError: neither a name in the catalogue nor a size.
+    """
+    if isinstance(gpu, GPU):
+        return gpu
+    if isinstance(gpu, str) and not _SIZE.fullmatch(gpu):
+        wanted = re.sub(r"^(nvidia|tesla)[ -]+", "", gpu.strip().lower()).removeprefix("tesla ")
+        for name, known in CATALOGUE.items():
+            if wanted == name.lower():
+                return known
+        raise ValueError(f"GPU {gpu!r} is not in the catalogue ({', '.join(CATALOGUE)}); give its size, as '15GiB'")
+    size = parse_size(gpu)
+    if size == 0:
+        raise ValueError("a GPU needs some memory, but its size is 0 bytes")
+    return replace(CATALOGUE["T4"], name=f"{size / GIB:.4g} GiB", memory=size)
+
+
+def known_gpu(name: str, total: int) -> GPU:
+    """The card of the catalogue with a driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
+
+    Speed, CUDA context and workspaces differ from card to card, so the name matters. A card that the catalogue does
+    not have is known by its size alone.
+
+    Args:
+        name: as the driver gives it.
+        total: bytes.
+    """
+    words = re.split(r"[ -]", name)
+    same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
+    if not same:
+        return find_gpu(total)
+    return replace(min(same, key=lambda gpu: abs(gpu.memory - total)), memory=total)
+
+
+def find_gpus(gpus: "GPU | str | int | float | list | tuple") -> list[GPU]:
+    """List of GPUs from a list of names or sizes; a single name or size is one GPU.
+
+    Raises:
+        ValueError: the list is empty, or one of its entries is unknown.
+    """
+    if not isinstance(gpus, list | tuple):
+        gpus = [gpus]
+    if not gpus:
+        raise ValueError("no GPU was given; give at least one, as ['T4'] or '15GiB'")
+    return [find_gpu(gpu) for gpu in gpus]
+
+
+def gpu_here(index: int) -> GPU:
+    """What the planner should take a GPU of this machine for."""
+    facts = torch.cuda.get_device_properties(index)
+    return known_gpu(facts.name, facts.total_memory)
+
+
+def gpus_here() -> list[GPU]:
+    """This machine's GPUs, by name where the catalogue has it, else by size; [] where there is none."""
+    return [gpu_here(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,182 @@
+"""Sizes of the model and settings of a run: the two inputs of every formula in `memory` and `timemodel`.
+
+    Shape    what the model is      layers, hidden, heads, inner, vocab        from the config
+    Setting  what is done with it   batch, length, micro-batches, LoRA, dtype  from the reader
+
+Both are small frozen records, so that results can be cached on them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""Linear layers of one block, in the order in which a token meets them; the names that peft matches."""
+
+BYTES_PER_WEIGHT = {16: 2.0, 32: 4.0, 8: 1.0, 4: 0.5}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a ChatGLM model.
+
+    Attributes:
+        layers: number of blocks.
+        hidden: width of the hidden states.
+        heads: attention heads in a block.
+        inner: width inside the MLP.
+        vocab: rows of the embedding and of the head.
+        max_length: longest sequence that the rotary tables cover, in tokens.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    inner: int
+    vocab: int
+    max_length: int
+
+    @classmethod
+    def of(cls, config: "Shape | Mapping[str, Any] | Any") -> "Shape":
+        """Sizes from a ChatGLMConfig, a dict with the published keys, or a Shape.
+
+        Raises:
+            ValueError: a key is missing, or is not a positive whole number.
+        """
+        if isinstance(config, cls):
+            return config
+        known = config if isinstance(config, Mapping) else vars(config)
+        keys = ("num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size")
+        sizes = [known[key] if key in known else getattr(config, key, None) for key in keys]
+        sizes.append(known.get("max_sequence_length", 2048))
+        for key, size in zip((*keys, "max_sequence_length"), sizes, strict=True):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"config.{key} is {size!r}; a positive whole number is needed to size the model")
+        return cls(*sizes)
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of one of the four linear layers of a block."""
+        width = self.hidden
+        return {
+            "query_key_value": (width, 3 * width),
+            "dense": (width, width),
+            "dense_h_to_4h": (width, self.inner),
+            "dense_4h_to_h": (self.inner, width),
+        }[name]
+
+    @cached_property
+    def matrix_parameters(self) -> int:
+        """Weights in the four matrices of one block (no biases)."""
+        return sum(i * o for i, o in map(self.linear, LORA_TARGETS))
+
+    @cached_property
+    def block_parameters(self) -> int:
+        """All parameters of one block: four matrices, their biases, two LayerNorms (201,379,840 in the 6B model)."""
+        return self.matrix_parameters + sum(self.linear(name)[1] for name in LORA_TARGETS) + 4 * self.hidden
+
+    @cached_property
+    def head_parameters(self) -> int:
+        """Parameters of the head, and of the embedding: vocabulary times width."""
+        return self.vocab * self.hidden
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model; checked when it is made.
+
+    Attributes:
+        batch_size: rows in one optimizer step.
+        seq_length: tokens in a row (the prompt's, when not training).
+        micro_batches: parts into which the batch is cut; it must divide it.
+        lora_rank: rank r of the adapter, 0 for none.
+        lora_targets: which linear layers of each block carry an adapter.
+        lora_dropout: dropout before the adapter; 0 keeps no mask.
+        lora_fused: the adapter computes as in `glmhelpers.lora.layer` (a 16-bit base), not as in peft.
+        dtype: of base weights and activations; adapters are float32 always.
+        base_bits: bits a weight of the four frozen matrices: 16 (32 with float32), 8 or 4.
+        loss_chunk: token positions whose logits exist at the same time.
+        label_share: part of the token positions that carry a label, 0 to 1; the others never become logits.
+        training: False for generation with a key-value cache.
+        kv_length: tokens in the cache at the end of generation; at least seq_length.
+    """
+
+    batch_size: int = 4
+    seq_length: int = 1024
+    micro_batches: int = 1
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("query_key_value",)
+    lora_dropout: float = 0.1
+    lora_fused: bool = True
+    dtype: str = "float16"
+    base_bits: int = 16
+    loss_chunk: int = 512
+    label_share: float = 1.0
+    training: bool = True
+    kv_length: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, in words.
+
+        Raises:
+            ValueError: a value is out of range; the message names it.
+        """
+        for name in ("batch_size", "seq_length", "micro_batches", "loss_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"a batch of {self.batch_size} rows cannot be cut into {self.micro_batches} equal micro-batches; "
+                f"choose one of {divisors(self.batch_size)}"
+            )
+        for name in ("lora_rank", "kv_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, 0 or more")
+        unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
+        if unknown:
+            raise ValueError(f"unknown LoRA target {unknown[0]!r}; choose from {', '.join(LORA_TARGETS)}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(DTYPE_BYTES)}")
+        if self.base_bits not in BYTES_PER_WEIGHT:
+            raise ValueError(f"base_bits is {self.base_bits}; choose 16, 8 or 4")
+        if not 0 <= self.label_share <= 1 or not 0 <= self.lora_dropout < 1:
+            raise ValueError("label_share and lora_dropout are parts of one: 0 to 1")
+
+    @property
+    def element(self) -> int:
+        """Bytes of one activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Rows in one micro-batch."""
+        return self.batch_size // self.micro_batches
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one micro-batch."""
+        return self.rows * self.seq_length
+
+    @property
+    def fused(self) -> bool:
+        """Is the fused LoRA layer in use? 8- and 4-bit layers keep peft's."""
+        return self.lora_fused and self.base_bits >= 16
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Linear layers that carry an adapter; empty when the rank is 0."""
+        return self.lora_targets if self.lora_rank else ()
+
+
+def as_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """LoRA targets from one name or several."""
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, ascending: the possible numbers of micro-batches of a batch."""
+    return [part for part in range(1, number + 1) if number % part == 0]

@@ -1,0 +1,331 @@
+"""What each GPU holds at the worst moment of a step, term by term, from the config alone.
+
+    one GPU
+    +-----------------------------+ <- what PyTorch reports as the card's total
+    | reserve      kept free       |
+    | context      CUDA itself     |   outside PyTorch's allocator
+    | slack        cached, unused  |   reserved by the allocator, in no tensor
+    +-----------------------------+ <- torch.cuda.max_memory_allocated: the peak
+    | workspace    cuBLAS          |
+    | loss         a chunk         |   comes and goes within a step
+    | block        one block again |
+    | inputs       of every block  |   grows with batch * length * blocks
+    | masks                        |
+    | adam, gradients, lora        |   small: the adapter only
+    | embedding, head              |   there before the first step
+    | weights                      |
+    +-----------------------------+ 0
+
+The worst moment is found, not assumed: the ledger of the step is evaluated when the loss is computed, before each
+block's turn in the backward pass, and at the optimizer step, and the largest of those sums is the peak.
+All sizes are bytes; GiB = 2**30 bytes. Nothing here needs torch.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil
+from typing import Any
+
+from glmhelpers.cost_model.block_memory import block_cost
+from glmhelpers.cost_model.gpus import GPU, find_gpus
+from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, as_targets
+from glmhelpers.cost_model.stages import Stage, find_stages
+from glmhelpers.utils.units import GIB, MIB
+
+TERMS = {
+    "weights": "blocks' weights",
+    "embedding": "embedding and head",
+    "lora": "LoRA parameters",
+    "adam": "Adam states",
+    "gradients": "LoRA gradients",
+    "masks": "masks and tables",
+    "inputs": "saved block inputs",
+    "activations": "blocks not checkpointed",
+    "block": "one block run again",
+    "loss": "loss",
+    "transfer": "transfer buffers",
+    "cache": "key-value cache",
+    "workspace": "cuBLAS workspace",
+}
+"""Every term of the peak, in the order in which it is drawn, with its name for readers."""
+
+OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
+"""What a card holds beyond the tensors; not in `peak_bytes`."""
+
+
+def weight_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
+    """Frozen blocks and final norm.
+
+    A block has 12 hidden**2 matrix weights (with inner = 4 hidden) and 13 hidden biases and norm weights.
+    8 bits: one byte a weight and a float32 scale for each output row. 4 bits: half a byte, and a float32 scale
+    for each 64 weights. Biases and norms keep the base dtype.
+    """
+    rest = (shape.block_parameters - shape.matrix_parameters) * setting.element
+    if setting.base_bits == 8:
+        scales = sum(shape.linear(name)[1] for name in LORA_TARGETS) * 4
+    elif setting.base_bits == 4:
+        scales = shape.matrix_parameters // 64 * 4
+    else:
+        scales = 0
+    each = BYTES_PER_WEIGHT[setting.base_bits] if setting.base_bits < 16 else setting.element
+    block = int(shape.matrix_parameters * each) + scales + rest
+    return len(stage.blocks) * block + stage.head * 2 * shape.hidden * setting.element
+
+
+def embedding_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
+    """Embedding and head: vocabulary * hidden each; once where the embedding is the head's own tensor (tied)."""
+    copies = int(stage.head) + int(stage.embedding and not stage.shared)
+    return copies * shape.head_parameters * setting.element
+
+
+def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
+    """LoRA parameters in float32: rank * (inputs + outputs) for each adapted linear layer of `blocks` blocks."""
+    return blocks * 4 * setting.lora_rank * sum(sum(shape.linear(name)) for name in setting.adapters)
+
+
+def mask_bytes(shape: Shape, setting: Setting) -> int:
+    """Additive mask of one micro-batch, rows * length * length (each row padded to 8), shared by all heads.
+
+    Every micro-batch keeps its own until its backward pass is over.
+    """
+    padded = ceil(setting.seq_length / 8) * 8
+    return setting.rows * setting.seq_length * padded * setting.element
+
+
+def table_bytes(shape: Shape, setting: Setting) -> int:
+    """cos and sin of one micro-batch: each rows * length * head width / 2."""
+    return setting.tokens * shape.hidden // shape.heads * setting.element
+
+
+def hidden_bytes(shape: Shape, setting: Setting) -> int:
+    """Hidden states of one micro-batch: rows * length * hidden. The unit U of the other terms."""
+    return setting.tokens * shape.hidden * setting.element
+
+
+def label_rows(setting: Setting) -> int:
+    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1)."""
+    return round(setting.rows * (setting.seq_length - 1) * setting.label_share)
+
+
+def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
+    """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
+    kept = label_rows(setting) * shape.hidden * setting.element
+    return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
+
+
+def loss_working_bytes(shape: Shape, setting: Setting) -> int:
+    """While a chunk is computed: its logits in the base dtype, their log-probabilities in float32, the normed states,
+    the labelled rows with their labels (int64).
+
+    Then the probabilities in the base dtype take the place of the logits: the same size.
+    """
+    rows = label_rows(setting)
+    chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
+    return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
+
+
+def cache_bytes(shape: Shape, setting: Setting, tokens: int, blocks: int) -> int:
+    """Keys and values of `blocks` blocks: 2 * batch * tokens * hidden each."""
+    return 2 * blocks * setting.batch_size * tokens * shape.hidden * setting.element
+
+
+def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
+    """The largest matrix of a block in the base dtype: 8- and 4-bit weights are unpacked one matrix at a time."""
+    return shape.hidden * shape.inner * setting.element if setting.base_bits < 16 else 0
+
+
+@lru_cache(maxsize=200_000)
+def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0) -> tuple[str, dict[str, int]]:
+    """The worst moment of one GPU and its terms.
+
+    Args:
+        shape: sizes of the model.
+        setting: how it is run.
+        stage: what lives on this GPU.
+        workspace: bytes of one cuBLAS workspace on this GPU.
+
+    Returns:
+        Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
+    """
+    blocks = len(stage.blocks)
+    lora = lora_bytes(shape, setting, blocks)
+    base = dict.fromkeys(TERMS, 0)
+    base["weights"] = weight_bytes(shape, setting, stage)
+    base["embedding"] = embedding_bytes(shape, setting, stage)
+    base["lora"] = lora
+    if not blocks and not stage.head:
+        return "idle", base
+    base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
+    moments = _training(shape, setting, stage, lora) if setting.training else _generation(shape, setting, stage)
+    moment, extra = max(moments, key=lambda item: sum(item[1].values()))
+    return moment, {**base, **extra}
+
+
+def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+    """Every moment of a training step at which the peak can be.
+
+    All micro-batches run forward before one backward pass over their sum, which undoes the last micro-batch first: at
+    its last block everything saved is still there. Each finished block gives back its input and leaves gradients. The
+    next micro-batch finds less saved, but all gradients: that is the peak where the adapter is large and U small. None
+    after it can be.
+    """
+    unit, batches = hidden_bytes(shape, setting), setting.micro_batches
+    places = range(len(stage.blocks))
+    costs = [block_cost(shape, setting, stage.first and place == 0) for place in places]
+    # The input of each block is kept to run the block again, or for the gradient of the input: block 0's needs none.
+    needs_input = [stage.blocks[place] or place > 0 or not stage.first for place in places]
+    kept = [0 if stage.blocks[place] else costs[place].saved for place in places]
+    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if places else 0
+    loss = loss_kept_bytes(shape, setting) if stage.head else 0
+    transfer = 0 if stage.head else unit
+    full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * sum(needs_input) * batches}
+    full["activations"] = sum(kept) * batches
+
+    moments = [("optimizer step", {"adam": 2 * lora, "masks": 0, "gradients": lora, "block": 2 * lora})]
+    if stage.head:
+        now = loss * batches + loss_working_bytes(shape, setting)
+        moments.append(("loss of the last micro-batch", {**full, "loss": now}))
+    if places:
+        running = costs[-1].forward if stage.blocks[-1] else costs[-1].keeping - costs[-1].saved
+        # On the first GPU visible pairs (bool), positions (2 x int64) and embeddings live as long as the forward pass.
+        pairs, positions = setting.rows * setting.seq_length**2, 16 * setting.tokens
+        running += stage.first * (pairs + positions + unit * (not needs_input[0]))
+        moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
+    gradients, inputs, activations = 0, full["inputs"], full["activations"]
+    for done, place in product(range(min(batches, 2)), reversed(places)):
+        working = costs[place].again if stage.blocks[place] else costs[place].undo
+        moment = {
+            "adam": 2 * lora,
+            "gradients": gradients,
+            "masks": masks * (batches - done),
+            "inputs": inputs,
+            "activations": activations,
+            "block": working - transfer,
+            "loss": loss * (batches - done - 1),
+            "transfer": transfer,
+        }
+        name = f"backward of its block {place + 1} of {len(places)}"
+        moments.append((f"{name}, second micro-batch" if done else name, moment))
+        gradients += 0 if done else lora // len(places)
+        inputs -= unit * needs_input[place]
+        activations -= kept[place]
+    return moments
+
+
+def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str, dict[str, int]]]:
+    """Reading the prompt, and the last token of the answer, when one layer's cache is copied to grow by a token."""
+    unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
+    tokens = max(setting.kv_length, setting.seq_length)
+    logits = stage.head * setting.batch_size * shape.vocab * (4 + setting.element)
+    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if blocks else 0
+    prompt = {"cache": cache_bytes(shape, setting, setting.seq_length, blocks), "masks": masks}
+    prompt["block"] = block_cost(shape, setting).forward + unit if blocks else unit
+    last = {"cache": cache_bytes(shape, setting, tokens, blocks), "loss": logits, "masks": masks}
+    last["block"] = cache_bytes(shape, setting, tokens, 1) // 2 if blocks else 0
+    return [("reading the prompt", prompt), ("last token", last)]
+
+
+def slack_bytes(terms: Mapping[str, int]) -> int:
+    """Estimate of what the allocator holds in no tensor: freed pieces whose size fits no later tensor.
+
+    Only what comes and goes leaves such pieces; a tenth of it, and two of the allocator's 20 MiB buffers. With memory
+    to spare the allocator keeps more (`reserved_bytes` less `peak_bytes` in benchmarks/results/, 58 to 849 MiB);
+    before it runs out it gives whole free pieces back, so what is needed is less than that.
+    """
+    return 40 * MIB + (terms["block"] + terms["loss"] + terms["cache"]) // 10
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What every GPU holds at its worst moment.
+
+    Attributes:
+        devices: labels of the devices, in order: 0, 1, ... or "cpu" where blocks run there.
+        gpus: what is known of each; empty if nothing.
+        breakdown: for each device, bytes by term (the keys of TERMS); the sum is the peak.
+        moments: for each device, when that is.
+        setting: the settings the figures are for.
+    """
+
+    devices: tuple[int | str, ...]
+    gpus: tuple[GPU, ...]
+    breakdown: list[dict[str, int]]
+    moments: list[str]
+    setting: Setting
+
+    @property
+    def peak_bytes(self) -> list[int]:
+        """Bytes in tensors at the worst moment, for each device: torch.cuda.max_memory_allocated."""
+        return [sum(terms.values()) for terms in self.breakdown]
+
+    @property
+    def reserved_bytes(self) -> list[int]:
+        """Bytes that PyTorch takes from each GPU: the peak and the allocator's slack."""
+        return [peak + slack_bytes(terms) for peak, terms in zip(self.peak_bytes, self.breakdown, strict=True)]
+
+    @property
+    def total_bytes(self) -> list[int]:
+        """Bytes that each GPU must have: reserved, and the CUDA context."""
+        contexts = [gpu.context for gpu in self.gpus] or [0] * len(self.devices)
+        return [reserved + context for reserved, context in zip(self.reserved_bytes, contexts, strict=True)]
+
+    def __str__(self) -> str:
+        """A table, one column a device, in GiB."""
+        names = [f"GPU {device}" if device != "cpu" else "CPU" for device in self.devices]
+        lines = [f"{'GiB':24}" + "".join(f"{name:>10}" for name in names)]
+        named = TERMS if self.setting.training else {**TERMS, "block": "one block at work"}
+        rows = {named[key]: [terms[key] for terms in self.breakdown] for key in named}
+        rows = {name: sizes for name, sizes in rows.items() if any(sizes)}
+        rows["peak"] = self.peak_bytes
+        rows["with slack and context"] = self.total_bytes
+        for name, sizes in rows.items():
+            lines.append(f"{name:24}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
+        return "\n".join(lines)
+
+
+def predict(
+    config: Any,
+    device_map: Mapping[str, Any],
+    batch_size: int,
+    seq_length: int,
+    *,
+    checkpointed: str | int | Iterable[int] = "all",
+    gpus: Sequence[GPU | str | int] | None = None,
+    tied: bool = True,
+    **settings: Any,
+) -> Prediction:
+    """What each GPU will hold at the worst moment of a step.
+
+    Args:
+        config: ChatGLMConfig, or a dict with its keys.
+        device_map: module name -> GPU index or "cpu".
+        batch_size: rows in one optimizer step.
+        seq_length: tokens in a row.
+        checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
+        gpus: one for each index in the map, for context and workspace sizes; by default T4s.
+        tied: embedding and head are one tensor where they are on the same GPU.
+        settings: further fields of `shapes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
+            base_bits, loss_chunk, label_share, training, kv_length.
+
+    Returns:
+        A Prediction; `.peak_bytes` has one number for each device that holds something, in order of index.
+    """
+    shape = Shape.of(config)
+    if "lora_targets" in settings:
+        settings["lora_targets"] = as_targets(settings["lora_targets"])
+    setting = Setting(batch_size, seq_length, **settings)
+    stages = find_stages(shape, device_map, checkpointed, tied)
+    known = find_gpus(list(gpus)) if gpus else [find_gpus("T4")[0]] * (1 + max([0, *map(_index, stages)]))
+    cards = tuple(known[_index(device)] for device in stages)
+    results = [
+        stage_terms(shape, setting, stage, card.gemm_workspace if device != "cpu" else 0)
+        for (device, stage), card in zip(stages.items(), cards, strict=True)
+    ]
+    breakdown = [dict(terms) for _, terms in results]
+    return Prediction(tuple(stages), cards, breakdown, [moment for moment, _ in results], setting)
+
+
+def _index(device: int | str) -> int:
+    return device if isinstance(device, int) else 0

@@ -1,0 +1,313 @@
+"""From any Alpaca-like files to one JSON Lines file, with no row lost silently.
+
+    files ──► readers ──► rows.clean_row ──► unfinished file ──► which rows go out again? ──► train.jsonl
+               |               |               (all valid rows)     duplicates, whole + parts    train.report.json
+               v               v                                    |
+            broken rows     no output, ...                          v
+            └──────────────── counted in the report ────────────────┘
+
+Rows stream through, and only eight bytes of each are remembered: a hash, with which the decisions are made that need
+all rows. The output gets its name when everything is done; until then an older output stays as it was.
+"""
+
+import codecs
+import hashlib
+import json
+import zipfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from glmhelpers.data.cleaning import (
+    ENCODING_HINT,
+    UNDECODABLE,
+    Refused,
+    check_columns,
+    clean_row,
+    find_columns,
+    is_untranslated,
+    layout_hint,
+    missing_columns,
+)
+from glmhelpers.data.dedupe import rows_in_parts
+from glmhelpers.data.files import ENDINGS, SourceFile, open_source, written_by_report
+from glmhelpers.data.json_recovery import Found, Notes
+from glmhelpers.data.readers import read_rows
+from glmhelpers.data.report import FileReport, Report, report_path
+from glmhelpers.tokens.prompts import with_input
+from glmhelpers.utils.files import whole_file
+
+ROWS_SOURCE = "rows"
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
+# Everything that str.splitlines takes for the end of a line: a line of the output is one for every reader.
+_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass
+class _Kept:
+    """What is remembered of one file's valid rows."""
+
+    report: FileReport
+    hashes: array = field(default_factory=lambda: array("Q"))
+    untranslated: bytearray = field(default_factory=bytearray)
+    out: np.ndarray | None = None
+    """Which of the rows go out again, one bool for each; None for none of them."""
+
+    def gone(self) -> np.ndarray:
+        """Which rows are out, one bool for each."""
+        return np.zeros(len(self.hashes), bool) if self.out is None else self.out
+
+    def leave_out(self, reason: str, rows: np.ndarray) -> None:
+        """Move rows that are still in from valid to rejected."""
+        new = rows & ~self.gone()
+        if count := int(new.sum()):
+            self.report.valid -= count
+            self.report.rejected[reason] += count
+            self.out = self.gone() | new
+
+
+def convert_alpaca(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    output: str | Path,
+    *,
+    dedupe: bool = False,
+    drop_untranslated: bool = False,
+    max_prompt_chars: int | None = None,
+    max_answer_chars: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+) -> Report:
+    """Write all valid rows of a source as JSON Lines, and a report beside it.
+
+    Args:
+        source: a file, a folder (with all folders below it) or a zip of JSON, JSON Lines, CSV or parquet files; or an
+            iterable of dicts.
+        output: the file to write. Each line has `instruction`, `input`, `output` and, where a row has them, `history`
+            ([[question, answer], ...]) and `system`.
+        dedupe: of equal rows only the first is kept.
+        drop_untranslated: rows without one Chinese character are left out of files whose rows are mostly Chinese.
+        max_prompt_chars: most characters of instruction and input together.
+        max_answer_chars: most characters of the output.
+        columns: a name in the files -> the name here, as in {"question": "instruction", "answer": "output"}.
+        encoding: of text files, such as "gb18030"; by default UTF-8, or what a byte order mark says.
+
+    Returns:
+        The report: `rows_valid` (lines written), `files`, `rejected`. It is saved as `<output>.report.json`.
+
+    Raises:
+        FileNotFoundError: the source is not there.
+        FileExistsError: the output is a file that would have to be read: it must not be written over.
+        IsADirectoryError: the output is a folder.
+        LookupError: Python knows no such encoding.
+        TypeError: the source is a dict, or a table of another library.
+        ValueError: not one row is valid, and the message names each file and why; or `columns` names no column of ours.
+
+    A file that holds the rows of smaller files of the same source (the full English file beside its 18 parts) does
+    not count twice: its rows that are in the parts are left out of it.
+    """
+    output = Path(output)
+    _check_output(source, output)
+    check_columns(columns or {})
+    limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
+    if encoding is not None:
+        codecs.lookup(encoding)
+    flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
+    report = Report(_name(source), output, {name: value for name, value in (flags | limits).items() if value})
+    writer = _Writer(report, limits, columns or {}, encoding)
+    with whole_file(output) as unfinished:
+        with open(unfinished, "wb") as file:
+            writer.write_all(source, file, unfinished)
+        _choose(writer.kept, dedupe, drop_untranslated)
+        if not report.rows_valid:
+            raise ValueError(f"no valid row in {report.source}: nothing was written\n{report}")
+        if any(kept.out is not None for kept in writer.kept):
+            _rewrite(unfinished, writer.kept)
+    report.save()
+    return report
+
+
+def _check_output(source: Any, output: Path) -> None:
+    """Whether the output can be written without a loss of somebody's rows."""
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
+    if not (isinstance(source, str | Path) and output.exists()):
+        return
+    folder, place = Path(source).resolve(), output.resolve()
+    if place == folder:
+        raise FileExistsError(f"{output} is the source itself, with rows that may be refused; write to another file")
+    if folder in place.parents and written_by_report(report_path(output)) != output.name:
+        raise FileExistsError(
+            f"{output} lies in the source, and no report beside it says that convert_alpaca wrote it: "
+            "it may hold rows of yours. Write to another file, or take it away first"
+        )
+
+
+class _Writer:
+    """Reads, cleans and writes; one file after the other."""
+
+    def __init__(
+        self,
+        report: Report,
+        limits: dict[str, int | None],
+        columns: Mapping[str, str],
+        encoding: str | None,
+    ) -> None:
+        self.report, self.limits, self.columns, self.encoding = report, limits, columns, encoding
+        self.kept: list[_Kept] = []
+        # The rows of a file mostly have the same keys.
+        self.find_columns = lru_cache(256)(partial(find_columns, columns=columns))
+
+    def write_all(self, source: Any, file: BinaryIO, unfinished: Path) -> None:
+        if not isinstance(source, str | Path):
+            if isinstance(source, Mapping):
+                raise TypeError("source is one dict; give a list of rows, or the path of a file")
+            if hasattr(source, "iterrows"):
+                raise TypeError("source is a DataFrame; give its rows: source.to_dict('records')")
+            rows = (Found(number, row) for number, row in enumerate(source, 1))
+            self._write_rows(Path(ROWS_SOURCE), rows, Notes(unit="row"), file)
+            return
+        with open_source(Path(source), [unfinished]) as (files, self.report.left_alone):
+            if not files:
+                lines = [f"{source} holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"]
+                raise ValueError("\n".join(lines + self.report.other_lines()))
+            for each in files:
+                self._write_file(each, file)
+
+    def _write_file(self, source: SourceFile, file: BinaryIO) -> None:
+        notes = Notes()
+
+        def rows() -> Iterator[Found]:
+            with source.open() as opened:
+                yield from read_rows(opened, source.path.name, notes, self.columns, self.encoding)
+
+        self._write_rows(source.path, rows(), notes, file)
+
+    def _write_rows(self, path: Path, rows: Iterable[Found], notes: Notes, file: BinaryIO) -> None:
+        kept = _Kept(FileReport(path))
+        self.kept.append(kept)
+        self.report.files.append(kept.report)
+        seen = Counter()
+        try:
+            for found in rows:
+                self._write_row(found, kept, notes, seen, file)
+        except UNREADABLE as error:
+            if path == Path(ROWS_SOURCE):
+                raise
+            # What was read until here may be half of the file: all of it goes out again.
+            kept.report.message = f"cannot be read: {error}"
+            kept.leave_out("file cannot be read to its end", np.ones(len(kept.hashes), bool))
+        self.report.placeholders += seen.pop("placeholder input", 0)
+        _finish(kept.report, notes, seen)
+
+    def _write_row(self, found: Found, kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
+        report = kept.report
+        report.unit = notes.unit
+        report.rows += 1
+        if found.broken:
+            report.reject(found.line, "broken", found.broken)
+            return
+        if not isinstance(found.value, Mapping):
+            report.reject(found.line, "not an object", f"not an object with names, but {type(found.value).__name__}")
+            return
+        names = self.find_columns(tuple(found.value))
+        seen["with our columns"] += bool(names)
+        if not names and not notes.foreign:
+            notes.foreign = missing_columns(list(found.value))
+        if report.rows == notes.top_level == 1:
+            notes.hint = layout_hint(found.value, names)
+        try:
+            row = clean_row(found.value, names, seen)
+            self._check_limits(row)
+        except Refused as reason:
+            report.reject(found.line, str(reason))
+            return
+        line = _to_json(row)
+        for character, escape in _LINE_ENDS.items():
+            if character in line:
+                line = line.replace(character, escape)
+        line = line.encode()
+        kept.hashes.append(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little"))
+        kept.untranslated.append(is_untranslated(row))
+        report.valid += 1
+        file.write(line + b"\n")
+
+    def _check_limits(self, row: dict[str, Any]) -> None:
+        for (name, limit), text in zip(
+            self.limits.items(), (with_input(row["instruction"], row["input"]), row["output"]), strict=True
+        ):
+            if limit is not None and len(text) > limit:
+                raise Refused(f"{name} {limit} characters")
+
+
+def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
+    """Decide on the status of a file that has been read."""
+    known, foreign = seen.pop("with our columns", 0), report.rejected[UNDECODABLE]
+    broken = report.rejected["broken"] + foreign
+    report.repairs = notes.repairs + seen
+    is_one_object = report.rows == notes.top_level == 1
+    if report.message:
+        report.status = "refused"
+    elif notes.not_data:
+        report.status, report.message = "not_data", notes.not_data
+    elif not report.rows:
+        report.status = "empty"
+    elif broken == report.rows:
+        hint = f"; {ENCODING_HINT}" if foreign else ""
+        if not report.path.name.lower().endswith(ENDINGS):
+            hint = "; it was read as JSON, since its name does not end in .csv or .tsv"
+        report.status, report.message = "refused", f"no row of it can be read{hint}"
+    elif not known and not broken:
+        report.status = "not_data"
+        report.message = "; ".join(filter(None, (notes.foreign, is_one_object and notes.hint)))
+        report.message = report.message or "nothing in it has an instruction or an output"
+        if is_one_object:
+            # One object or value that is no row is a settings file, not a file with one bad row.
+            report.rows, report.rejected, report.problems = 0, Counter(), []
+    elif is_one_object and notes.hint and not report.valid:
+        report.status, report.message = "refused", notes.hint
+    elif broken or report.repairs:
+        report.status, report.message = "repaired", ENCODING_HINT if foreign else ""
+
+
+def _choose(files: list[_Kept], dedupe: bool, drop_untranslated: bool) -> None:
+    """Decide which written rows go out again, and move them from valid to rejected."""
+    hashes = [np.frombuffer(kept.hashes.tobytes(), dtype=np.uint64) for kept in files]
+    for kept in files:
+        latin = np.frombuffer(bytes(kept.untranslated), dtype=bool)
+        if drop_untranslated and latin.any() and latin.mean() < 0.5:
+            kept.leave_out("untranslated", latin)
+    choose, reason = (_repeated, "duplicate") if dedupe else (rows_in_parts, "also in its parts")
+    for kept, rows in zip(files, choose(hashes, [kept.gone() for kept in files]), strict=True):
+        kept.leave_out(reason, rows)
+
+
+def _repeated(hashes: list[np.ndarray], out: list[np.ndarray]) -> list[np.ndarray]:
+    """For each file, which of its rows stand earlier, among those that are not out."""
+    present = np.flatnonzero(~np.concatenate(out))
+    repeated = np.zeros(sum(map(len, hashes)), bool)
+    _, first = np.unique(np.concatenate(hashes)[present], return_index=True)
+    repeated[present] = True
+    repeated[present[first]] = False
+    return np.split(repeated, np.cumsum([len(own) for own in hashes])[:-1])
+
+
+def _rewrite(path: Path, files: list[_Kept]) -> None:
+    """Leave the chosen rows out of a written file."""
+    gone = np.concatenate([kept.gone() for kept in files])
+    with open(path, "rb") as old, whole_file(path) as shorter, open(shorter, "wb") as new:
+        for line, is_gone in zip(old, gone, strict=True):
+            if not is_gone:
+                new.write(line)
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else ROWS_SOURCE

@@ -1,0 +1,64 @@
+"""Where tensors have to be for a model that is split: the first device, the head's device, and a stream on each.
+
+labels, ids (CPU) --place_part()--> first device ... head's device        copies that make nobody wait
+default stream    --own_streams()-> one side stream a GPU                 so that other people's work holds up nothing
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream beside the default one for each GPU; each new one would cost a workspace of cuBLAS, some 8 MiB."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def own_streams(model: nn.Module) -> Iterator[None]:
+    """On a model that is split over several GPUs, queue work in a stream of its own on each; before and behind it, the
+    default streams wait as usual. See the module for why."""
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=lambda device: device.index)
+    if len(devices) < 2:
+        yield
+        return
+    before = {device: torch.cuda.current_stream(device) for device in devices}
+    for device in devices:
+        side_stream(device).wait_stream(before[device])
+        torch.cuda.set_stream(side_stream(device))
+    torch.cuda.set_device(devices[0])
+    try:
+        yield
+    finally:
+        for device in devices:
+            before[device].wait_stream(side_stream(device))
+            torch.cuda.set_stream(before[device])
+        torch.cuda.set_device(devices[0])
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Device of the first block, where masks and positions are made."""
+    return next(parameter.device for name, parameter in model.named_parameters() if ".layers.0." in name)
+
+
+def head_device(model: nn.Module) -> torch.device | None:
+    """Device of `lm_head`, where the loss is made; None for a model without one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else head.weight.device
+
+
+def place_part(model: nn.Module, part: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch for the model's forward: labels where the head is, everything else on `device`."""
+    homes = dict.fromkeys(("labels", "label_rows"), head_device(model) or device)
+    return {key: to_device(value, homes.get(key, device)) for key, value in part.items()}
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy without waiting, if the device is a GPU: from pinned memory, since other memory is staged by the driver."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,367 @@
+"""Find the device map that fits, and the best of those.
+
+    units in order      0   1   2  ...  13 | 14  ...  27   norm + head
+                        \\____ GPU 0 _____/   \\________ GPU 1 ________/
+                                           cut
+
+A plan is: where the cuts are (GPUs in ascending order; one may stay empty), where the embedding lives, into how many
+micro-batches the batch is cut, and which blocks need no checkpointing because memory is left over.
+
+    "speed"    of all plans that fit, the one whose step takes the shortest time (`timemodel`)
+    "memory"   every block checkpointed, a small loss chunk; of all plans, the one whose largest peak is smallest; of
+               equals, the fastest
+
+All blocks are alike, so what a GPU holds and how long it works depends only on how many blocks it has and on whether
+the head is there. The search walks the GPUs in order and keeps, for each number of units placed so far, only partial
+plans that no other beats in everything that counts. That is exact; tests compare it with trying every cut.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from glmhelpers.cost_model.gpus import GPU, find_gpus
+from glmhelpers.cost_model.sizes import Setting, Shape, as_targets, divisors
+from glmhelpers.cost_model.stages import Stage
+from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, slack_bytes, stage_terms
+from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds
+from glmhelpers.devicemap.check import DeviceMapError, check_device_map
+from glmhelpers.devicemap.search import Found, Room, Search
+from glmhelpers.utils.units import GIB, parse_size
+
+__all__ = [
+    "DeviceMapError",
+    "DoesNotFit",
+    "Plan",
+    "check_device_map",
+    "largest_batch",
+    "longest_length",
+    "plan_device_map",
+]
+
+
+SMALL_LOSS_CHUNK = 128
+"""Token positions whose logits exist at a time in plans for the least memory: a quarter of the model's default."""
+
+
+class DoesNotFit(ValueError):
+    """No plan fits; the message says which GPU is short by how much, and which single change would help.
+
+    Attributes:
+        short_bytes: bytes that each GPU lacks in the best attempt, 0 where it has enough.
+        changes: name of a setting -> the value that alone would make it fit.
+    """
+
+    def __init__(self, message: str, short_bytes: list[int], changes: dict[str, Any]):
+        super().__init__(message)
+        self.short_bytes, self.changes = short_bytes, changes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to spread the model, with what it will hold and how long a step will take.
+
+    Attributes:
+        device_map: module name -> GPU index, or "cpu" for the embedding; as `from_pretrained` takes it.
+        micro_batches: parts into which the batch is cut.
+        checkpointed_layers: blocks that are run again in the backward pass.
+        embedding: "first" (GPU of block 0), "tied" (shared with the head on the last GPU) or "cpu".
+        seconds: predicted time of a step; an estimate for comparing plans.
+        objective: what the plan is best at.
+        gpus: the GPUs it is for.
+        usable_bytes: for each GPU, its memory less the reserve, 0 if the reserve is larger.
+        shape, setting, stages: what the prediction was made from; one Stage for each GPU.
+    """
+
+    device_map: dict[str, int | str]
+    micro_batches: int
+    checkpointed_layers: list[int]
+    embedding: str
+    seconds: float
+    objective: str
+    gpus: list[GPU]
+    usable_bytes: list[int]
+    shape: Shape
+    setting: Setting
+    stages: list[Stage]
+
+    @cached_property
+    def breakdown(self) -> list[dict[str, int]]:
+        """For each GPU, bytes by term (keys of memory.TERMS) at its worst moment; the sum is the peak."""
+        return [
+            dict(stage_terms(self.shape, self.setting, stage, gpu.gemm_workspace)[1])
+            if stage != Stage()
+            else dict.fromkeys(TERMS, 0)
+            for stage, gpu in zip(self.stages, self.gpus, strict=True)
+        ]
+
+    @property
+    def peak_bytes(self) -> list[int]:
+        """For each GPU, bytes in tensors at its worst moment: torch.cuda.max_memory_allocated."""
+        return [sum(terms.values()) for terms in self.breakdown]
+
+    @property
+    def total_bytes(self) -> list[int]:
+        """For each GPU, the peak, the allocator's slack and the CUDA context; 0 where nothing is placed."""
+        return [sum(terms.values()) for terms in self.with_outside]
+
+    @property
+    def fits(self) -> bool:
+        """Is every total within what may be used?"""
+        return all(total <= usable for total, usable in zip(self.total_bytes, self.usable_bytes, strict=True))
+
+    @property
+    def with_outside(self) -> list[dict[str, int]]:
+        """`breakdown` with the allocator's slack and the CUDA context of each GPU that is used, for drawing."""
+        return [
+            {**terms, "slack": slack_bytes(terms), "context": gpu.context} if any(terms.values()) else terms
+            for terms, gpu in zip(self.breakdown, self.gpus, strict=True)
+        ]
+
+    @property
+    def blocks(self) -> list[list[int]]:
+        """For each GPU, its blocks."""
+        counts, start = [len(stage.blocks) for stage in self.stages], 0
+        result = []
+        for count in counts:
+            result.append(list(range(start, start + count)))
+            start += count
+        return result
+
+    @property
+    def stage_times(self) -> list[StageTime]:
+        """Seconds of each used GPU for one micro-batch, in order: the input of timemodel.schedule."""
+        used = [(stage, gpu) for stage, gpu in zip(self.stages, self.gpus, strict=True) if stage != Stage()]
+        return [stage_seconds(self.shape, self.setting, stage, gpu) for stage, gpu in used]
+
+    @property
+    def schedule(self) -> list[Task]:
+        """Who works when in one step, by the time model; the last end is `seconds`. For plots_map.draw_schedule."""
+        times = self.stage_times
+        lookup = lookup_seconds(self.shape, self.setting, self.embedding, len(times), self.gpus[0])
+        return schedule(times, self.micro_batches, lookup)
+
+    @property
+    def prediction(self) -> Prediction:
+        """The same breakdown as a Prediction, for the GPUs that hold something."""
+        return predict(
+            self.shape,
+            self.device_map,
+            checkpointed=self.checkpointed_layers,
+            gpus=self.gpus,
+            **{name: getattr(self.setting, name) for name in Setting.__dataclass_fields__},
+        )
+
+    def __str__(self) -> str:
+        """The plan in a few lines."""
+        setting = self.setting
+        marked, layers = len(self.checkpointed_layers), self.shape.layers
+        known = {0: "no block", layers: f"all {layers} blocks"}
+        lines = [
+            f"batch {setting.batch_size} x {setting.seq_length} tokens in {self.micro_batches} micro-batch"
+            f"{'es' * (self.micro_batches > 1)}, embedding {_WHERE[self.embedding]}, "
+            f"{known.get(marked, f'{marked} of {layers} blocks')} checkpointed, about {self.seconds:.3g} s a step"
+        ]
+        rows = zip(self.gpus, self.blocks, self.stages, self.peak_bytes, self.total_bytes, strict=True)
+        for index, (gpu, blocks, stage, peak, total) in enumerate(rows):
+            what = f"blocks {blocks[0]}-{blocks[-1]}" if blocks else "no block"
+            what += ", norm, head" if stage.head else ""
+            lines.append(
+                f"  GPU {index} ({gpu.name}): {what}: peak {peak / GIB:.2f} GiB, "
+                f"{total / GIB:.2f} with slack and context, of {self.usable_bytes[index] / GIB:.2f} GiB"
+            )
+        return "\n".join(lines)
+
+
+_WHERE = {"first": "with block 0", "tied": "tied to the head", "cpu": "on the CPU"}
+
+
+def plan_device_map(
+    config: Any,
+    gpus: Any = ("T4", "T4"),
+    batch_size: int = 4,
+    seq_length: int = 1024,
+    objective: str = "speed",
+    *,
+    micro_batches: int | None = None,
+    checkpointed: str = "auto",
+    embedding: str | None = None,
+    reserve: int | str | Sequence[int | str] = 0,
+    **settings: Any,
+) -> Plan:
+    """The best plan for these GPUs.
+
+    Args:
+        config: ChatGLMConfig, or a dict with its keys.
+        gpus: list of catalogue names ("T4"), sizes ("15GiB", bytes) or GPU objects; one of them for one GPU.
+        batch_size: rows in one optimizer step.
+        seq_length: tokens in a row.
+        objective: "speed" or "memory", see the module's docstring.
+        micro_batches: fixed number, or None to choose among the divisors of the batch size.
+        checkpointed: "auto" (blocks may go without where memory is left), "all" or "none".
+        embedding: "first", "tied" or "cpu", or None to choose.
+        reserve: memory to keep free on every GPU, or one size for each.
+        settings: further fields of shapes.Setting, such as lora_rank, base_bits, loss_chunk (SMALL_LOSS_CHUNK
+            by default when the objective is "memory"), training.
+
+    Returns:
+        A Plan; `plan.setting.loss_chunk` is what the model's forward should be given.
+
+    Raises:
+        DoesNotFit: no plan fits.
+        ValueError: an argument makes no sense.
+    """
+    if objective not in ("speed", "memory"):
+        raise ValueError(f"objective={objective!r}; use 'speed' or 'memory'")
+    if objective == "memory":
+        settings.setdefault("loss_chunk", SMALL_LOSS_CHUNK)
+    room, setting = _room_and_setting(config, gpus, reserve, batch_size, seq_length, micro_batches, settings)
+    search = Search(room, objective, checkpointed, embedding)
+    found = search.best(_variants(setting, micro_batches))
+    if found is None:
+        raise _does_not_fit(room, setting, micro_batches, checkpointed, embedding)
+    return _plan(room, found, objective)
+
+
+def largest_batch(
+    config: Any, gpus: Any, seq_length: int, *, reserve: Any = 0, limit: int = 4096, **settings: Any
+) -> int:
+    """Most rows of `seq_length` tokens that fit in one step, in micro-batches of one row; 0 if none does.
+
+    Args:
+        config, gpus, seq_length, reserve, settings: as for plan_device_map.
+        limit: do not look beyond.
+    """
+    room, setting = _room_and_setting(config, gpus, reserve, 1, seq_length, None, settings)
+    search = Search(room, "memory", "all", None)
+
+    def fits(batch: int) -> bool:
+        return search.fits(replace(setting, batch_size=batch, micro_batches=batch if setting.training else 1))
+
+    return _last_that(fits, 1, limit)
+
+
+def longest_length(
+    config: Any, gpus: Any, batch_size: int, *, reserve: Any = 0, limit: int | None = None, **settings: Any
+) -> int:
+    """Most tokens in a row, in steps of 8, that fit with `batch_size` rows a step; 0 if not even 8 do.
+
+    Args:
+        config, gpus, batch_size, reserve, settings: as for plan_device_map.
+        limit: do not look beyond; by default the length the model was trained for.
+    """
+    room, setting = _room_and_setting(config, gpus, reserve, batch_size, 8, None, settings)
+    search = Search(room, "memory", "all", None)
+    parts = batch_size if setting.training else 1
+
+    def fits(eights: int) -> bool:
+        return search.fits(replace(setting, seq_length=8 * eights, micro_batches=parts))
+
+    return 8 * _last_that(fits, 1, (limit or room.shape.max_length) // 8)
+
+
+def _last_that(fits, low: int, high: int) -> int:
+    """Largest number from low to high for which `fits` holds, if it holds up to there; low - 1 if for none."""
+    low -= 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> tuple[Room, Setting]:
+    cards = find_gpus(gpus)
+    reserves = list(reserve) if isinstance(reserve, list | tuple) else [reserve] * len(cards)
+    if len(reserves) != len(cards):
+        raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
+    usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
+    if "lora_targets" in settings:
+        settings["lora_targets"] = as_targets(settings["lora_targets"])
+    setting = Setting(batch, length, 1 if parts is None else parts, **settings)
+    return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
+
+
+def _variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
+    """The setting with every number of micro-batches that may be chosen."""
+    fixed = micro_batches or (None if setting.training else 1)
+    parts: Iterable[int] = [fixed] if fixed else divisors(setting.batch_size)
+    return [replace(setting, micro_batches=part) for part in parts]
+
+
+def _plan(room: Room, found: Found, objective: str) -> Plan:
+    device_map: dict[str, int | str] = {}
+    marks: list[bool] = []
+    for index, stage in enumerate(found.stages):
+        for _ in stage.blocks:
+            device_map[f"transformer.layers.{len(device_map)}"] = index
+        marks += stage.blocks
+    head = next(index for index, stage in enumerate(found.stages) if stage.head)
+    first = next(index for index, stage in enumerate(found.stages) if stage != Stage())
+    place = {"first": first, "tied": head, "cpu": "cpu"}[found.embedding]
+    return Plan(
+        device_map={
+            "transformer.word_embeddings": place,
+            **device_map,
+            "transformer.final_layernorm": head,
+            "lm_head": head,
+        },
+        micro_batches=found.setting.micro_batches,
+        checkpointed_layers=[block for block, checkpointed in enumerate(marks) if checkpointed],
+        embedding=found.embedding,
+        seconds=found.seconds,
+        objective=objective,
+        gpus=list(room.gpus),
+        usable_bytes=list(room.usable),
+        shape=room.shape,
+        setting=found.setting,
+        stages=list(found.stages),
+    )
+
+
+def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> DoesNotFit:
+    """Name the GPUs that are short in the attempt that lacks least, and every single change that would help."""
+    parts = micro_batches or (setting.batch_size if setting.training else 1)
+    tried = replace(setting, micro_batches=parts)
+    search = Search(room, "memory", checkpointed, embedding)
+    short = search.shortage(tried)
+    changes: dict[str, Any] = {}
+
+    def works(changed: Setting, other: Search = search, parts: int | None = micro_batches) -> bool:
+        # The more parts, the less memory: the likeliest first.
+        return any(other.fits(variant) for variant in reversed(_variants(changed, parts)))
+
+    step = micro_batches or 1
+    many = _last_that(
+        lambda n: works(replace(setting, batch_size=n * step, micro_batches=step)), 1, (setting.batch_size - 1) // step
+    )
+    if many:
+        changes["batch_size"] = many * step
+    eights = _last_that(lambda n: works(replace(setting, seq_length=8 * n)), 1, (setting.seq_length - 1) // 8)
+    if eights:
+        changes["seq_length"] = 8 * eights
+    if checkpointed == "none" and works(setting, Search(room, "memory", "all", embedding)):
+        changes["checkpointed"] = "all"
+    if micro_batches is not None:
+        better = [v.micro_batches for v in _variants(setting, None) if search.fits(v)]
+        if better:
+            changes["micro_batches"] = better[0]
+    for bits in (8, 4):
+        if bits < setting.base_bits and works(replace(setting, base_bits=bits)):
+            changes["base_bits"] = bits
+            break
+    lacks = [
+        f"GPU {index} ({gpu.name}) is short by {missing / GIB:.2f} GiB"
+        for index, (gpu, missing) in enumerate(zip(room.gpus, short, strict=True))
+        if missing
+    ]
+    help_ = ", or ".join(f"{name}={value!r}" for name, value in changes.items())
+    message = (
+        f"nothing fits: even the best cut of batch {setting.batch_size} x {setting.seq_length} in {parts} "
+        f"micro-batch{'es' * (parts > 1)} leaves too little: {'; '.join(lacks)}. "
+        + (f"One of these changes alone would make it fit: {help_}." if help_ else "No single change is enough.")
+    )
+    return DoesNotFit(message, short, changes)

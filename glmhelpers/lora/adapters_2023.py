@@ -1,0 +1,118 @@
+"""Adapters written by the 2023 script: `chatglm-lora.pt`, a dict of trained tensors by name, no settings beside it.
+
+    peft 0.2      base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight
+    peft 0.3 on   base_model.model.transformer.layers.0.attention.query_key_value.lora_A.default.weight
+
+The script's own loader used strict=False: a key that fitted nowhere was dropped without a word. Here every tensor must
+find its place and every place its tensor.
+
+peft 0.2 had a second form. For a single fused matrix it trained two thirds of its rows, each with an A of its own:
+
+    stored   A [2r, in]   B [2/3 out, r]            rank 2r    A [2r, in]    B [out, 2r]
+             A1 ─► B1 ─► rows of the first third               A1            B1  0
+             A2 ─► B2 ─► rows of the last third                A2            0   0
+                                                                             0   B2
+Both do the same; on the right it is an ordinary adapter, so that is what such a file becomes (alpha doubles too, since
+the correction is multiplied by alpha / rank). Its number of parameters, 3,670,016 for r = 8, does not tell them apart.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from glmhelpers.lora.attach import adapter_from, lora_config
+
+_NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+
+
+def import_2023(base: nn.Module, path: str | Path, alpha: int = 32, dropout: float = 0.1) -> PeftModel:
+    """The base with the adapter of a 2023 file on it; save it with `save_adapter` to have it in today's form.
+
+    Args:
+        base: a ChatGLM without an adapter, on its devices.
+        path: the file, usually named `chatglm-lora.pt`.
+        alpha: `lora_alpha` of that training, which the file does not hold; the 2023 script's was 32.
+        dropout: for training on; the 2023 script's was 0.1.
+
+    Raises:
+        ValueError: the file is no such adapter, or does not fit this base; says which tensor, and why.
+    """
+    tensors = read_2023(path)
+    name = Path(path).name
+    tensors, rank, factor = _as_ordinary(tensors, base, name)
+    targets = tuple(sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}))
+    return adapter_from(base, lora_config(rank, alpha * factor, dropout, targets), tensors, name).eval()
+
+
+def read_2023(path: str | Path) -> dict[str, Tensor]:
+    """PEFT's name today (`base_model.model...lora_A.weight`) -> tensor, as the file has it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else than LoRA tensors, or several adapters.
+    """
+    name = Path(path).name
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle can fail with any of them
+        raise ValueError(
+            f"{name} was not loaded: it is damaged, or holds more than tensors, and then loading it could run "
+            f"anybody's code ({type(error).__name__})"
+        ) from error
+    if not isinstance(stored, dict) or not stored:
+        raise ValueError(f"{name} holds {type(stored).__name__}, not a dict of tensors by name")
+    tensors, adapters = {}, set()
+    for key, tensor in stored.items():
+        match = _NAME.fullmatch(str(key))
+        if match is None or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} holds {key!r} ({type(tensor).__name__}), which is no LoRA tensor: what is it from?"
+            )
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 2:
+            raise ValueError(
+                f"{name} holds {key} as {tensor.dtype} {list(tensor.shape)}, {tensor.layout}: it must be a matrix of "
+                "floating point numbers"
+            )
+        adapters.add(match["adapter"])
+        tensors[f"base_model.model.{match['layer']}.{match['side']}.weight"] = tensor.detach()
+    if len(adapters) > 1 or len(tensors) < len(stored):
+        raise ValueError(f"{name} holds several adapters ({', '.join(sorted(map(str, adapters)))}): keep one")
+    return tensors
+
+
+def _as_ordinary(tensors: dict[str, Tensor], base: nn.Module, source: str) -> tuple[dict[str, Tensor], int, int]:
+    """(tensors of an ordinary adapter, its rank, factor for alpha); see the module's docstring for the other form."""
+    modules, ranks, ordinary = dict(base.named_modules()), set(), {}
+    for key in sorted(key for key in tensors if key.endswith("lora_A.weight")):
+        stem = key.removesuffix("lora_A.weight")
+        layer = modules.get(stem.removeprefix("base_model.model.").rstrip("."))
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{source} holds {key}, but this base has no linear layer there")
+        a, b = tensors[key], tensors.get(f"{stem}lora_B.weight")
+        if b is None:
+            raise ValueError(f"{source} holds {key} but no lora_B for it: it was not written to its end")
+        merged = a.dim() == b.dim() == 2 and len(a) == 2 * b.shape[1] and 3 * len(b) == 2 * layer.out_features
+        ranks.add((len(a), 2 if merged else 1))
+        ordinary[key], ordinary[f"{stem}lora_B.weight"] = a, _spread(b) if merged else b
+    if left := sorted(set(tensors) - set(ordinary)):
+        raise ValueError(f"{source} holds {left[0]} but no lora_A for it: it was not written to its end")
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{source} mixes ranks ({sorted(rank for rank, _ in ranks)}): import knows one rank for all layers"
+        )
+    ((rank, factor),) = ranks
+    return ordinary, rank, factor
+
+
+def _spread(b: Tensor) -> Tensor:
+    """B of the two trained thirds, [2/3 out, r] -> [out, 2r], zero where nothing was trained."""
+    third, rank = len(b) // 2, b.shape[1]
+    whole = b.new_zeros(3 * third, 2 * rank)
+    whole[:third, :rank] = b[:third]
+    whole[2 * third :, rank:] = b[third:]
+    return whole

@@ -1,0 +1,110 @@
+"""An adapter becomes part of the weights: W' = W + (alpha / r) B A, and the way back.
+
+    adapter/                                          base
+      lora_A [r, in]   lora_B [out, r] ─► B A * s ─► + W (float16) ─► float32 sum ─► rounded once to float16
+                                                       │
+    merged_in_memory(model):   W kept on the CPU ◄─────┘   ... and copied back, bit by bit, when the block ends
+
+Taking the product off again, as peft's unmerge does, leaves a rounding error in float16: W + d - d is not W. So the
+original is kept. The file-by-file merge for export is in `export`.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+PREFIX, SIDE_A, SIDE_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+UNSUPPORTED = {
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "alpha_pattern": {},
+}
+"""Settings of peft that change what is added, and the value at which they do not."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What an adapter adds to one matrix: scaling * b @ a.
+
+    Attributes:
+        a: [r, in] float32.
+        b: [out, r] float32.
+        scaling: alpha / r (alpha / sqrt(r) with rslora).
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] plus the correction: added in float32, rounded once to the weight's dtype.
+
+        Raises:
+            ValueError: the shapes do not fit, or the sum is not finite in that dtype.
+        """
+        if weight.shape != (self.b.shape[0], self.a.shape[1]):
+            raise ValueError(
+                f"a weight of {list(weight.shape)} and an adapter for {[self.b.shape[0], self.a.shape[1]]}: "
+                "the adapter belongs to a model of another size"
+            )
+        merged = torch.addmm(weight.float(), self.b, self.a, alpha=self.scaling).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"the sum does not fit into {weight.dtype}: the adapter's training diverged")
+        return merged
+
+    def largest_error(self, weight: Tensor, merged: Tensor) -> float:
+        """How far `merged` is from weight + correction on one random input, in units of what rounding explains.
+
+        Independent of `added_to`: here the correction is never formed, only applied. At most 1 if all is well.
+        """
+        x = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+        wanted = weight.float() @ x + self.scaling * (self.b @ (self.a @ x))
+        # A float16 number is off by at most 2^-11 of itself (2^-25 near 0), up or down: the errors of a row add up like
+        # random steps, to a few times the root of the sum of their squares; never more than 8 times for 64 columns.
+        steps = 2**-11 * (merged.float().square() @ x.square()).sqrt() + 2**-25 * x.norm()
+        room = 8 * steps + 1e-5 * wanted.abs().max()
+        return ((merged.float() @ x - wanted).abs() / room).max().item()
+
+
+def read_corrections(folder: str | Path) -> dict[str, Correction]:
+    """Name of the base's weight -> what the adapter in `folder` adds to it.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of peft's two files.
+        ValueError: it is no plain LoRA adapter; names the setting or tensor.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder.name}/ lacks {name}: it is no adapter (notebook 04 saves one)")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder.name}/ holds an adapter of type {config.get('peft_type')}; only LORA can be merged")
+    for key, plain in UNSUPPORTED.items():
+        if (found := config.get(key, plain)) not in (plain, None):
+            raise ValueError(f"{folder.name}/ was trained with {key}={found!r}, which cannot be merged here")
+    tensors = {name.removeprefix(PREFIX): value.float() for name, value in _tensors(folder).items()}
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(SIDE_A):
+            layer = name.removesuffix(SIDE_A)
+            rank = a.shape[0]
+            scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            if layer + SIDE_B not in tensors:
+                raise ValueError(f"{folder.name}/ holds {name} without its lora_B")
+            found[f"{layer}.weight"] = Correction(a, tensors[layer + SIDE_B], scaling)
+    if other := [name for name in tensors if not name.endswith((SIDE_A, SIDE_B))] or not found:
+        raise ValueError(f"{folder.name}/ holds {other[0] if found else 'no lora_A'}: it is no plain LoRA adapter")
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")

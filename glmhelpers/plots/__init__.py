@@ -1,0 +1,57 @@
+"""Figures of the course, all in one style: readable at 700 px, in print and for colour-blind readers."""
+
+from glmhelpers.plots.data import draw_batch, draw_example, draw_lengths, draw_report
+from glmhelpers.plots.device_map import (
+    device_name,
+    draw_compared,
+    draw_cut_curve,
+    draw_limits,
+    draw_map,
+    draw_memory,
+    draw_plan,
+    draw_rest,
+    draw_schedule,
+    draw_terms,
+    draw_timeline,
+)
+from glmhelpers.plots.inference import draw_bounds, plot_cache, plot_sampling, plot_speeds, plot_top_p, token_labels
+from glmhelpers.plots.lora import draw_lora, plot_b_norms
+from glmhelpers.plots.style import COLORS, cjk_font, label_bars, use_style
+from glmhelpers.plots.training import plot_loss, plot_progress
+from glmhelpers.plots.weights import draw_mask, draw_parts, draw_positions, draw_shards
+
+__all__ = [
+    "COLORS",
+    "cjk_font",
+    "device_name",
+    "draw_batch",
+    "draw_bounds",
+    "draw_compared",
+    "draw_cut_curve",
+    "draw_example",
+    "draw_lengths",
+    "draw_limits",
+    "draw_lora",
+    "draw_map",
+    "draw_mask",
+    "draw_memory",
+    "draw_parts",
+    "draw_plan",
+    "draw_positions",
+    "draw_report",
+    "draw_rest",
+    "draw_schedule",
+    "draw_shards",
+    "draw_terms",
+    "draw_timeline",
+    "label_bars",
+    "plot_b_norms",
+    "plot_cache",
+    "plot_loss",
+    "plot_progress",
+    "plot_sampling",
+    "plot_speeds",
+    "plot_top_p",
+    "token_labels",
+    "use_style",
+]

@@ -1,0 +1,265 @@
+"""Pictures of the data: the report, the lengths, one example as the model sees it, a padded batch.
+
+    draw_report(report)            what became of the rows of each file
+    draw_lengths(lengths, limit)   how long the examples are, where the cut is, what each limit costs
+    draw_example(example, ...)     tokens, labels, both position rows, and the prefix mask
+    draw_batch(batch, ...)         prompt, targets and padding of each row
+
+Kinds of tokens have one colour and one sign in all pictures: prompt, mark ([gMASK] and <sop>), answer, padding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from glmhelpers.data.report import Report
+from glmhelpers.plots.style import COLORS, cjk_font
+from glmhelpers.tokens.collate import IGNORE
+from glmhelpers.tokens.lengths import limit_costs, quantile
+from thuglm.modeling_chatglm import make_position_ids, make_visible
+
+KINDS = {
+    "prompt": ("sky", "", "black"),
+    "mark": ("yellow", "xx", "black"),
+    "answer": ("orange", "//", "black"),
+    "padding": ("light", "..", "black"),
+}
+"""Kind of token -> colour, hatch, colour of the text on it."""
+
+REASON_LOOKS = (("vermillion", "//"), ("orange", ".."), ("purple", "xx"), ("yellow", "\\\\"), ("grey", "--"))
+
+
+def draw_report(report: Report, axes: Axes | None = None) -> Axes:
+    """One bar for each file that lost a row or is no data, one for all others: which share of its rows is valid.
+
+    Args:
+        report: from `convert_alpaca`.
+        axes: to draw into; a new figure if None.
+    """
+    named = [file for file in report.files if file.status != "ok" or file.rejected][:20]
+    others = [file for file in report.files if file not in named]
+    bars = [(_short(report.name_of(file)), file.status, file.rows, file.valid, file.rejected) for file in named]
+    if others:
+        rows, valid = sum(file.rows for file in others), sum(file.valid for file in others)
+        gone = sum((file.rejected for file in others), type(report.rejected)())
+        bars.append((f"{len(others)} other files", "ok" if rows == valid else "", rows, valid, gone))
+    axes = axes or plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(bars)))[1]
+    reasons = [reason for reason, _ in report.rejected.most_common()]
+    looks = {reason: REASON_LOOKS[place % len(REASON_LOOKS)] for place, reason in enumerate(reasons)}
+    for place, (_, status, rows, valid, rejected) in enumerate(bars):
+        parts = [(valid, "blue", "")] + [(rejected[reason], *looks[reason]) for reason in reasons]
+        left = 0.0
+        for count, color, hatch in parts:
+            width = 100 * count / max(rows, 1)
+            axes.barh(place, width, left=left, color=COLORS[color], hatch=hatch, edgecolor="white", height=0.7)
+            left += width
+        note = f"{valid:,} of {rows:,}  {status}" if rows else status
+        axes.text(101, place, note, va="center", fontsize=9)
+    axes.set(xlim=(0, 100), xlabel="share of the file's rows (%)", ylim=(len(bars) - 0.4, -0.6))
+    axes.set_yticks(range(len(bars)), [_plain(name) for name, *_ in bars])
+    axes.grid(axis="y", visible=False)
+    handles = [Patch(facecolor=COLORS["blue"], label="written")]
+    handles += [Patch(facecolor=COLORS[c], hatch=h, edgecolor="white", label=r) for r, (c, h) in looks.items()]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    # The title stands above the lines of the legend.
+    lines = -(-len(handles) // 3)
+    axes.set_title(f"{report.rows:,} rows found, {report.rows_valid:,} written", pad=8 + 17 * lines)
+    return axes
+
+
+def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...] = ()) -> Figure:
+    """Left, how many examples have which length, with the cut line; right, what each limit would lose.
+
+    Args:
+        lengths: tokens of an example -> number of examples.
+        limit: the limit that was chosen, in tokens.
+        limits: limits to label on the right; by default half of, twice, and the chosen one.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    # A few very long examples would squeeze all others to the left; their number is written beside the line.
+    usual, longest = quantile(lengths, 0.995), max(lengths)
+    top = int(max(longest + 1 if longest < 2 * usual else usual, 1.25 * limit))
+    # One edge is the limit, so that no bar is half of each.
+    step = max(1, round(limit / max(1, round(40 * limit / top))))
+    edges = np.arange(limit % step - step, top + step, step)
+    values, counts = list(lengths), list(lengths.values())
+    for bar in left.hist(values, bins=edges + 0.5, weights=counts, color=COLORS["blue"])[2]:
+        if bar.get_x() >= limit:
+            bar.set(color=COLORS["vermillion"], hatch="//", edgecolor="white")
+    left.axvline(limit + 0.5, color=COLORS["black"], linestyle="--")
+    chosen = limit_costs(lengths, [limit])[0]
+    left.set(xlabel="tokens of an example", ylabel="examples", title="Lengths and the cut line", xlim=(0, top))
+    # On the side of the line where there is more room.
+    place, side = (0.97, "right") if limit < 0.6 * top else (0.03, "left")
+    left.text(
+        place,
+        0.95,
+        f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {max(lengths):,}",
+        transform=left.transAxes,
+        ha=side,
+        va="top",
+    )
+    _draw_costs(right, lengths, top, limits or (limit // 2, limit, 2 * limit))
+    return figure
+
+
+def _draw_costs(axes: Axes, lengths: Mapping[int, int], top: int, limits: tuple[int, ...]) -> None:
+    grid = np.unique(np.linspace(1, top, 80, dtype=int)).tolist()
+    costs, examples = limit_costs(lengths, grid), sum(lengths.values())
+    curves = {
+        "examples dropped": ([100 * cost.dropped / examples for cost in costs], "vermillion", "-"),
+        "tokens lost by dropping": ([100 * cost.tokens_if_dropped for cost in costs], "blue", "--"),
+        "tokens lost by cutting": ([100 * cost.tokens_if_cut for cost in costs], "green", ":"),
+    }
+    for label, (lost, color, line) in curves.items():
+        axes.plot(grid, lost, line, color=COLORS[color], label=label)
+    lines = ["examples dropped at limit"]
+    for cost in limit_costs(lengths, limits):
+        lost = 100 * cost.dropped / examples
+        lines.append(f"{cost.limit}: {lost:.1f} %")
+        if cost.limit <= top:
+            axes.plot(cost.limit, lost, "o", color=COLORS["vermillion"])
+    axes.text(0.98, 0.62, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=9)
+    axes.set(xlabel="limit (tokens)", ylabel="lost (%)", title="What a limit costs", ylim=(-3, 103), xlim=(0, top))
+    axes.legend(loc="upper right")
+
+
+def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) -> Figure:
+    """One example as the model sees it: a column for each token, and the prefix mask below.
+
+    Args:
+        example: `input_ids` and `labels` of one length L (up to about 40 tokens stay readable).
+        tokenizer: gives the pieces; ids are drawn where no font has their characters.
+        config: a ChatGLMConfig with the tokenizer's ids.
+    """
+    ids, labels = example["input_ids"], example["labels"]
+    length, batch = len(ids), torch.tensor([ids])
+    positions = make_position_ids(batch, config)[0].tolist()
+    visible = make_visible(batch, config)[0].reshape(length, length).numpy()
+    kinds = _kinds(batch[0], torch.ones(length), torch.tensor(labels), config)
+    pieces = [_piece(token, tokenizer) for token in ids]
+    targets = ["" if label == IGNORE else _piece(label, tokenizer) for label in labels]
+    width = min(max(6.0, 0.5 * length), 11.0)
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(width, min(2.4 + 0.3 * length, 9.0)), height_ratios=[5, length], sharex=True
+    )
+    # Points from side to side of a cell: the axes take about 0.86 of the figure, and 72 points are an inch.
+    room = 0.86 * 72 * width / length
+    table = [("token", pieces), ("position row 0", positions[0]), ("position row 1", positions[1]), ("label", targets)]
+    for line, (_, cells) in enumerate(table):
+        for place, (cell, kind) in enumerate(zip(cells, kinds, strict=True)):
+            filled = line == 0 or (line == 3 and cell)
+            _cell(top, place, line, kind if filled else None, str(cell), room)
+    top.set(xlim=(-0.5, length - 0.5), ylim=(len(table) - 0.5, -0.5), title="Tokens, positions, labels")
+    top.set_yticks(range(len(table)), [name for name, _ in table])
+    top.legend(handles=_legend(set(kinds)), loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    for row in range(length):
+        for column in range(length):
+            _cell(bottom, column, row, kinds[column] if visible[row, column] else None)
+    bottom.set(ylim=(length - 0.5, -0.5), title="Who sees whom: each row is a token that looks, filled = it sees")
+    bottom.set_yticks(range(length), pieces, fontfamily=_fonts(), fontsize=min(8.0, room))
+    bottom.set_xticks([])
+    for axes in (top, bottom):
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def draw_batch(batch: Mapping[str, torch.Tensor], config: Any, axes: Axes | None = None) -> Axes:
+    """Each row of a batch as a strip: prompt, [gMASK] <sop>, targets, padding.
+
+    Args:
+        batch: from the collator, each tensor [B, L].
+        config: a ChatGLMConfig with the tokenizer's ids.
+        axes: to draw into; a new figure if None.
+    """
+    rows, width = batch["input_ids"].shape
+    axes = axes or plt.subplots(figsize=(9, 1.3 + 0.3 * rows))[1]
+    found = set()
+    for row in range(rows):
+        kinds = _kinds(*(batch[name][row] for name in ("input_ids", "attention_mask", "labels")), config)
+        found |= set(kinds)
+        start = 0
+        for place in range(1, width + 1):
+            if place == width or kinds[place] != kinds[start]:
+                _cell(axes, start, row, kinds[start], width=place - start)
+                start = place
+    real, targets = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE).sum())
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(rows - 0.5, -0.5), xlabel="place in the row", ylabel="row of the batch")
+    axes.set_yticks(range(rows))
+    axes.grid(visible=False)
+    share = 100 * (1 - real / (rows * width))
+    axes.set_title(f"{rows} x {width} tokens: {targets:,} targets, {share:.0f} % padding", pad=24)
+    axes.legend(handles=_legend(found), loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+    return axes
+
+
+def _kinds(ids: torch.Tensor, real: torch.Tensor, labels: torch.Tensor, config: Any) -> list[str]:
+    marks = {config.bos_token_id, config.gmask_token_id, config.mask_token_id}
+    kinds = []
+    for token, is_real, label in zip(ids.tolist(), real.tolist(), labels.tolist(), strict=True):
+        kind = "mark" if token in marks else "prompt" if label == IGNORE else "answer"
+        kinds.append(kind if is_real else "padding")
+    return kinds
+
+
+def _cell(
+    axes: Axes, column: int, row: int, kind: str | None, text: str = "", room: float = 30, width: int = 1
+) -> None:
+    color, hatch, ink = KINDS[kind] if kind else ("", "", COLORS["black"])
+    fill = COLORS[color] if kind else "white"
+    # Hatches take the edge's colour; behind text they would make it hard to read.
+    axes.add_patch(
+        Rectangle(
+            (column - 0.5, row - 0.5),
+            width,
+            1,
+            facecolor=fill,
+            edgecolor=COLORS["grey"],
+            linewidth=0.5,
+            hatch="" if text else hatch,
+        )
+    )
+    if text:
+        # A letter with its share of the margin is about 0.68 of its size wide, a Chinese character as wide as high.
+        size = min(8.0, room / (0.68 * sum(1 + (letter > "\u2e7f") for letter in text)))
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size, fontfamily=_fonts())
+
+
+def _legend(kinds: set[str]) -> list[Patch]:
+    names = {
+        "prompt": "prompt: seen by all",
+        "mark": "[gMASK] <sop>",
+        "answer": "answer: learnt",
+        "padding": "padding",
+    }
+    return [
+        Patch(facecolor=COLORS[KINDS[kind][0]], hatch=KINDS[kind][1], edgecolor=COLORS["grey"], label=names[kind])
+        for kind in KINDS
+        if kind in kinds
+    ]
+
+
+def _piece(token: int, tokenizer: Any) -> str:
+    piece = tokenizer.convert_ids_to_tokens(token).replace("▁", "_")
+    return piece if cjk_font() or piece.isascii() else str(token)
+
+
+def _short(name: str, most: int = 40) -> str:
+    """The end of a long path, which tells more than its beginning."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def _plain(name: str) -> str:
+    return name if cjk_font() or name.isascii() else name.encode("ascii", "replace").decode()
+
+
+def _fonts() -> list[str]:
+    return [font for font in ("DejaVu Sans", cjk_font()) if font]

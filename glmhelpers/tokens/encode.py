@@ -1,0 +1,357 @@
+"""Rows become tokens: what the model reads, and which of it is learnt.
+
+    place        0    1    2    3        4      5    6    7
+    input_ids    ▁    你   好   [gMASK]  <sop>  ▁    好   <eop>
+    labels       .    .    .    .        .      ▁    好   <eop>       . = -100, no target
+                 └─ prompt ─┘                   └ answer ┘
+    target of    place 4 predicts place 5, 5 predicts 6, 6 predicts 7 (the model shifts the labels by one)
+
+<sop> is no target by default: it is the same token in every row, and in use it is a part of the prompt, so nothing
+could be learnt from it. The original fine-tuning script trained it all the same; `train_sop=True` does so too.
+
+A conversation is learnt by its last answer. `answers="all"` makes one example of each answer, with the turns before it
+in the prompt. One long row with several answers as targets would not do: the prompt is read in both directions, so
+earlier answers would see themselves.
+
+Tokens are kept in a file that is named after everything they depend on: the rows, the tokenizer, the template, the
+settings and this code. Change any of them, and the old file is not found any more.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+import thuglm.prompt
+from glmhelpers.tokens import prompts as templates
+from glmhelpers.tokens.prompts import build_prompt, check_history, with_input
+from glmhelpers.utils.files import whole_file
+
+IGNORE = -100
+CHUNK = 512
+"""Rows that are in memory at one time."""
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "length": pa.int32(),
+        "split_key": pa.float64(),
+    }
+)
+PROBES = ("你好，世界！", "a\n\tb  c", "<sop> [MASK] [gMASK] <eop>", "１２３ é 👋")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows become tokens.
+
+    Args:
+        template: a key of `templates.TEMPLATES`.
+        max_length: most tokens an example may have, special tokens included; None for no limit.
+        too_long: "drop" leaves a longer example out and counts it; "cut" shortens its answer and keeps <eop>.
+        answers: "last" or "all" answers of a conversation.
+        train_sop: <sop> is a target too, as in the original fine-tuning script.
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    template: str = "chatglm"
+    max_length: int | None = None
+    too_long: str = "drop"
+    answers: str = "last"
+    train_sop: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in {
+            "template": tuple(templates.TEMPLATES),
+            "too_long": ("drop", "cut"),
+            "answers": ("last", "all"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
+        if self.max_length is not None and self.max_length < 5:
+            raise ValueError(f"max_length is {self.max_length}; 5 tokens hold one of prompt and answer each")
+
+
+@dataclass
+class TokenReport:
+    """What became of the rows: rows -> examples == kept + sum(dropped)."""
+
+    source: str
+    settings: dict[str, Any]
+    rows: int = 0
+    examples: int = 0
+    kept: int = 0
+    cut: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    lengths: Counter = field(default_factory=Counter)
+    """Tokens of an example before any limit -> number of examples."""
+    tokens: int = 0
+    targets: int = 0
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items())) or "none"
+        return (
+            f"{self.rows:,} rows -> {self.examples:,} examples, {self.kept:,} kept ({self.cut:,} of them cut), "
+            f"dropped: {dropped}\n{self.tokens:,} tokens, {self.targets:,} of them targets, "
+            f"template {self.settings['template']!r}"
+        )
+
+
+def text_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of texts without special tokens: `tokenizer.encode(text, add_special_tokens=False)` of each, but faster.
+
+    ChatGLM's tokenizer hands a text to SentencePiece as a whole if no special token is written in it, and most of its
+    time goes into preparing the call. So such texts go to SentencePiece directly, many in one call.
+    """
+    if not hasattr(tokenizer, "sp_model"):
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    special = tokenizer.all_special_tokens
+    plain = [not (("<" in text or "[" in text) and any(token in text for token in special)) for text in texts]
+    spaced = [
+        # Most texts have no run of spaces, and looking for 79 kinds of them takes longer than the encoding.
+        tokenizer.encode_whitespace(text) if "  " in text else text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        for text, is_plain in zip(texts, plain, strict=True)
+        if is_plain
+    ]
+    fast = iter(tokenizer.sp_model.encode(spaced) if spaced else [])
+    return [
+        next(fast) if is_plain else tokenizer.encode(text, add_special_tokens=False)
+        for text, is_plain in zip(texts, plain, strict=True)
+    ]
+
+
+def examples_of(row: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of a row: one pair, or one for each answer of its conversation.
+
+    Args:
+        row: `instruction`, `output` and, if there are any, `input`, `history` ([[question, answer], ...]), `system`.
+    """
+    history = row.get("history") or []
+    system = row.get("system") or ""
+    if settings.answers == "all":
+        for turn, (question, answer) in enumerate(history):
+            yield build_prompt(question, history[:turn], settings.template, system=system), answer
+    query, about = row["instruction"], row.get("input") or ""
+    yield build_prompt(query, history, settings.template, about, system), row["output"]
+
+
+class _Encoder:
+    """Puts prompt and answer ids together; knows the tokenizer's special ids."""
+
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        *middle, end = tokenizer.build_inputs_with_special_tokens([], [])
+        self.middle, self.end = middle, [end]
+        mask = tokenizer.convert_tokens_to_ids("[MASK]")
+        self.reserved = {*middle, end, mask, tokenizer.pad_token_id}
+
+    def join(self, prompt: list[int], answer: list[int]) -> tuple[list[int], int] | str:
+        """(input_ids, place of the first answer token), or the reason why there are none."""
+        if not self.reserved.isdisjoint(prompt) or not self.reserved.isdisjoint(answer):
+            return "special token in the text"
+        if not answer:
+            return "answer without tokens"
+        limit = self.settings.max_length
+        start = len(prompt) + len(self.middle)
+        if limit is not None and start + len(answer) + 1 > limit:
+            if self.settings.too_long == "drop":
+                return f"longer than {limit} tokens"
+            answer = answer[: max(0, limit - start - 1)]
+            if not answer:
+                return f"prompt alone fills {limit} tokens"
+        return prompt + self.middle + answer + self.end, start
+
+    def targets_from(self, start: int) -> int:
+        """Place of the first target."""
+        return start - 1 if self.settings.train_sop else start
+
+
+def encode_example(tokenizer: Any, row: Mapping[str, Any], **settings: Any) -> dict[str, list[int]]:
+    """Tokens of one row's last answer.
+
+    Args:
+        tokenizer: ChatGLM's tokenizer.
+        row: as in `examples_of`.
+        **settings: fields of `Settings`.
+
+    Returns:
+        `input_ids` and `labels` of one length, lists of token ids; a label of -100 is no target.
+
+    Raises:
+        ValueError: the row cannot be used (too long, a special token written in its text); the message says why.
+    """
+    encoder = _Encoder(tokenizer, Settings(**settings))
+    *_, (prompt, answer) = examples_of(row, encoder.settings)
+    joined = encoder.join(*text_ids(tokenizer, [prompt, answer]))
+    if isinstance(joined, str):
+        raise ValueError(f"the row {row['instruction'][:40]!r} cannot be encoded: {joined}")
+    ids, start = joined
+    first = encoder.targets_from(start)
+    return {"input_ids": ids, "labels": [IGNORE] * first + ids[first:]}
+
+
+def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = None, **settings: Any) -> datasets.Dataset:
+    """Tokens of a JSON Lines file, from the cache if they are there.
+
+    Args:
+        path: a file as `convert_alpaca` writes it.
+        tokenizer: ChatGLM's tokenizer.
+        cache: folder for token files; by default `tokens` beside the file.
+        **settings: fields of `Settings`.
+
+    Returns:
+        A memory-mapped dataset with the columns `input_ids`, `labels` (lists of int32), `length` (tokens; for
+        batches of similar length) and `split_key` (0 to 1, from a hash of the first question). `token_report` tells
+        what became of the rows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is no row (the message names it), or not one example is left.
+    """
+    path, chosen = Path(path), Settings(**settings)
+    folder = Path(cache) if cache else path.parent / "tokens"
+    target = folder / f"{path.stem}-{cache_key(path, tokenizer, chosen)}.arrow"
+    if not (target.is_file() and target.with_suffix(".json").is_file()):
+        _write(path, target, _Encoder(tokenizer, chosen))
+    return datasets.Dataset.from_file(str(target))
+
+
+def token_report(dataset: datasets.Dataset) -> TokenReport:
+    """The report of a dataset that `encode_file` made.
+
+    Raises:
+        FileNotFoundError: the report is not beside the dataset's file.
+    """
+    values = json.loads(Path(dataset.cache_files[0]["filename"]).with_suffix(".json").read_text("utf-8"))
+    values["dropped"] = Counter(values["dropped"])
+    values["lengths"] = Counter({int(length): count for length, count in values["lengths"].items()})
+    return TokenReport(**values)
+
+
+def cache_key(path: Path, tokenizer: Any, settings: Settings) -> str:
+    """32 hexadecimal digits that change with the rows, the tokenizer, the template, the settings or the code."""
+    key = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        key.update(hashlib.file_digest(file, "sha256").digest())
+    if hasattr(tokenizer, "sp_model"):
+        key.update(tokenizer.sp_model.serialized_model_proto())
+    # Two tokenizers can share a model file and still differ in what they do before and after it.
+    probes = [tokenizer.encode(probe, probe) for probe in PROBES]
+    key.update(json.dumps([asdict(settings), probes], sort_keys=True).encode())
+    for module in (__file__, templates.__file__, thuglm.prompt.__file__):
+        key.update(Path(module).read_bytes())
+    return key.hexdigest()
+
+
+def split_key(row: Mapping[str, Any]) -> float:
+    """A number from 0 to 1 that depends on the row's first question alone, not on case, width or spaces.
+
+    Rows of one conversation, and a question that occurs twice with different answers, get the same number.
+    """
+    history = row.get("history") or []
+    first = history[0][0] if history else with_input(row["instruction"], row.get("input") or "")
+    plain = " ".join(unicodedata.normalize("NFKC", first).casefold().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def split_by_prompt(
+    dataset: datasets.Dataset, share: float = 0.05, seed: int = 0
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training part, held-out part): equal questions are always on the same side, on every machine and in any order.
+
+    Args:
+        dataset: from `encode_file`.
+        share: part of the questions to hold out, 0 to 1.
+        seed: another number holds out other questions.
+
+    Raises:
+        ValueError: `share` is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; it must be from 0 to 1")
+    golden = 0.6180339887498949
+    held = (np.asarray(dataset["split_key"]) + seed * golden) % 1.0 < share
+    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                texts = row["instruction"], row["output"]
+                check_history(row.get("history") or [])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no row with instruction and output ({type(error).__name__}: {error}); "
+                    "let glmhelpers.data.convert.convert_alpaca write this file"
+                ) from error
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(f"{path}, line {number}: instruction or output is empty; run convert_alpaca first")
+            yield row
+
+
+def _write(path: Path, target: Path, encoder: _Encoder) -> None:
+    report = TokenReport(path.name, asdict(encoder.settings))
+    rows = _rows(path)
+    with whole_file(target) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+            while chunk := list(islice(rows, CHUNK)):
+                stream.write_batch(_encode_chunk(encoder, chunk, report))
+        if not report.kept:
+            raise ValueError(f"{path}: not one example is left. {report}")
+        with whole_file(target.with_suffix(".json")) as notes:
+            notes.write_text(json.dumps(vars(report)), "utf-8")
+
+
+def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:
+    pairs, keys = [], []
+    for row in rows:
+        report.rows += 1
+        of_row = list(examples_of(row, encoder.settings))
+        pairs += of_row
+        keys += [split_key(row)] * len(of_row)
+    ids = text_ids(encoder.tokenizer, [text for pair in pairs for text in pair])
+    flat, sizes, starts, kept_keys = [], [], [], []
+    for key, prompt, answer in zip(keys, ids[::2], ids[1::2], strict=True):
+        report.examples += 1
+        whole = len(prompt) + len(encoder.middle) + len(answer) + 1
+        report.lengths[whole] += 1
+        joined = encoder.join(prompt, answer)
+        if isinstance(joined, str):
+            report.dropped[joined] += 1
+            continue
+        report.cut += len(joined[0]) < whole
+        flat += joined[0]
+        sizes.append(len(joined[0]))
+        starts.append(encoder.targets_from(joined[1]))
+        kept_keys.append(key)
+    report.kept += len(sizes)
+    report.tokens += len(flat)
+    return _batch(flat, sizes, starts, kept_keys, report)
+
+
+def _batch(
+    flat: list[int], sizes: list[int], starts: list[int], keys: list[float], report: TokenReport
+) -> pa.RecordBatch:
+    values, lengths = np.array(flat, dtype=np.int32), np.array(sizes, dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    place = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
+    labels = np.where(place < np.repeat(np.array(starts, dtype=np.int32), lengths), IGNORE, values)
+    report.targets += int((labels != IGNORE).sum())
+    lists = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in (values, labels)]
+    return pa.record_batch([*lists, pa.array(lengths), pa.array(keys, pa.float64())], schema=SCHEMA)

@@ -1,0 +1,203 @@
+"""LoRA training with transformers' own Trainer, and the few things it does not do for a model on several GPUs.
+
+    rows ─► batch on the CPU ─► micro-batches ─► GPU 0 ─► blocks ─► GPU 1 ─► blocks ─► head, loss
+                                                                                         │
+    lora_A, lora_B  (fp32, 3.7 million)  ◄──────────────── backward ◄────────────────────┘
+    everything else (fp16, frozen)
+
+`train` is one call that may be made again and again: a run that was stopped, by whatever, goes on from its last
+complete checkpoint, with the numbers it would have had anyway; a run that is finished is read back.
+
+    attach       LoRA beside the frozen matrices          trainer      the Trainer, thinly subclassed
+    checkpoints  whole or not used                        guards, fit  what went wrong, and what to do
+    watch        progress, curves, the table at the end
+"""
+
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from glmhelpers.devicemap.plan import Plan
+from glmhelpers.lora.attach import (
+    adapter_layers,
+    adapter_weights,
+    attach_lora,
+    check_adapter,
+    count_parameters,
+    fill_adapter,
+    not_a_number,
+    quiet_peft,
+)
+from glmhelpers.tokens.collate import SAMPLING
+from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
+from glmhelpers.training.guards import TrainingStoppedError, refuse_many_processes, refuse_rows, refuse_settings
+from glmhelpers.training.memory_plan import explain_out_of_memory
+from glmhelpers.training.progress import EveryMinutes, Watch
+from glmhelpers.training.trainer import GLMTrainer
+
+__all__ = [
+    "GLMTrainer",
+    "TrainingStoppedError",
+    "Watch",
+    "adapter_layers",
+    "attach_lora",
+    "check_adapter",
+    "count_parameters",
+    "quiet_peft",
+    "train",
+    "training_arguments",
+]
+
+
+def training_arguments(output: Any, on_gpu: bool, **changes: Any) -> TrainingArguments:
+    """`TrainingArguments` with the settings that the course does not discuss.
+
+    Args:
+        output: folder for checkpoints; each run gets a folder of its own in it.
+        on_gpu: float16 base: gradients need a GradScaler (`fp16=True`).
+        changes: any argument of `TrainingArguments`.
+
+    Raises:
+        RuntimeError: started as one of several processes, see `refuse_many_processes`.
+    """
+    refuse_many_processes()
+    settings = {
+        "output_dir": str(output),
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "fp16": on_gpu,
+        "use_cpu": not on_gpu,
+        "label_names": ["labels"],
+        "prediction_loss_only": True,
+        "dataloader_pin_memory": on_gpu,
+        "seed": 0,
+        **SAMPLING,
+        **changes,
+    }
+    return TrainingArguments(**settings)
+
+
+def train(
+    model: PeftModel,
+    dataset: Any,
+    collator: Any,
+    args: TrainingArguments,
+    eval_dataset: Any = None,
+    *,
+    plan: Plan | None = None,
+    micro_batches: int = 1,
+    loss_chunk: int | None = None,
+    minutes: float = 10,
+    watch: Watch | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict]:
+    """Train, or go on with a run that was stopped; return its log: dicts with `step` and `loss` or `eval_loss`.
+
+    Args:
+        model: from `attach_lora`, on its devices.
+        dataset: encoded rows.
+        collator: makes a batch of some rows, see `RightPadCollator`.
+        args: from `training_arguments`. Other settings, rows or another base make another run.
+        eval_dataset: encoded rows for the evaluation loss.
+        plan: takes the next two from a plan.
+        micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
+            dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
+        loss_chunk: rows of logits alive at once; changes no result.
+        minutes: save a checkpoint whenever so many have passed, besides those of `args.save_steps`.
+        watch: shows progress; by default one that prints a line for each logged step.
+        callbacks: more of the Trainer's callbacks.
+
+    Raises:
+        TrainingStoppedError: the loss is no number or 0, every step is skipped, or a batch has no label
+            (`NoLabelsError`, which is a ValueError too).
+        ValueError: nothing is trainable, there are no rows, or no number in the adapter; a setting that a run which is
+            taken up again cannot honour.
+        RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
+        torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
+    """
+    refuse_many_processes()
+    check_adapter(model)
+    if not count_parameters(model)[0]:
+        raise ValueError(
+            "No parameter of this model is trained: its adapter was loaded for use. load_adapter(..., trainable=True) "
+            "loads one to train on with."
+        )
+    if plan is not None:
+        micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
+    refuse_settings(args)
+    refuse_rows(dataset, "to train on")
+    if eval_dataset is not None:
+        refuse_rows(eval_dataset, "for evaluation")
+    if name := not_a_number(model):
+        raise ValueError(f"{name} holds NaN or infinity: load the base again, then attach or load the adapter")
+    folder = start_run(model, dataset, args)
+    checkpoint = last_complete(folder)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        if state["global_step"] >= state["max_steps"]:
+            print(f"{folder.name} is finished: step {state['global_step']} of {state['max_steps']}, adapter read back")
+            fill_adapter(model, load_file(checkpoint / "adapter_model.safetensors"), checkpoint.name)
+            if watch is not None:
+                watch.read_back(state)
+            return losses(state["log_history"])
+        print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
+    elif any(weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name):
+        print("this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)")
+    watch = watch or Watch()
+    trainer = GLMTrainer(
+        model,
+        args,
+        micro_batches=micro_batches,
+        forward={} if loss_chunk is None else {"loss_chunk": loss_chunk},
+        folder=folder,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        callbacks=[watch, EveryMinutes(minutes), *callbacks],
+    )
+    # The Trainer prints each log as a raw dict when its progress bar is off.
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_weights()
+    except torch.OutOfMemoryError as error:
+        message = explain_out_of_memory(trainer, str(error))
+        let_go(error)
+        raise torch.OutOfMemoryError(message) from None
+    except KeyboardInterrupt as error:
+        let_go(error)
+        good = last_complete(folder, say=lambda _: None)
+        where = f"go on from {good.name}" if good else "start again"
+        print(f"stopped at step {trainer.state.global_step}; the same call will {where}")
+        raise
+    return losses(trainer.state.log_history)
+
+
+def let_go(error: BaseException) -> None:
+    """Free the tensors of the step that failed or was stopped: a second try would find no room.
+
+    The frames of the traceback hold them, and a notebook keeps the traceback.
+    """
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def losses(history: Iterable[dict]) -> list[dict]:
+    """The entries of a Trainer's log that hold a loss."""
+    return [entry for entry in history if "loss" in entry or "eval_loss" in entry]

@@ -1,0 +1,132 @@
+"""One training step in micro-batches: every GPU of the split has work most of the time, and nobody waits.
+
+    naive     GPU 0  [forward       ]                                [backward      ]
+              GPU 1                  [forward       ][backward      ]
+
+    4 parts   GPU 0  [1][2][3][4]            [4 ][3 ][2 ][1 ]
+              GPU 1     [1][2][3][4][4 ][3 ][2 ][1 ]
+
+All micro-batches run forward before one backward pass over the sum of their losses. No scheduler is needed: CUDA
+calls return at once, so the CPU queues the work of both GPUs far ahead, and autograd runs one thread per GPU. For that
+to hold, nothing in between may ask a GPU for a number: labels are looked at while they are still on the CPU.
+
+What is left is that a copy between two GPUs waits for everything that is queued on *either*, and holds up whatever is
+queued behind it on both. Behind a micro-batch's last stage such a copy would keep GPU 0 from starting the next one:
+
+    hidden states between stages    cannot be helped, and do no harm: GPU 1 is at the micro-batch before
+    labels, and the loss back       labels go from the CPU straight to the head; losses are summed there, one copy
+    look-up in a tied embedding     on the last GPU: the whole batch is looked up before the first micro-batch
+    CUDA's default stream           has other people's work in it: the step has a stream of its own on each GPU
+
+The loss of a part is its *sum* over labels divided by the labels of the whole batch, so the result does not depend on
+how the batch is cut.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
+from thuglm.chunked_loss import IGNORE_INDEX
+
+
+def label_rows(labels: Tensor) -> Tensor:
+    """Flat indices of the labelled targets `labels[:, 1:]`, [N] int64, for labels [B, L] on the CPU."""
+    return (labels[:, 1:].reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """Cut a batch into `parts` micro-batches of equal or nearly equal numbers of rows.
+
+    Parts without a single label are left out: their loss is 0, and so is its gradient.
+
+    Args:
+        batch: tensors with B rows each; `labels` on the CPU.
+        parts: 1 to B.
+
+    Raises:
+        ValueError: more parts than rows, labels on a GPU, or no label in the whole batch.
+    """
+    rows = batch["labels"].shape[0]
+    if not 1 <= parts <= rows:
+        raise ValueError(f"cannot cut a batch of {rows} rows into {parts} micro-batches: use 1 to {rows}")
+    if batch["labels"].device.type != "cpu":
+        raise ValueError(
+            f"labels are on {batch['labels'].device}: leave the batch on the CPU, so that counting labels does not "
+            "wait for the GPU (Trainer: accelerator.device_placement = False)"
+        )
+    pieces = {key: value.tensor_split(parts) for key, value in batch.items() if value.dim() and len(value) == rows}
+    cut = []
+    for number in range(parts):
+        part = {key: value[number] for key, value in pieces.items()}
+        part["label_rows"] = label_rows(part["labels"])
+        if len(part["label_rows"]):
+            cut.append(part)
+    if not cut:
+        raise ValueError(
+            f"a batch of {rows} rows has no label: every entry of labels[:, 1:] is {IGNORE_INDEX}. Were the answers "
+            "cut off by a length limit?"
+        )
+    return cut
+
+
+def run_step(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    micro_batches: int = 1,
+    device: torch.device | str | None = None,
+    num_items: int | Tensor | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+    **forward: Any,
+) -> Tensor:
+    """Forward of every micro-batch, one backward over the sum; gradients are added to `.grad`.
+
+    Args:
+        model: a ChatGLM, split or whole, with an adapter or without.
+        batch: `input_ids`, `labels` and perhaps `attention_mask`, [B, L], on the CPU.
+        micro_batches: parts; equal results for any number.
+        device: where ids and masks go; by default the device of the first block. Labels go to the head's.
+        num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
+        backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
+        forward: more arguments of the model's forward, such as `loss_chunk`.
+
+    Returns:
+        The loss, float32 scalar on `device` without gradient; on a GPU still on its way: `.item()` waits for the step.
+
+    Raises:
+        ValueError: see `split_batch`.
+    """
+    parts = split_batch(batch, micro_batches)
+    if num_items is None:
+        num_items = sum(len(part["label_rows"]) for part in parts)
+    device = torch.device(device or first_device(model))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(head_device(model) or device)
+    losses = []
+    with own_streams(model):
+        looked_up = look_up(model, parts, device)
+        for number, part in enumerate(parts):
+            placed = place_part(model, part, device)
+            if looked_up:
+                placed["inputs_embeds"], looked_up[number] = looked_up[number], None
+            output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
+            losses.append(output.loss)
+        # Or the last part's embeddings would live as long as the backward pass.
+        del placed
+        total = torch.stack(losses).sum().to(device)
+        backward(total)
+    return total.detach()
+
+
+def look_up(model: nn.Module, parts: list[dict[str, Tensor]], device: torch.device) -> list[Tensor | None]:
+    """Embeddings of every micro-batch, [B, L, H] on `device`; none if the embedding lies there itself."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is None or embedding.weight.device == device:
+        return []
+    home = embedding.weight.device
+    with torch.no_grad():
+        return [to_device(embedding(to_device(part["input_ids"], home)), device) for part in parts]

@@ -1,0 +1,283 @@
+"""Fetch the weights so that nothing can go wrong.
+
+    download_weights("thuglm")
+       what is missing or wrong?  --> enough disk?  --> fetch to NAME.part --> sha256 --> rename to NAME
+              |                            |  before anything           |                     |
+              |                            |  is written                |  cut? next call     |  wrong? NAME.part
+              +-- nothing: done            +-- no: says what to do      |  goes on here       |  is thrown away
+
+A file has its final name only after its sha256 was right. So whoever sees the name may trust the bytes, also after
+a power cut.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from glmhelpers.utils.environment import short
+from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.folders import find_folders
+from glmhelpers.utils.progress import TextProgress, reading
+from glmhelpers.utils.units import file_size
+from glmhelpers.weights.checksums import checksums, read_facts, remember, remembered
+from glmhelpers.weights.hub import DownloadError, Remote
+from glmhelpers.weights.manifest import read_manifest, total_bytes
+from glmhelpers.weights.shards import read_entries
+from glmhelpers.weights.verify import Report, check_size, verify_weights
+
+INDEX_NAME = "pytorch_model.bin.index.json"
+SPARE_BYTES = 100 * 2**20
+"""Disk that must stay free beside the weights: index, notebooks, adapters."""
+
+
+def download_weights(
+    folder: str | Path,
+    source: str | Path = "huggingface",
+    manifest: dict[str, Any] | str | Path | None = None,
+    endpoint: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Bring every file of the manifest into `folder`; fetch only what is missing or wrong; go on after a break.
+
+    Args:
+        folder: where the weights shall lie (created).
+        source: "huggingface", "modelscope", a base URL below which the files lie, or a folder that has them already:
+            its files are linked, not copied.
+        manifest: what to bring, see `weights/manifest.py`; None: what the folder's own `weights_manifest.json` lists,
+            as in `verify_weights`; ChatGLM-6B v1.1 if it has none.
+        endpoint: a mirror of the Hugging Face hub; None: the environment variable HF_ENDPOINT, else the hub itself.
+        revision: another revision of the repository than the manifest's.
+        progress: print one line of text for what is fetched, and for what must be read to be checked.
+
+    Returns:
+        the report of `verify_weights`, without problems.
+
+    Raises:
+        DownloadError: a file could not be fetched or came with wrong bytes; what is good stays, call again.
+        OSError: the disk is too small (errno ENOSPC), the folder cannot be written (EROFS, EACCES, ...), or another
+            process is downloading to it (EBUSY).
+        FileNotFoundError: the source folder lacks a file.
+        ValueError: the source or the manifest is none.
+    """
+    folder = Path(folder)
+    facts = read_manifest(manifest, folder)
+    origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
+    say: Callable[[str], None] = print if progress else lambda _: None
+    try:
+        _make_writable(folder)
+    except OSError:
+        # A Kaggle input folder cannot be written, and need not be if all is there.
+        if not verify_weights(folder, facts, checksums=False).ok:
+            raise
+        report = verify_weights(folder, facts, progress=progress)
+        if not report.ok:
+            raise
+        say(str(report))
+        return report
+    try:
+        with FileLock(folder / ".weights.lock").acquire(timeout=0):
+            _refuse_folders(folder, facts)
+            wanted = wrong_or_missing(folder, facts, progress)
+            if not wanted:
+                say(f"{short(folder)}: all {len(facts['files'])} files are here already")
+            elif isinstance(origin, Remote):
+                check_disk(folder, facts, wanted)
+                _fetch_all(folder, origin, wanted, progress, say)
+            else:
+                _link_all(folder, origin, facts, wanted, progress)
+                say(f"{short(folder)}: {len(wanted)} files linked to {short(origin)}, nothing copied")
+            _write_small_files(folder, facts, say)
+            shutil.rmtree(folder / ".modelscope", ignore_errors=True)
+            report = verify_weights(folder, facts)
+    except Timeout as error:
+        raise OSError(errno.EBUSY, f"another process is downloading to {folder}: wait for it, or stop it") from error
+    if not report.ok:
+        raise DownloadError(f"after the download something is still wrong:\n{report}")
+    say(str(report))
+    return report
+
+
+def _make_writable(folder: Path) -> None:
+    """Create `folder`, and try to write there.
+
+    Raises:
+        OSError: of the kind that the system gave, with advice.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} cannot be written ({error.strerror}), nothing was fetched: choose another folder, on Kaggle "
+            "download_weights('/kaggle/temp/chatglm-6b')",
+        ) from error
+
+
+def _refuse_folders(folder: Path, facts: dict[str, Any]) -> None:
+    """No folder may stand where a file belongs; to delete one with all that is in it is not for us."""
+    for name in facts["files"]:
+        for path in _both(folder, name):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, a file belongs there: remove or rename it")
+
+
+def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False) -> dict[str, str]:
+    """Name -> kind of fault, of the files that must be fetched."""
+    files = facts["files"]
+    faults = {name: check_size(folder, name, wanted, "") for name, wanted in files.items()}
+    found = _sha256(folder, [name for name, fault in faults.items() if fault is None], files, progress, keep=True)
+    return {
+        name: faults[name].kind if faults[name] else "checksum"
+        for name, wanted in files.items()
+        if faults[name] is not None or found[name] != wanted["sha256"]
+    }
+
+
+def _sha256(folder: Path, names: list[str], files: dict[str, Any], progress: bool, keep: bool) -> dict[str, str]:
+    known = remembered(folder)
+    to_read = sum(files[name]["size"] for name in names if name not in known)
+    with reading(f"sha256 of {len(names)} files", to_read, show=progress) as count:
+        return checksums(folder, names, progress=count, keep=keep)[0]
+
+
+def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list[str]) -> int:
+    """Bytes that still have to be written for `names`; complains before anything is touched if they do not fit.
+
+    Raises:
+        OSError: with errno ENOSPC; says how much is needed, how much is there, and where there is more.
+    """
+    there = {name: _bytes_there(folder, name) for name in names}
+    need = sum(max(facts["files"][name]["size"] - there[name], 0) for name in names) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"{file_size(need)} are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
+            f"{file_size(free)} are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
+            "/kaggle/temp holds more; an input data set costs nothing (source='/kaggle/input/...'). "
+            "Colab: choose a folder under /content, not the mounted drive, or delete what you do not need",
+        )
+    return need - SPARE_BYTES
+
+
+def _bytes_there(folder: Path, name: str) -> int:
+    # The wrong file makes room when it goes, unless it is only a link.
+    sizes = [path.stat().st_size for path in _both(folder, name) if path.is_file() and not path.is_symlink()]
+    return sum(sizes)
+
+
+def _both(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / name, folder / f"{name}.part"
+
+
+def _fetch_all(
+    folder: Path, origin: Remote, wanted: dict[str, str], progress: bool, say: Callable[[str], None]
+) -> None:
+    files, there = origin.facts["files"], {}
+    for name, kind in wanted.items():
+        if kind != "missing":
+            say(f"{name} is fetched again: {kind}")
+        _take_away(folder, name, kind)
+        part = folder / f"{name}.part"
+        # A link would be written through, to a file that is not ours.
+        if part.is_symlink() or (part.is_file() and part.stat().st_size > files[name]["size"]):
+            part.unlink()
+        there[name] = part.stat().st_size if part.is_file() else 0
+    total = total_bytes(origin.facts)
+    bar = TextProgress(total, total - sum(files[name]["size"] - there[name] for name in wanted), show=progress)
+    try:
+        for name in wanted:
+            bar.start(name, files[name]["size"], there[name])
+            _fetch_one(folder, origin, name, bar)
+            bar.finish()
+    finally:
+        bar.close()
+
+
+def _take_away(folder: Path, name: str, kind: str) -> None:
+    """No wrong file keeps its final name; one that is only cut off is the beginning of the new one."""
+    path, part = _both(folder, name)
+    if kind == "truncated" and not part.exists() and not path.is_symlink():
+        os.replace(path, part)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fetch_one(folder: Path, origin: Remote, name: str, bar: TextProgress) -> None:
+    path, part = _both(folder, name)
+    wanted = origin.facts["files"][name]
+    for last_try in (False, True):
+        resumed = part.is_file() and part.stat().st_size > 0
+        origin.fetch(name, part, wanted["size"], bar.add)
+        found = read_facts(part)
+        if found[2] == wanted["sha256"]:
+            os.replace(part, path)
+            remember(folder, {name: found})
+            return
+        part.unlink()
+        bar.add(-bar.in_file)
+        # The beginning may have been damaged long ago: one fresh try before the source is blamed.
+        if last_try or not resumed:
+            raise DownloadError(
+                f"{name} came with wrong bytes from {origin.where(name)} (sha256 {found[2][:12]}... instead of "
+                f"{wanted['sha256'][:12]}...) and was thrown away: call download_weights again, "
+                "from another source if it happens twice"
+            )
+
+
+def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str], progress: bool) -> None:
+    """Links to the files of `origin`, after they have been checked there; `origin` itself is never written."""
+    files, again = facts["files"], "choose another source, such as source='huggingface'"
+    faults = [fault for name in wanted if (fault := check_size(origin, name, files[name], again))]
+    if faults:
+        deeper = find_folders(faults[0].file, [origin])
+        hint = f" (there is one in {deeper[0]}: give that as source)" if deeper else ""
+        raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: " + "; ".join(map(str, faults)))
+    found = _sha256(origin, list(wanted), files, progress, keep=False)
+    for name in wanted:
+        if found[name] != files[name]["sha256"]:
+            raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: {again}")
+    for name in wanted:
+        path, part = _both(folder, name)
+        part.unlink(missing_ok=True)
+        part.symlink_to((origin / name).resolve())
+        os.replace(part, path)
+    sizes = {name: (folder / name).stat() for name in wanted}
+    remember(folder, {name: [sizes[name].st_size, sizes[name].st_mtime_ns, found[name]] for name in wanted})
+
+
+def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> None:
+    """config.json, tokenizer_config.json and the index, where they are missing or do not fit the weights."""
+    for name, key in (("config.json", "config"), ("tokenizer_config.json", "tokenizer_config")):
+        if name in facts["files"] or key not in facts:
+            continue
+        _write_json(folder / name, facts[key], say)
+    shards = [name for name in facts["files"] if name.endswith(".bin")]
+    if shards and INDEX_NAME not in facts["files"]:
+        entries = {name: read_entries(folder / name) for name in shards}
+        size = sum(entry.nbytes for tensors in entries.values() for entry in tensors.values())
+        weight_map = {tensor: name for name, tensors in entries.items() for tensor in tensors}
+        _write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}, say)
+
+
+def _write_json(path: Path, content: dict[str, Any], say: Callable) -> None:
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        if all(found.get(key) == value for key, value in content.items()):
+            return
+        say(f"{path.name} does not fit the weights and is written anew")
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,216 @@
+"""Are these the published files? First the quick questions, then the slow one.
+
+    for each file of the manifest                                      answer
+      is it there?            -- no ----------------------------->     missing
+      is it a git-lfs pointer (some 135 bytes of text)? -- yes -->     lfs_pointer
+      has it the right size?  -- shorter ------------------------>     truncated
+           |                  -- a whole file, but another ------>     version
+      is config.json the manifest's? do the files belong
+      together? (consistency.py)            -- no -------------->     version
+      sha256 as published?    -- no ----------------------------->     checksum
+
+Everything above the last line takes well under a second. The sha256 of 13.4 GB takes as long as reading them.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glmhelpers.utils.environment import short
+from glmhelpers.utils.progress import reading
+from glmhelpers.weights.checksums import checksums, remembered
+from glmhelpers.weights.consistency import EMBEDDING, V1_0_VOCAB_SIZE, Problem, check_consistency
+from glmhelpers.weights.manifest import mending_command, read_manifest, total_bytes
+from glmhelpers.weights.shards import ShardError, read_entries
+
+KINDS = ("missing", "lfs_pointer", "truncated", "checksum", "version")
+LFS_HEADER = b"version https://git-lfs"
+
+
+@dataclass
+class Report:
+    """What `verify_weights` found.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        problems: one for each fault, in the manifest's order.
+        files: number of files in the manifest.
+        bytes: what they should sum to.
+        seconds_quick, seconds_checksums: how long the two parts took.
+        bytes_read: bytes whose sha256 was computed now; the others were remembered.
+    """
+
+    folder: Path
+    problems: list[Problem] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    seconds_quick: float = 0.0
+    seconds_checksums: float = 0.0
+    bytes_read: int = 0
+    checksums_done: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True if there is no problem."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        what = "size and sha256" if self.checksums_done else "size"
+        if self.ok:
+            return f"[OK] {short(self.folder)}: {self.files} files, {self.bytes:,} bytes, {what} as in the manifest"
+        count = f"{len(self.problems)} {'problem' if len(self.problems) == 1 else 'problems'}"
+        lines = [f"[FAIL] {short(self.folder)}: {count}"]
+        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+
+def verify_weights(
+    folder: str | Path,
+    manifest: dict[str, Any] | str | Path | None = None,
+    checksums: bool = True,
+    workers: int | None = None,
+    progress: bool | Callable[[int], None] = False,
+) -> Report:
+    """Compare a checkpoint folder with its manifest.
+
+    Args:
+        folder: where the files lie.
+        manifest: a manifest or its path; None: the folder's own `weights_manifest.json`, else that of ChatGLM-6B v1.1.
+        checksums: False leaves out sha256: under a second, and finds everything but changed bytes.
+        workers: files read at a time for the sha256; None: one a core, at most 8.
+        progress: True prints one line of text while the sha256 take longer than a moment; or a function that is called
+            with a number of bytes after each block read.
+
+    Returns:
+        a report: `.ok`, `.problems` (each with `.file`, `.kind`, `.message`), and times in seconds.
+
+    Raises:
+        ValueError, FileNotFoundError: the manifest is not one. Faults of the files themselves raise nothing.
+    """
+    folder, started = Path(folder), time.perf_counter()
+    facts = read_manifest(manifest, folder)
+    report = Report(folder, files=len(facts["files"]), bytes=total_bytes(facts))
+    for name, wanted in facts["files"].items():
+        problem = check_size(folder, name, wanted, mending_command(facts, folder, name))
+        if problem is not None:
+            report.problems.append(problem)
+    faulty = {problem.file for problem in report.problems}
+    small = [*check_consistency(folder), *check_config(folder, facts)] if folder.is_dir() else []
+    for problem in small:
+        if problem.file not in faulty:
+            faulty.add(problem.file)
+            mend = mending_command(facts, folder, problem.file)
+            report.problems.append(Problem(problem.file, problem.kind, f"{problem.message}. Mend: {mend}"))
+    report.seconds_quick = time.perf_counter() - started
+    if checksums:
+        sound = [name for name in facts["files"] if name not in faulty]
+        _compare_checksums(report, facts, sound, workers, progress)
+    return report
+
+
+def check_size(folder: Path, name: str, wanted: dict[str, Any], mend: str) -> Problem | None:
+    """The problem that name and size of one file show, or None. Takes no time.
+
+    Args:
+        folder: where it lies.
+        name: the file's name.
+        wanted: its "size" in bytes and its "sha256".
+        mend: the command to name in the message.
+    """
+    path = folder / name
+    if path.is_dir():
+        return Problem(name, "missing", f"{name} is a folder in {short(folder)}. Mend: remove that folder, then {mend}")
+    if not path.is_file():
+        link = " (a link to a file that is gone)" if path.is_symlink() else ""
+        return Problem(name, "missing", f"{name} is not in {short(folder)}{link}. Mend: {mend}")
+    size = path.stat().st_size
+    if size < 1024 and (pointer := read_lfs_pointer(path)) is not None:
+        text = f"{name} is a git-lfs pointer, {size} bytes of text that stand for {wanted['size']:,} bytes"
+        if pointer != wanted["sha256"]:
+            text += ", and for another version than this manifest's"
+        return Problem(name, "lfs_pointer", f"{text}: it was cloned without git-lfs. Mend: {mend}")
+    if size == wanted["size"]:
+        return None
+    if release := _whole_file_of_other_release(path):
+        text = f"{name} is whole, but {release}: {size:,} bytes instead of {wanted['size']:,}"
+        return Problem(name, "version", f"{text}. Mend: {mend}")
+    if size < wanted["size"]:
+        text = f"{name} is cut off: have {size:,} of {wanted['size']:,} bytes"
+        return Problem(name, "truncated", f"{text}. Mend: {mend}")
+    text = f"{name} has {size:,} bytes, {wanted['size']:,} were published"
+    return Problem(name, "checksum", f"{text}: it is another file. Mend: {mend}")
+
+
+def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
+    """Problems of config.json against the "config" of a manifest: it is small, but decides how all files are read.
+
+    What the manifest does not say, and what config.json leaves out, is no problem.
+    """
+    path, wanted = folder / "config.json", facts.get("config")
+    if not wanted:
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [Problem(path.name, "missing", f"{path.name} is not in {short(folder)}")]
+    except ValueError as error:
+        return [Problem(path.name, "truncated", f"{path.name} is not whole JSON ({error})")]
+    for key, value in wanted.items():
+        if not isinstance(found, dict) or found.get(key, value) != value:
+            says = found.get(key) if isinstance(found, dict) else found
+            text = f"{path.name} says {key} {says}, the manifest says {value}: it is of another model"
+            return [Problem(path.name, "version", text)]
+    return []
+
+
+def read_lfs_pointer(path: Path) -> str | None:
+    """The sha256 that a git-lfs pointer file stands for ("" if it names none), or None if it is no pointer."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if not head.startswith(LFS_HEADER):
+        return None
+    match = re.search(rb"oid sha256:([0-9a-f]{64})", head)
+    return match[1].decode() if match else ""
+
+
+def _whole_file_of_other_release(path: Path) -> str:
+    """Says which release a file of the wrong size is from, if it is whole; "" if it cannot be read."""
+    if path.suffix in (".bin", ".safetensors"):
+        try:
+            entries = read_entries(path)
+        except (ShardError, OSError):
+            return ""
+        rows = entries[EMBEDDING].shape[0] if EMBEDDING in entries else 0
+        return "of v1.0" if rows == V1_0_VOCAB_SIZE else "of another version or model"
+    if path.name == "ice_text.model":
+        import sentencepiece
+
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError):
+            return ""
+        return "of v1.0" if pieces.piece_to_id("[gMASK]") == pieces.unk_id() else "of another version or model"
+    return ""
+
+
+def _compare_checksums(
+    report: Report, facts: dict, names: list[str], workers: int | None, progress: bool | Callable[[int], None]
+) -> None:
+    started = time.perf_counter()
+    known = remembered(report.folder)
+    to_read = sum(facts["files"][name]["size"] for name in names if name not in known)
+    with reading("sha256", to_read, show=progress is True) as count:
+        say = progress if callable(progress) else count
+        found, report.bytes_read = checksums(report.folder, names, workers, say)
+    for name in names:
+        if found[name] != facts["files"][name]["sha256"]:
+            wanted, mend = facts["files"][name]["sha256"], mending_command(facts, report.folder, name)
+            text = (
+                f"{name} has the right size but wrong bytes: sha256 {found[name][:12]}... instead of {wanted[:12]}..."
+            )
+            report.problems.append(Problem(name, "checksum", f"{text} Mend: {mend}"))
+    report.checksums_done = True
+    report.seconds_checksums = time.perf_counter() - started

@@ -1,0 +1,206 @@
+"""The explorer's state: settings that can always exist, and the plan they make. No widgets in here.
+
+wish (a control was moved)  ->  changed(...)  ->  a state with every number in range  ->  .plan
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu
+from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
+from glmhelpers.cost_model.stages import Stage
+from glmhelpers.devicemap.check import part_names
+from glmhelpers.devicemap.plan import Plan, plan_device_map
+from glmhelpers.devicemap.search import EMBEDDINGS
+
+MAX_BATCH, MAX_GPUS, LENGTH_STEP = 128, 4, 64
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+CHOICES = {"gpu": tuple(CATALOGUE), "embedding": EMBEDDINGS, "dtype": ("float16", "float32"), "base_bits": (16, 8, 4)}
+"""Settings of which the explorer knows a few only; any other is refused."""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """One state of the explorer.
+
+    Attributes:
+        shape: sizes of the model.
+        gpu, count: kind and number of GPUs.
+        cuts: count - 1 ascending numbers; blocks cuts[i-1] to cuts[i] - 1 are on GPU i.
+        checkpointed: how many blocks are checkpointed; those without are the last ones of the GPUs, in turn.
+        embedding: "first", "tied" or "cpu".
+        others: as in shapes.Setting.
+    """
+
+    shape: Shape
+    gpu: str
+    count: int
+    cuts: tuple[int, ...]
+    batch_size: int
+    seq_length: int
+    micro_batches: int
+    checkpointed: int
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("query_key_value",)
+    embedding: str = "tied"
+    dtype: str = "float16"
+    base_bits: int = 16
+    loss_chunk: int = 512
+    skipped: tuple[int, ...] | None = None
+
+    @classmethod
+    def start(cls, config: Any, gpu: str, count: int, batch_size: int, seq_length: int) -> "Explored":
+        """Equal parts, every block checkpointed."""
+        shape = Shape.of(config)
+        state = cls(shape, "T4", 1, (), 1, shape.max_length, 1, shape.layers)
+        return state.changed(gpu=gpu, count=count, batch_size=batch_size, seq_length=seq_length)
+
+    def changed(self, **wishes: Any) -> "Explored":
+        """The state nearest to the wishes that can exist: numbers go to the nearest end of their range.
+
+        Raises:
+            ValueError: a name that is no setting, or a choice that there is not.
+        """
+        if unknown := [name for name in wishes if name not in SETTINGS]:
+            raise ValueError(f"{unknown[0]!r} is no setting of the explorer; there are {', '.join(SETTINGS)}")
+        for name, possible in CHOICES.items():
+            if name in wishes and wishes[name] not in possible:
+                raise ValueError(f"{name}={wishes[name]!r}; choose from {', '.join(map(repr, possible))}")
+        targets = tuple(name for name in LORA_TARGETS if name in wishes.get("lora_targets", ()))
+        if wrong := set(wishes.get("lora_targets", ())) - set(targets):
+            raise ValueError(f"lora_targets: {sorted(wrong)[0]!r} is none; choose from {', '.join(LORA_TARGETS)}")
+        limits = self.limits()
+        wishes = {name: min(max(wish, limits[name][0]), limits[name][1]) if name in limits else wish
+                  for name, wish in wishes.items()}  # fmt: skip
+        state = replace(self, **{**wishes, "lora_targets": targets or self.lora_targets})
+        if "lora_rank" in wishes:
+            state = replace(state, lora_rank=min(RANKS, key=lambda rank: abs(rank - state.lora_rank)))
+        if state.count != self.count and "cuts" not in wishes:
+            state = replace(state, cuts=equal_cuts(self.shape.layers, state.count), skipped=None)
+        if "checkpointed" in wishes or "cuts" in wishes:
+            state = replace(state, cuts=self._cuts(state.cuts, state.count), skipped=None)
+        if state.batch_size % state.micro_batches:
+            possible = [part for part in divisors(state.batch_size) if part <= state.micro_batches]
+            state = replace(state, micro_batches=possible[-1])
+        return state
+
+    def limits(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest value of each number."""
+        return {
+            "count": (1, MAX_GPUS),
+            "batch_size": (1, MAX_BATCH),
+            "seq_length": (min(LENGTH_STEP, self.shape.max_length), self.shape.max_length),
+            "micro_batches": (1, MAX_BATCH),
+            "checkpointed": (0, self.shape.layers),
+        }
+
+    def _cuts(self, wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """`count - 1` cuts in order: the wanted ones, and for those that are missing the end of the model."""
+        cuts = [*wanted, *[self.shape.layers] * count][: count - 1]
+        return tuple(sorted(min(max(cut, 0), self.shape.layers) for cut in cuts))
+
+    def with_cut(self, number: int, place: int) -> "Explored":
+        """Move one cut; the others give way, so that they stay in order."""
+        place = min(max(place, 0), self.shape.layers)
+        cuts = [min(cut, place) for cut in self.cuts[:number]]
+        cuts += [place, *(max(cut, place) for cut in self.cuts[number + 1 :])]
+        return self.changed(cuts=tuple(cuts))
+
+    def best(self, objective: str) -> "Explored":
+        """The planner's choice of cuts, embedding, micro-batches and checkpointed blocks for these settings.
+
+        Raises:
+            DoesNotFit: nothing fits.
+        """
+        plan = plan_device_map(
+            self.shape,
+            [self.gpu] * self.count,
+            self.batch_size,
+            self.seq_length,
+            objective,
+            lora_rank=self.lora_rank,
+            lora_targets=self.lora_targets,
+            dtype=self.dtype,
+            base_bits=self.base_bits,
+        )
+        ends = [len(stage.blocks) for stage in plan.stages]
+        cuts = tuple(sum(ends[: number + 1]) for number in range(self.count - 1))
+        skipped = tuple(sorted(set(range(self.shape.layers)) - set(plan.checkpointed_layers)))
+        return replace(
+            self,
+            cuts=cuts,
+            embedding=plan.embedding,
+            micro_batches=plan.micro_batches,
+            checkpointed=len(plan.checkpointed_layers),
+            loss_chunk=plan.setting.loss_chunk,
+            skipped=skipped,
+        )
+
+    @property
+    def blocks(self) -> list[range]:
+        """For each GPU, its blocks."""
+        edges = [0, *self.cuts, self.shape.layers]
+        return [range(edges[number], edges[number + 1]) for number in range(self.count)]
+
+    @property
+    def skipped_blocks(self) -> tuple[int, ...]:
+        """Blocks that are not checkpointed."""
+        if self.skipped is not None:
+            return self.skipped
+        ends = [list(blocks) for blocks in self.blocks]
+        chosen: list[int] = []
+        while len(chosen) < self.shape.layers - self.checkpointed:
+            longest = max(ends, key=len)
+            chosen.append(longest.pop())
+        return tuple(sorted(chosen))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of this state; it need not fit."""
+        setting = Setting(
+            self.batch_size, self.seq_length, self.micro_batches, self.lora_rank, self.lora_targets,
+            dtype=self.dtype, base_bits=self.base_bits, loss_chunk=self.loss_chunk,
+        )  # fmt: skip
+        skipped, last = set(self.skipped_blocks), self.count - 1
+        first = next(number for number, blocks in enumerate(self.blocks) if blocks)
+        place = {"first": first, "tied": last, "cpu": "cpu"}[self.embedding]
+        stages = [
+            Stage(
+                tuple(block not in skipped for block in blocks),
+                embedding=place == number,
+                head=number == last,
+                shared=place == number == last,
+                first=first == number,
+            )
+            for number, blocks in enumerate(self.blocks)
+        ]
+        names = part_names(self.shape.layers)
+        places = [number for number, blocks in enumerate(self.blocks) for _ in blocks]
+        card = find_gpu(self.gpu)
+        plan = Plan(
+            device_map=dict(zip(names, [place, *places, last, last], strict=True)),
+            micro_batches=self.micro_batches,
+            checkpointed_layers=[block for block in range(self.shape.layers) if block not in skipped],
+            embedding=self.embedding,
+            seconds=0.0,
+            objective="by hand",
+            gpus=[card] * self.count,
+            usable_bytes=[card.memory] * self.count,
+            shape=self.shape,
+            setting=setting,
+            stages=stages,
+        )
+        return replace(plan, seconds=max(task.end for task in plan.schedule))
+
+
+SETTINGS = (
+    *("gpu", "count", "cuts", "batch_size", "seq_length", "micro_batches", "checkpointed"),
+    *("lora_rank", "lora_targets", "embedding", "dtype", "base_bits", "loss_chunk"),
+)
+"""What `changed` takes."""
+
+
+def equal_cuts(layers: int, count: int) -> tuple[int, ...]:
+    """Cuts into parts as equal as possible, the longer ones first: the head is on the last GPU."""
+    return tuple(-(-layers * number // count) for number in range(1, count))

@@ -1,0 +1,246 @@
+"""Everything that goes wrong while weights are fetched, caused for real on loopback; then the second call."""
+
+# ruff: noqa: F811 - a fixture that is imported has the name of the parameters that ask for it
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from glmhelpers.weights import download
+from glmhelpers.weights.download import download_weights
+from glmhelpers.weights.hub import DownloadError
+from glmhelpers.weights.manifest import total_bytes
+from glmhelpers.weights.verify import verify_weights
+from tests.helpers.fault_table import check_row
+from tests.helpers.hub_case import (  # noqa: F401
+    CHUNK,
+    LARGE,
+    assert_bit_exact,
+    assert_no_wrong_file,
+    fetch,
+    hub,
+    manifest_of,
+    published,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "first_answers", "resumes"),
+    [
+        ("connection cut in the middle, then refused", ["cut"] + ["refuse"] * 8, True),
+        ("body shorter than the file", ["truncated"], True),
+        ("wrong bytes from the source", ["wrong bytes"], False),
+        ("file not there (404)", ["404"], False),
+        ("refused (401)", ["401"], False),
+        ("too many requests (429), again and again", ["429"] * 8, False),
+        ("server error (500)", ["500"], False),
+        ("no answer at all", ["refuse"] * 8, False),
+        ("a web page instead of the file", ["web page"], False),
+        ("a git-lfs pointer instead of the file", ["pointer"], False),
+        ("another file, longer than published", ["longer"], False),
+        ("another file, shorter than what came before (416)", ["cut", "416"], True),
+    ],
+)
+def test_fault_then_second_call(hub, tmp_path, fault, first_answers, resumes):
+    hub.faults[LARGE] = first_answers
+    with pytest.raises(DownloadError) as caught:
+        fetch(hub, tmp_path)
+    assert LARGE in str(caught.value)
+    assert not (tmp_path / LARGE).exists()
+    assert_no_wrong_file(hub, tmp_path)
+    hub.faults.clear()
+    hub.requests.clear()
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    assert hub.resumed(LARGE) is resumes
+    asked = {name for name, _, _ in hub.requests}
+    assert asked == {LARGE} | {name for name in asked if name > LARGE}, "what was good is not fetched again"
+    how = "went on where it stopped" if resumes else "fetched the file from its beginning"
+    check_row(fault, str(caught.value), f"the second call {how}; bit-exact", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "answers"),
+    [
+        ("connection cut once", ["cut"]),
+        ("too many requests (429), twice", ["429", "429"]),
+        ("slow", ["slow"]),
+        ("cut, and the server cannot resume", ["cut", "no range"]),
+    ],
+)
+def test_fault_mended_within_the_call(hub, tmp_path, fault, answers):
+    hub.faults[LARGE] = answers
+    assert fetch(hub, tmp_path).ok
+    assert_bit_exact(hub, tmp_path)
+    check_row(fault, "(none: it is tried again)", "none needed; bit-exact", tmp_path)
+
+
+def test_wrong_beginning_is_thrown_away_and_fetched_once_more(hub, tmp_path):
+    (tmp_path / f"{LARGE}.part").write_bytes(b"<html>sign in to this network</html>")
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    assert [first > 0 for name, first, _ in hub.requests if name == LARGE] == [True, False]
+    check_row(
+        "a network's sign-in page at the beginning", "(none)", "thrown away, fetched once more; bit-exact", tmp_path
+    )
+
+
+def test_part_longer_than_the_file(hub, tmp_path):
+    (tmp_path / f"{LARGE}.part").write_bytes(b"x" * 10**6)
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "checksum", "lfs_pointer"])
+def test_wrong_file_under_its_final_name_is_replaced(hub, tmp_path, kind):
+    fetch(hub, tmp_path)
+    data = (hub.folder / LARGE).read_bytes()
+    wrong = {
+        "truncated": data[:200_000],
+        "checksum": data[:-1] + bytes([data[-1] ^ 255]),
+        "lfs_pointer": b"version https://git-lfs.example/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
+    }[kind]
+    (tmp_path / LARGE).write_bytes(wrong)
+    assert [problem.kind for problem in verify_weights(tmp_path, manifest_of(hub)).problems] == [kind]
+    hub.requests.clear()
+    hub.faults[LARGE] = ["404"]
+    with pytest.raises(DownloadError):
+        fetch(hub, tmp_path)
+    assert not (tmp_path / LARGE).exists()
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    assert {name for name, _, _ in hub.requests} == {LARGE}
+    assert hub.resumed(LARGE) is (kind == "truncated")
+
+
+def test_killed_half_way(hub, tmp_path):
+    hub.faults[LARGE] = ["slow"]
+    (tmp_path / "m.json").write_text(json.dumps(manifest_of(hub)))
+    code = (
+        f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
+        "from glmhelpers.weights import download_weights\n"
+        f"download_weights({str(tmp_path / 'w')!r}, manifest={str(tmp_path / 'm.json')!r})"
+    )
+    env = os.environ | {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    worker = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    part = tmp_path / "w" / f"{LARGE}.part"
+    deadline = time.monotonic() + 60
+    while not (part.is_file() and part.stat().st_size >= CHUNK):
+        assert worker.poll() is None, worker.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    assert part.is_file()
+    assert not (tmp_path / "w" / LARGE).exists()
+    hub.requests.clear()
+    fetch(hub, tmp_path / "w")
+    assert_bit_exact(hub, tmp_path / "w")
+    assert hub.resumed(LARGE)
+    check_row(
+        "process killed half-way (SIGKILL)",
+        "(none: it is gone)",
+        "the second call went on where it stopped; bit-exact",
+        tmp_path,
+    )
+
+
+def test_no_way_to_the_server(hub, tmp_path):
+    with pytest.raises(DownloadError, match=r"HF_ENDPOINT.*modelscope") as caught:
+        download_weights(tmp_path, manifest=manifest_of(hub), endpoint="http://127.0.0.1:1", progress=False)
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    check_row("no way to the server", str(caught.value), "bit-exact from a mirror that can be reached", tmp_path)
+
+
+def refuse_to_write(monkeypatch) -> None:
+    """Root may write everywhere, so the refusal of a read-only file system is played."""
+
+    def refuses(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(download.tempfile, "TemporaryFile", refuses)
+
+
+def test_a_folder_that_cannot_be_written(hub, tmp_path, monkeypatch):
+    refuse_to_write(monkeypatch)
+    with pytest.raises(OSError, match=r"cannot be written.*choose another folder") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.errno == errno.EROFS
+    assert hub.requests == []
+    assert list(tmp_path.iterdir()) == []
+    message = str(caught.value.strerror)
+    check_row("read-only folder", message, "nothing was fetched; choose the folder it names", tmp_path)
+    with pytest.raises(FileExistsError, match="cannot be written"):
+        fetch(hub, hub.folder / LARGE)
+
+
+def test_a_read_only_folder_with_all_files_is_fine(hub, tmp_path, monkeypatch):
+    folder = shutil.copytree(hub.folder, tmp_path / "input")
+    refuse_to_write(monkeypatch)
+    assert fetch(hub, folder).ok
+    assert hub.requests == []
+    (folder / LARGE).write_bytes((folder / LARGE).read_bytes()[:-1] + b"x")
+    os.utime(folder / LARGE, ns=(1, 1))
+    with pytest.raises(OSError, match="cannot be written"):
+        fetch(hub, folder)
+
+
+def test_a_part_that_is_a_link_is_not_written_through(hub, tmp_path):
+    (tmp_path / "mine").write_bytes(b"precious")
+    (tmp_path / f"{LARGE}.part").symlink_to(tmp_path / "mine")
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    assert (tmp_path / "mine").read_bytes() == b"precious"
+    assert not (tmp_path / LARGE).is_symlink()
+
+
+def test_killed_between_the_last_byte_and_the_name(hub, tmp_path):
+    shutil.copy(hub.folder / LARGE, tmp_path / f"{LARGE}.part")
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+    assert LARGE not in {name for name, _, _ in hub.requests}
+
+
+def test_two_downloads_to_one_folder(hub, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".weights.lock"), pytest.raises(OSError, match="another process") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.errno == errno.EBUSY
+    check_row("two downloads to one folder", str(caught.value.strerror), "wait for the first one", tmp_path)
+
+
+def test_disk_too_small(hub, tmp_path, monkeypatch):
+    need = sum(facts["size"] for facts in manifest_of(hub)["files"].values()) + download.SPARE_BYTES
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need // 2))
+    with pytest.raises(OSError, match="are free") as caught:
+        fetch(hub, tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert "/kaggle/temp" in str(caught.value)
+    assert "Colab" in str(caught.value)
+    assert hub.requests == []
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need))
+    fetch(hub, tmp_path)
+    monkeypatch.undo()
+    check_row("disk too small", str(caught.value.strerror), "nothing was touched; choose the folder it names", tmp_path)
+
+
+def test_disk_check_counts_what_is_there(hub, tmp_path):
+    facts = manifest_of(hub)
+    half = facts["files"][LARGE]["size"] // 2
+    (tmp_path / f"{LARGE}.part").write_bytes(b"x" * half)
+    wanted = download.wrong_or_missing(tmp_path, facts)
+    assert set(wanted) == set(facts["files"])
+    assert download.check_disk(tmp_path, facts, wanted) == total_bytes(facts) - half

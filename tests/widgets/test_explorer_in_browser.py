@@ -1,0 +1,144 @@
+"""Notebook 03's explorer in a real JupyterLab: sliders, buttons, pictures, and the dict in the next cell."""
+
+import re
+
+import nbformat
+import pytest
+
+from tests.helpers.lab import (
+    PROJECT,
+    LabPage,
+    lab_command,
+    make_folder,
+    need_browser,
+    run_command,
+    running_browser,
+    running_lab,
+)
+
+pytestmark = pytest.mark.browser
+READ = (
+    "print('MAP', [explorer.device_map[f'transformer.layers.{n}'] for n in range(28)])\n"
+    "print('CHOSEN', type(explorer.chosen).__name__, explorer.chosen == explorer.device_map)"
+)
+
+MONITOR = """import time
+from glmhelpers.monitor import Monitor, Reading
+
+counts = iter(range(1, 10_000))
+with Monitor(0.2, lambda: [Reading("GPU 0", next(counts) * 2**30, 0, 0, 2**40, 0)]):
+    time.sleep(5)
+"""
+"""Each reading is 1 GiB larger than the one before."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    need_browser()
+    command = lab_command()
+    folder = tmp_path_factory.mktemp("lab")
+    cells = nbformat.read(PROJECT / "notebooks" / "03_device_map.ipynb", 4).cells
+    place = next(number for number, cell in enumerate(cells) if cell.source.rstrip().endswith("\nexplorer"))
+    shown = [cell for cell in cells[: place + 1] if cell.cell_type == "code"]
+    for cell in shown:
+        cell.outputs = []
+    make_folder(folder, [*shown, *map(nbformat.v4.new_code_cell, (MONITOR, READ))])
+    with running_lab(folder, command) as address, running_browser(folder) as driver:
+        driver.get(f"{address}/lab/tree/notebooks/test.ipynb")
+        yield ExplorerPage(driver)
+
+
+class ExplorerPage(LabPage):
+    """The explorer as a learner sees it."""
+
+    def html(self) -> str:
+        """What the explorer's pictures and texts show now."""
+        return "".join(
+            self.driver.execute_script("return [...document.querySelectorAll('.widget-html')].map(e => e.innerHTML)")
+        )
+
+    def totals(self) -> list[str]:
+        return re.findall(r'class="total"[^>]*>([^<]*)<', self.html())
+
+    def changed(self, before: str) -> str:
+        self.until(lambda: self.html() != before)
+        return self.html()
+
+    def slide(self, label: str, keys: list[str]) -> None:
+        slider = self.find(".widget-hslider", label)
+        handle = self.driver.execute_script(
+            "return arguments[0].querySelector('.noUi-handle, .ui-slider-handle')", slider
+        )
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle)
+        for key in keys:
+            handle.send_keys(key)
+
+    def picture(self, name: str) -> None:
+        self.show(self.find(".widget-hslider", "cut 1"))
+        super().picture(name)
+
+
+def test_the_explorer_answers_to_sliders_and_buttons(lab):
+    from selenium.webdriver.common.keys import Keys
+
+    run_command(lab.driver, "notebook:run-all-cells")
+    lab.wait("return document.querySelectorAll('.widget-hslider').length > 5")
+    lab.wait("return document.querySelectorAll('.widget-html text.total').length == 2")
+    start = lab.html()
+    assert "This plan fits" in start
+    assert "GPU 0 T4" in start
+    first = lab.totals()
+    lab.picture("1-start")
+
+    lab.slide("cut 1", [Keys.ARROW_RIGHT] * 6)
+    lab.changed(start)
+    lab.until(lambda: '"transformer.layers.20" to ".27": 1' in lab.html().replace("&quot;", '"'))
+    assert lab.totals() != first
+    assert float(lab.totals()[0].split()[0]) > float(first[0].split()[0])
+    lab.picture("2-cut-moved")
+
+    moved = lab.html()
+    lab.slide("length", [Keys.END])
+    lab.changed(moved)
+    lab.slide("batch", [Keys.END])
+    lab.wait("return document.body.innerText.includes('does NOT fit')")
+    lab.picture("3-does-not-fit")
+    lab.slide("batch", [Keys.HOME] + [Keys.ARROW_RIGHT] * 3)
+    lab.slide("length", [Keys.HOME] + [Keys.ARROW_RIGHT] * 15)
+    lab.wait("return document.body.innerText.includes('This plan fits')")
+
+    before = lab.html()
+    lab.find("button", "best plan").click()
+    lab.changed(before)
+    lab.wait("return document.body.innerText.includes('Best plan for speed')")
+    lab.find("button", "use this map").click()
+    lab.wait("return document.body.innerText.includes('explorer.chosen')")
+    lab.picture("4-best-plan")
+
+    text = lab.run_last()
+    assert "CHOSEN dict True" in text
+    places = re.search(r"MAP \[([\d, \n]+)\]", text)[1].replace("\n", " ").split(",")
+    assert len(places) == 28
+    cut = re.search(r'"transformer\.layers\.0" to "\.(\d+)": 0', lab.html().replace("&quot;", '"'))
+    assert [int(place) for place in places].count(0) == int(cut[1]) + 1
+
+
+def test_the_monitor_moves_while_its_cell_runs(lab):
+    """Runs after the test above, in the same notebook: the last cell but one, without waiting for its end."""
+    lab.driver.execute_script(
+        "const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = nb.widgets.length - 2;"
+        "window.seen = new Set(); window.watching = setInterval(() => {"
+        "  const text = nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText;"
+        "  const found = text.match(/allocated +([0-9.]+)/); if (found) window.seen.add(found[1]); }, 50);"
+    )
+    run_command(lab.driver, "notebook:run-cell")
+    seen = [
+        float(size) for size in lab.driver.execute_script("clearInterval(window.watching); return [...window.seen]")
+    ]
+    assert len(seen) > 2, f"the monitor showed only {seen}"
+    lines = lab.driver.execute_script(
+        "const nb = window.jupyterapp.shell.currentWidget.content;"
+        "return nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText"
+    )
+    assert lines.count("allocated") == 1, lines
+    assert float(re.search(r"allocated +([0-9.]+)", lines)[1]) >= max(seen)
