@@ -231,6 +231,7 @@ def test_strip_png_keeps_the_pixels():
         ("build/outputs/adapter", "outputs/adapter"),
         ("rebuild/outputs/adapter", "rebuild/outputs/adapter"),
         ("0x7f3a12345678 and 0xff", "0x... and 0xff"),
+        ("project: ., commit 1a2b3c4 of 2026-11-26, with changes of your own", "project: ., commit ... of ..."),
     ],
 )
 def test_normalise_text(text, expected, tmp_path):
