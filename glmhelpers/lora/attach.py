@@ -120,15 +120,31 @@ def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Ten
     Raises:
         ValueError: see `fill_adapter` and `attach_lora`.
     """
-    adapted = _adapted(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    had_adapter = bool(adapter_layers(model))
     try:
+        adapted = _adapted(model, config)
         fill_adapter(adapted, tensors, source)
-    except ValueError:
-        adapted.unload()
+    except Exception:
+        if not had_adapter:
+            _take_off(model, trained)
         raise
     digest = weights_digest(adapted)
     _ORIGINS[adapted] = Origin(f"loaded, {digest}", digest)
     return adapted
+
+
+def _take_off(model: nn.Module, trained: list[nn.Parameter]) -> None:
+    """Make a model what it was before peft put layers into it, perhaps not all; `trained` required a gradient."""
+    for name, layer in adapter_layers(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -230,7 +246,7 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], source: str = 
 def lora_b_norms(model: nn.Module) -> dict[str, float]:
     """Layer name -> Frobenius norm of its lora_B; 0 before training, since B starts at 0."""
     return {
-        name: linear.weight.detach().norm().item()
+        name: layer.lora_B[active].weight.detach().norm().item()
         for name, layer in adapter_layers(model).items()
-        for linear in layer.lora_B.values()
+        for active in layer.active_adapters
     }
