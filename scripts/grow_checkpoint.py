@@ -35,6 +35,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration  # noqa: E402
 
 TINY = PROJECT / "data" / "tiny-chatglm"
 SPECIAL_PIECES = 344
+MOVED_IDS = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
 SPARE_ROWS = 184  # embedding rows without a piece at the end, as in the published model
 UNUSED_LOGIT = -20.0
 BIAS_STEP = 0.1  # d above
@@ -92,25 +94,9 @@ def grow(
     """
     source, output = Path(source), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            errno.EEXIST, "there is something here already: choose another folder, or empty it", output
-        )
-    old = ChatGLMConfig.from_pretrained(source)
-    sizes = {
-        "hidden_size": hidden_size,
-        "num_attention_heads": heads,
-        "num_layers": layers,
-        "inner_hidden_size": 4 * hidden_size if inner_hidden_size is None else inner_hidden_size,
-        "vocab_size": vocab_size,
-    }
-    check_sizes(old, **sizes)
-    first = vocab_size - SPECIAL_PIECES - SPARE_ROWS
-    moved = {
-        key: value + first - old.mask_token_id
-        for key, value in old.to_dict().items()
-        if key in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
-    }
-    facts = json.loads((source / "config.json").read_text(encoding="utf-8")) | sizes | moved
+        text = "there is something here already: choose another folder, or empty it"
+        raise FileExistsError(errno.EEXIST, text, str(output))
+    facts = grown_config(source, hidden_size, heads, layers, inner_hidden_size, vocab_size)
     config = ChatGLMConfig(**facts)
     needed = sum(stored_bytes(*tensor) for tensor in tensor_shapes(config).items()) + SPARE_DISK
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +107,8 @@ def grow(
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
-        pieces = (source / "ice_text.model").read_bytes()
-        (unfinished / "ice_text.model").write_bytes(insert_unused_pieces(pieces, old.mask_token_id, first))
+        pieces, learned = (source / "ice_text.model").read_bytes(), ChatGLMConfig.from_pretrained(source).mask_token_id
+        (unfinished / "ice_text.model").write_bytes(insert_unused_pieces(pieces, learned, config.mask_token_id))
         settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
         settings["name_or_path"] = "grown-chatglm"
         write_shards(unfinished, Growth(source, config, seed))
@@ -138,6 +124,27 @@ def grow(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return output
+
+
+def grown_config(
+    source: Path, hidden_size: int, heads: int, layers: int, inner_hidden_size: int | None, vocab_size: int
+) -> dict[str, Any]:
+    """config.json of the grown checkpoint: the source's with other sizes, and other ids of the special pieces.
+
+    Args and errors: see `grow`.
+    """
+    facts = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "inner_hidden_size": 4 * hidden_size if inner_hidden_size is None else inner_hidden_size,
+        "vocab_size": vocab_size,
+    }
+    check_sizes(ChatGLMConfig(**facts), **sizes)
+    further = vocab_size - SPECIAL_PIECES - SPARE_ROWS - facts["mask_token_id"]
+    moved = {name: facts[name] + further for name in MOVED_IDS}
+    return facts | sizes | moved
 
 
 def check_sizes(
