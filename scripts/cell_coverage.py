@@ -1,4 +1,4 @@
-"""Which branches of a notebook's cells ran: an IPython extension that marks them before they run.
+"""Which branches of a notebook's cells ran: an IPython extension that marks them before they run, and a report.
 
     if run.is_tiny:            if run.is_tiny:
         a()                        __reached__(0); a()
@@ -16,9 +16,13 @@ import ast
 import builtins
 import json
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+EXTENSION = "cell_coverage"
+FILE_VARIABLE = "GLM_CELL_COVERAGE"
 MARK = "__reached__"
 BLOCKS = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.FunctionDef, ast.match_case)
 
@@ -73,13 +77,13 @@ class Marker(ast.NodeTransformer):
 
 def load_ipython_extension(shell: Any) -> None:
     """Mark every cell from now on; called by IPython."""
-    marker, path = Marker(), Path(os.environ["GLM_CELL_COVERAGE"])
+    marker, path = Marker(), Path(os.environ[FILE_VARIABLE])
 
     def reached(number: int) -> None:
         marker.branches[number]["reached"] = True
 
     def next_cell(_: Any) -> None:
-        marker.cell = shell.execution_count
+        marker.cell += 1
 
     def write(_: Any) -> None:
         lines = [json.dumps(branch, ensure_ascii=False) + "\n" for branch in marker.branches]
@@ -89,3 +93,26 @@ def load_ipython_extension(shell: Any) -> None:
     shell.ast_transformers.append(marker)
     shell.events.register("pre_run_cell", next_cell)
     shell.events.register("post_run_cell", write)
+
+
+def report(files: Sequence[Path]) -> str:
+    """How many branches ran in each notebook, and which did not, once for all notebooks that share them.
+
+    Args:
+        files: what the extension wrote, one file a notebook, named after it.
+    """
+    lines, missed, tiny = [], defaultdict(list), 0
+    for file in files:
+        branches = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines.append(f"{file.stem}: {sum(branch['reached'] for branch in branches)} of {len(branches)} branches ran")
+        for branch in branches:
+            if branch["reached"]:
+                continue
+            if "run.is_tiny" in branch["guard"]:
+                tiny += 1
+            else:
+                missed[branch["line"], branch["source"], branch["guard"]].append(f"{file.stem[:2]} [{branch['cell']}]")
+    lines.append(f"not run, for the tiny model only: {tiny}; not run for other reasons:")
+    for (number, source, guard), cells in missed.items():
+        lines.append(f"  {', '.join(cells)} line {number}: {source[:90]}\n      on: {guard[:90]}")
+    return "\n".join(lines)
