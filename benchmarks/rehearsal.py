@@ -8,13 +8,14 @@
 
     python benchmarks/rehearsal.py                          # both roads, as far as there are GPUs
     python benchmarks/rehearsal.py --roads 1                # one of them
-    python benchmarks/rehearsal.py --small --roads 0        # on the CPU, 256 wide: only to see that it runs
+    python benchmarks/rehearsal.py --small --roads 0        # on the CPU, 512 wide: only to see that it runs
 
 The host's memory is limited by a control group where one can be made; where not, the table says so. Exit status 1 if a
 cell failed. Executed notebooks and the table stay in --out; the weights, 13.4 GB, and the copies are removed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ from glmhelpers.tables import markdown_table  # noqa: E402
 COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.toml")
 PLACE = {"repo_id": "rehearsal/chatglm-6b", "revision": "0" * 40}
 HOST_GB = 12.7  # what a free Colab session has
-SMALL = {"hidden_size": 256, "heads": 8, "layers": 9, "vocab_size": 1728}
+SMALL = {"hidden_size": 512, "heads": 8, "layers": 12, "inner_hidden_size": 512, "vocab_size": 2528}
 
 
 class Hub(SimpleHTTPRequestHandler):
@@ -75,14 +76,21 @@ def copy_project(weights: Path, project: Path) -> None:
     (project / "thuglm" / "weights_manifest.json").write_text(json.dumps(manifest | {"huggingface": PLACE}))
 
 
-def limit_host(limit: int) -> str:
-    """Put this process and its children into a control group of `limit` bytes; returns what became of it."""
+def control_group(process: int) -> tuple[Path, str]:
+    """Where the control group for a process would be, and the name of its file for the limit."""
     unified = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
     root = Path("/sys/fs/cgroup") if unified else Path("/sys/fs/cgroup/memory")
-    group = root / f"rehearsal-{os.getpid()}"
+    return root / f"rehearsal-{process}", "memory.max" if unified else "memory.limit_in_bytes"
+
+
+def limit_host(limit: int) -> str:
+    """Put this process and its children into a control group of `limit` bytes; returns what became of it."""
+    group, name = control_group(os.getpid())
+    with contextlib.suppress(OSError):
+        (group.parent / "cgroup.subtree_control").write_text("+memory")
     try:
         group.mkdir()
-        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit))
+        (group / name).write_text(str(limit))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
         return f"not limited: no control group can be made here ({error.strerror})"
@@ -155,7 +163,10 @@ def road(options: argparse.Namespace, work: Path, gpus: int, hub: str) -> list[d
     result = options.out / f"{gpus}_gpus.json"
     result.unlink(missing_ok=True)
     walked = [sys.executable, __file__, "--walk", str(project), "--hub", hub, "--roads", str(gpus), *small]
-    subprocess.run([*walked, "--out", str(out), "--result", str(result)], check=False)
+    process = subprocess.Popen([*walked, "--out", str(out), "--result", str(result)])
+    process.wait()
+    with contextlib.suppress(OSError):  # the group that it may have made, empty now
+        control_group(process.pid)[0].rmdir()
     shutil.rmtree(project)
     failed = {"gpus": gpus, "notebook": "all", "seconds": 0.0, "host": "its process was killed", "ok": False}
     return json.loads(result.read_text()) if result.is_file() else [failed]
