@@ -102,6 +102,8 @@ def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dic
     host = limit_host(int(HOST_GB * 1e9)) if gpus == 1 else "not limited"
     print(f"{gpus} GPUs, host memory {host}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
+    for answer in ("GLM_WEIGHTS", "GLM_DEVICES", "HF_HUB_OFFLINE"):  # the notebooks find out for themselves
+        os.environ.pop(answer, None)
     os.environ.update(
         CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))),
         GLM_OUTPUT=str(project / "outputs"),
