@@ -34,7 +34,8 @@ grown: .venv/.installed build/grown/weights/config.json
 
 build/grown/weights/config.json: scripts/grow_checkpoint.py data/tiny-chatglm/weights_manifest.json | .venv/.installed
 	@rm -rf build/grown/weights
-	@$(OFFLINE) .venv/bin/python scripts/grow_checkpoint.py build/grown/weights --hidden-size 512 --heads 8 --layers 12 --vocab-size 2528
+	@$(OFFLINE) .venv/bin/python scripts/grow_checkpoint.py build/grown/weights --hidden-size 512 --heads 8 --layers 12 \
+		--inner-hidden-size 512 --vocab-size 2528
 
 rehearsal: .venv/.installed
 	@.venv/bin/python benchmarks/rehearsal.py
