@@ -7,6 +7,9 @@
     and a table: notebook, seconds, key result
 
 The first failing cell ends the run with exit status 1; nothing is written back then.
+
+--weights FOLDER gives the notebooks another checkpoint, which they take for the real one (scripts/grow_checkpoint.py
+makes one that answers as the tiny one does), and ends with a list of the branches of their cells that did not run.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cell_coverage
 import nbformat
 from clean_notebook import clean, keep_committed
 from nbclient import NotebookClient
@@ -81,8 +85,17 @@ def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     return paths
 
 
-def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int = CELL_SECONDS) -> None:
+def execute(
+    notebook: NotebookNode, name: str, folder: Path, cell_seconds: int = CELL_SECONDS, extension: str = ""
+) -> None:
     """Run all cells in a fresh kernel with working folder `folder`; outputs go into `notebook`, in place.
+
+    Args:
+        notebook: what to run.
+        name: for messages.
+        folder: where it runs.
+        cell_seconds: a cell that takes longer has failed.
+        extension: an IPython extension to load before the first cell.
 
     Raises:
         CellFailedError: names notebook, cell, its first lines, and the error.
@@ -96,7 +109,7 @@ def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int =
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", *([f"--IPKernelApp.extra_extensions={extension}"] if extension else [])],
         on_cell_start=lambda cell, cell_index: started.append(cell_index),
     )
     try:
@@ -125,8 +138,18 @@ def _describe(notebook: NotebookNode, name: str, index: int, reason: str) -> str
     )
 
 
-def run(paths: Sequence[Path], build: Path, project: Path, write: bool = False, fresh: bool = False) -> list[Outcome]:
+def run(
+    paths: Sequence[Path],
+    build: Path,
+    project: Path,
+    write: bool = False,
+    fresh: bool = False,
+    weights: Path | None = None,
+) -> list[Outcome]:
     """Execute notebooks in order; write .ipynb and .html to `build`, and back to `paths` if `write`.
+
+    With `weights`, the checkpoint in that folder takes the tiny one's place, and `build` gets NAME.jsonl, the branches
+    of the cells of each notebook, see `cell_coverage`.
 
     Unless `fresh`, outputs in `paths` that differ from the new ones in durations only are left as they are.
 
@@ -137,13 +160,16 @@ def run(paths: Sequence[Path], build: Path, project: Path, write: bool = False, 
     shutil.rmtree(output, ignore_errors=True)  # a training run must not resume from an earlier tutorial
     output.mkdir(parents=True)
     os.environ.update(SETTINGS, GLM_OUTPUT=str(output))
+    if weights is not None:
+        os.environ |= {"GLM_WEIGHTS": str(weights), "PYTHONPATH": str(PROJECT / "scripts")}
 
     outcomes, executed = [], []
     for path in paths:
         print(f"{path.stem} ...", end="", flush=True)
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+        os.environ[cell_coverage.FILE_VARIABLE] = str(build / f"{path.stem}.jsonl")
         try:
-            execute(notebook, path.stem, path.parent)
+            execute(notebook, path.stem, path.parent, extension=cell_coverage.EXTENSION if weights else "")
         except CellFailedError:
             print(" failed", flush=True)
             nbformat.write(notebook, build / path.name)
@@ -213,13 +239,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="with --write: take new durations too")
     parser.add_argument("--notebooks", type=Path, default=PROJECT / "notebooks")
     parser.add_argument("--build", type=Path, default=PROJECT / "build" / "tutorial")
+    parser.add_argument("--weights", type=Path, help="folder of a checkpoint to take for the real one")
     args = parser.parse_args(argv)
+    if args.write and args.weights:
+        parser.error("--write is for the tiny model's outputs: leave out --weights")
+    weights = args.weights.resolve() if args.weights else None
     folder, build = args.notebooks.resolve(), args.build.resolve()
     try:
-        outcomes = run(find_notebooks(folder, args.names), build, folder.parent, args.write, args.fresh)
+        outcomes = run(find_notebooks(folder, args.names), build, folder.parent, args.write, args.fresh, weights)
     except (CellFailedError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
+    if weights:
+        print(f"\n{cell_coverage.report([build / f'{outcome.name}.jsonl' for outcome in outcomes])}")
     print(f"\n{table(outcomes)}\n\nPages to read: {args.build}/*.html")
     return 0
 
