@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     different = 0
-    for path in sorted(args.notebooks.glob("*.ipynb")):
+    for path in sorted([*args.notebooks.glob("*.ipynb"), *args.notebooks.glob("appendix/*.ipynb")]):
         notebook = nbformat.read(path, as_version=4)
         cell = first_code_cell(notebook)
         if cell is not None and cell.source == source_for(path.stem):

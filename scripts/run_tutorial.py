@@ -1,7 +1,8 @@
 """Run the course: every notebook in order, each in a fresh kernel, on the tiny checkpoint and the CPU.
 
-    notebooks/01_*.ipynb ... 05_*.ipynb, solutions.ipynb
+    notebooks/01_*.ipynb ... 05_*.ipynb, solutions.ipynb, appendix/*.ipynb
               |  nbclient, working folder notebooks/, results below build/tutorial/outputs/
+              |  then, in the same kernel and in no reader's way, the checks in tests/notebooks/NN_name.py
               v
     build/tutorial/NN_name.ipynb, NN_name.html         --write: also back into notebooks/, cleaned
     and a table: notebook, seconds, key result
@@ -70,15 +71,17 @@ class Outcome:
 
 
 def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks in order, then the solutions; or those of the given names.
+    """The numbered notebooks in order, the solutions, the appendices; or those of the given names.
 
     Raises:
         FileNotFoundError: a named notebook, or any notebook at all, is not there.
     """
     if names:
-        paths = [folder / f"{name.removesuffix('.ipynb')}.ipynb" for name in names]
+        stems = [name.removesuffix(".ipynb") for name in names]
+        paths = [next(folder.glob(f"**/{stem}.ipynb"), folder / f"{stem}.ipynb") for stem in stems]
     else:
         paths = [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("solutions.ipynb")]
+        paths += sorted(folder.glob("appendix/*.ipynb"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise FileNotFoundError(f"no {' and no '.join(missing) or 'notebook'} in {folder}")
@@ -86,7 +89,12 @@ def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
 
 
 def execute(
-    notebook: NotebookNode, name: str, folder: Path, cell_seconds: int = CELL_SECONDS, extension: str = ""
+    notebook: NotebookNode,
+    name: str,
+    folder: Path,
+    cell_seconds: int = CELL_SECONDS,
+    extension: str = "",
+    checks: str = "",
 ) -> None:
     """Run all cells in a fresh kernel with working folder `folder`; outputs go into `notebook`, in place.
 
@@ -96,11 +104,14 @@ def execute(
         folder: where it runs.
         cell_seconds: a cell that takes longer has failed.
         extension: an IPython extension to load before the first cell.
+        checks: code to run after the last cell; it is not kept in `notebook`.
 
     Raises:
         CellFailedError: names notebook, cell, its first lines, and the error.
     """
     started = [0]
+    if checks:
+        notebook.cells.append(nbformat.v4.new_code_cell(checks))
     client = NotebookClient(
         notebook,
         timeout=cell_seconds,
@@ -122,6 +133,9 @@ def execute(
     except DeadKernelError as error:
         reason = "the kernel died: a crash in a library, or the machine ran out of memory"
         raise CellFailedError(_describe(notebook, name, started[-1], reason)) from error
+    finally:
+        if checks:
+            notebook.cells.pop()
 
 
 def _describe(notebook: NotebookNode, name: str, index: int, reason: str) -> str:
@@ -169,7 +183,14 @@ def run(
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
         os.environ[cell_coverage.FILE_VARIABLE] = str(build / f"{path.stem}.jsonl")
         try:
-            execute(notebook, path.stem, path.parent, extension=cell_coverage.EXTENSION if weights else "")
+            checks = project / "tests" / "notebooks" / f"{path.stem}.py"
+            execute(
+                notebook,
+                path.stem,
+                path.parent,
+                extension=cell_coverage.EXTENSION if weights else "",
+                checks=checks.read_text(encoding="utf-8") if checks.is_file() else "",
+            )
         except CellFailedError:
             print(" failed", flush=True)
             nbformat.write(notebook, build / path.name)

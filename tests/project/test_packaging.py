@@ -22,7 +22,7 @@ SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 PACKAGES = SETTINGS["project"]["dependencies"]
 FOR_TESTS = SETTINGS["project"]["optional-dependencies"]["test"]
 AT_LOWER_BOUND = ("transformers", "peft", "accelerate", "ipywidgets")
-NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("**/*.ipynb"))
 
 
 def committed_files():
