@@ -38,7 +38,7 @@ import nbformat  # noqa: E402
 import run_tutorial  # noqa: E402
 from grow_checkpoint import TINY, grow  # noqa: E402
 
-from glmhelpers.tables import markdown_table  # noqa: E402
+from glmhelpers.utils.markdown import markdown_table  # noqa: E402
 
 COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.toml")
 PLACE = {"repo_id": "rehearsal/chatglm-6b", "revision": "0" * 40}

@@ -46,7 +46,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]
 from tiny_publish import SHARDS, split_into_shards, write_json, write_manifest  # noqa: E402
 from tiny_tokenizer import insert_unused_pieces  # noqa: E402
 
-from glmhelpers.layout import published_shards, stored_bytes, tensor_shapes  # noqa: E402
+from glmhelpers.weights.layout import published_shards, stored_bytes, tensor_shapes  # noqa: E402
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration  # noqa: E402
 
 TINY = PROJECT / "data" / "tiny-chatglm"

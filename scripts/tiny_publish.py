@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmhelpers.checksums import checksums
+from glmhelpers.weights.checksums import checksums
 from thuglm import ChatGLMForConditionalGeneration
 
 SHARDS = 8
@@ -108,7 +108,7 @@ def write_manifest(
         folder: holds ice_text.model and the shards.
         config: what config.json says.
         model: what it is.
-        more: further entries, see `glmhelpers.manifest`.
+        more: further entries, see `glmhelpers.weights.manifest`.
     """
     names = ["ice_text.model", *sorted(path.name for path in folder.glob("pytorch_model-*.bin"))]
     sha256, _ = checksums(folder, names, keep=False)

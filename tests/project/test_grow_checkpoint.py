@@ -10,17 +10,17 @@ import pytest
 import sentencepiece
 import torch
 from grow_checkpoint import TINY, check_sizes, grow, grown_config, shard_shapes
-from hub_server import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 from storage_tracker import StorageTracker
 from tiny_answers import ask
 from tiny_tokenizer import insert_unused_pieces
 
-from glmhelpers.layout import published_shards
-from glmhelpers.templates import build_prompt
+from glmhelpers.tokens.prompts import build_prompt
 from glmhelpers.training import attach_lora
 from glmhelpers.weights import download_weights, verify_weights
+from glmhelpers.weights.layout import published_shards
+from tests.helpers.hub_server import Hub
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
 DATA = TINY.parent
