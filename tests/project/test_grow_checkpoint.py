@@ -12,7 +12,6 @@ import torch
 from grow_checkpoint import TINY, check_sizes, grow, grown_config, shard_shapes
 from hypothesis import given
 from hypothesis import strategies as st
-from storage_tracker import StorageTracker
 from tiny_answers import ask
 from tiny_tokenizer import insert_unused_pieces
 
@@ -21,6 +20,7 @@ from glmhelpers.training import attach_lora
 from glmhelpers.weights import download_weights, verify_weights
 from glmhelpers.weights.layout import published_shards
 from tests.helpers.hub_server import Hub
+from tests.helpers.storage_tracker import StorageTracker
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
 DATA = TINY.parent
