@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tiny_answers import ask
 from tiny_tokenizer import insert_unused_pieces
 
+from glmhelpers.lora import attach_lora
 from glmhelpers.tokens.prompts import build_prompt
-from glmhelpers.training import attach_lora
 from glmhelpers.weights import download_weights, verify_weights
 from glmhelpers.weights.layout import published_shards
 from tests.helpers.hub_server import Hub
