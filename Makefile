@@ -41,8 +41,10 @@ rehearsal: .venv/.installed
 	@.venv/bin/python benchmarks/rehearsal.py
 
 test: .venv/.installed
+	@mkdir -p build
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports >build/imports.txt || { cat build/imports.txt; exit 1; }
 	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 test-oldest: .venv-oldest/.installed .venv-lab3/.installed

@@ -139,7 +139,9 @@ def _torch_version() -> str:
 def _needs() -> list[str]:
     import tomllib
 
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project.get("optional-dependencies", {})
+    return [*project["dependencies"], *extras.get("notebooks", ()), *extras.get("scores", ())]
 
 
 def _order(version: str) -> tuple[list[int], bool]:
@@ -152,15 +154,16 @@ def _order(version: str) -> tuple[list[int], bool]:
 
 
 def _install(notebook: str, torch: str) -> None:
-    """Install what this notebook needs and what is missing here or too old, never torch."""
-    lacking = []
+    """Install what this notebook needs and what is missing here or too old, in a version that passed; never torch."""
+    pinned = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins, lacking = {line.split("==")[0].replace("-", "_"): line for line in pinned}, []
     for need in _needs():
         name, oldest = need.split(",")[0].split(">=")
         if name in {"torch", "jupyterlab"} | NOT_NEEDED.get(notebook, set()):
             continue
         found = next(metadata.distributions(name=name), None)
         if found is None or _order(found.version) < _order(oldest):
-            lacking.append((name, need))
+            lacking.append((name, pins.get(name, need)))
     if not lacking:
         return
     names = ", ".join(name for name, _ in lacking)

@@ -45,7 +45,8 @@ def put_project(folder):
     for name in ("__init__.py", "first_cell.py", "utils/__init__.py", "utils/folders.py"):
         shutil.copy(PROJECT / "glmhelpers" / name, folder / "glmhelpers" / name)
     (folder / "glmhelpers" / "runtime.py").write_text("def preflight():\n    print('preflight of', __file__)\n")
-    shutil.copy(PROJECT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(PROJECT / name, folder)
     (folder / "thuglm" / "__init__.py").touch()  # git keeps no empty folders
     (folder / "notebooks" / "01.ipynb").touch()
     return folder

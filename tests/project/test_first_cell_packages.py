@@ -12,7 +12,10 @@ import pytest
 from glmhelpers.first_cell import NOT_NEEDED
 from tests.helpers.first_cell_case import PROJECT, preflight_of, pretend, put_project, run_cell, stopped
 
-DEPENDENCIES = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+EXTRAS = SETTINGS["optional-dependencies"]
+DEPENDENCIES = [*SETTINGS["dependencies"], *EXTRAS["notebooks"], *EXTRAS["scores"]]
+PINS = [line for line in (PROJECT / "constraints.txt").read_text().splitlines() if "==" in line]
 
 
 @pytest.fixture
@@ -39,10 +42,10 @@ def recorded(done):
 )
 def test_installs_only_what_is_missing_or_too_old_and_keeps_torch(project, versions, names):
     done = run_cell(project, before=pretend(**versions))
-    ranges = [need for need in DEPENDENCIES if re.match(r"\w+", need)[0] in names]
-    assert len(ranges) == len(names)
+    pinned = [line for name in names for line in PINS if line.split("==")[0] == name]
+    assert len(pinned) == len(names)
     keep = f"torch=={versions.get('torch') or metadata.version('torch')}"
-    assert recorded(done) == [[sys.executable, "-m", "pip", "install", "--quiet", keep, *ranges]]
+    assert recorded(done) == [[sys.executable, "-m", "pip", "install", "--quiet", keep, *pinned]]
     assert f"installing {', '.join(names)} ...\n" in done.stdout
     assert preflight_of(done) == project
 
@@ -53,7 +56,7 @@ def test_installs_only_what_is_missing_or_too_old_and_keeps_torch(project, versi
 )
 def test_what_only_another_notebook_needs_is_not_installed(project, notebook, wanted):
     done = run_cell(project, before=pretend(nltk=None, jieba=None, datasets=None), notebook=notebook)
-    asked = {need.split(">=")[0] for call in recorded(done) for need in call[6:]}
+    asked = {need.split("==")[0] for call in recorded(done) for need in call[6:]}
     assert asked == wanted
 
 

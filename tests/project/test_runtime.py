@@ -86,7 +86,8 @@ def test_preflight_prints_a_line_for_each_subject(capsys):
 
 
 def test_versions_in_pyproject_are_those_of_the_preflight():
-    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*settings["dependencies"], *settings["optional-dependencies"]["notebooks"]]
     oldest = {need.split(">=")[0]: need.split(">=")[1].split(",")[0] for need in needs}
     for name, (first, _) in runtime.SUPPORTED.items():
         assert oldest[name] == first, name
