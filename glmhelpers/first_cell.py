@@ -146,7 +146,8 @@ def _needs() -> list[str]:
 
 def _order(version: str) -> tuple[list[int], bool]:
     """A key to compare versions by, without `packaging`: numbers, then whether it is no pre-release."""
-    numbers, rest = re.match(r"([\d.]*)(.*)", version).groups()
+    numbers = version[: len(version) - len(version.lstrip("0123456789."))]
+    rest = version[len(numbers) :]
     parts = [int(part) for part in numbers.split(".") if part]
     while parts and parts[-1] == 0:
         parts.pop()
@@ -161,7 +162,7 @@ def _install(notebook: str, torch: str) -> None:
         name, oldest = need.split(",")[0].split(">=")
         if name in {"torch", "jupyterlab"} | NOT_NEEDED.get(notebook, set()):
             continue
-        found = next(metadata.distributions(name=name), None)
+        found = next(iter(metadata.distributions(name=name)), None)
         if found is None or _order(found.version) < _order(oldest):
             lacking.append((name, pins.get(name, need)))
     if not lacking:

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class Run:
         from glmhelpers.devicemap.plan import plan_device_map
 
         sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
-        plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices])
+        plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices if isinstance(index, int)])
         return {name: self.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
 
     def __str__(self) -> str:
@@ -231,14 +232,15 @@ def choose(
                 else f"the real model wants {REAL_GPU_BYTES // GiB} GiB of GPU"
             )
     elif weights == "real":
-        folder = find_real_weights(project, say=print)
-        if folder is None and not may_fetch and not source:
+        real = find_real_weights(project, say=print)
+        if real is None and not may_fetch and not source:
             raise FileNotFoundError(
                 "the real weights are neither complete in thuglm/ nor attached: run notebook 01 first, attach its "
                 'output, or let choose(source="huggingface") fetch them'
             )
-        if folder is None:
-            folder, reason, wants_download = tiny, "the real weights are not here", True
+        folder = real or tiny
+        if real is None:
+            reason, wants_download = "the real weights are not here", True
     else:
         folder = tiny if weights == "tiny" else Path(weights).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():
@@ -281,18 +283,17 @@ def _fetch(project: Path, source: str | Path) -> Path:
     return folder
 
 
-def _read_devices(devices: str | list[int | str], gpus: list[Gpu]) -> list[int | str]:
+def _read_devices(devices: str | Sequence[int | str], gpus: list[Gpu]) -> list[int | str]:
     if devices == "auto":
-        return [gpu.index for gpu in gpus] or ["cpu"]
-    if isinstance(devices, str):
-        devices = ["cpu"] if devices == "cpu" else devices.split(",")
-    if devices == ["cpu"]:
+        return [*(gpu.index for gpu in gpus)] or ["cpu"]
+    given = devices.split(",") if isinstance(devices, str) else list(devices)
+    if given == ["cpu"]:
         return ["cpu"]
     try:
-        wanted = [int(str(device).removeprefix("cuda:")) for device in devices]
+        wanted: list[int | str] = [int(str(device).removeprefix("cuda:")) for device in given]
     except ValueError as error:
         raise ValueError(
-            f"devices {devices} cannot be read: use 'auto', 'cpu' or GPU numbers such as [0, 1]"
+            f"devices {given} cannot be read: use 'auto', 'cpu' or GPU numbers such as [0, 1]"
         ) from error
     for index in wanted:
         if index not in [gpu.index for gpu in gpus]:

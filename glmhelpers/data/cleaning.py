@@ -67,12 +67,12 @@ def find_columns(names: Sequence[Any], columns: Mapping[str, str]) -> dict[str, 
     """
     said = {ours: theirs for theirs, ours in columns.items() if theirs in names}
     plain = {name.strip().casefold(): name for name in reversed(names) if isinstance(name, str)}
-    found = {}
+    found: dict[str, str] = {}
     for ours, aliases in NAMES.items():
         theirs = next((alias for alias in aliases if alias in names), None)
         theirs = theirs or next((plain[alias] for alias in aliases if alias in plain), None)
         if ours in said or theirs:
-            found[ours] = said.get(ours, theirs)
+            found[ours] = said[ours] if ours in said else str(theirs)
     return found
 
 
@@ -137,7 +137,7 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
         Refused: it is no valid row.
     """
     values = {ours: row[theirs] for ours, theirs in found.items()}
-    cleaned = {
+    cleaned: dict[str, Any] = {
         "instruction": _needed(values.get("instruction"), "instruction", changes),
         "input": _about(values.get("input"), changes),
         "output": _needed(values.get("output"), "output", changes),

@@ -198,7 +198,7 @@ class _Writer:
         kept = _Kept(FileReport(path))
         self.kept.append(kept)
         self.report.files.append(kept.report)
-        seen = Counter()
+        seen: Counter[str] = Counter()
         try:
             for found in rows:
                 self._write_row(found, kept, notes, seen, file)
@@ -237,11 +237,11 @@ class _Writer:
         for character, escape in _LINE_ENDS.items():
             if character in line:
                 line = line.replace(character, escape)
-        line = line.encode()
-        kept.hashes.append(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little"))
+        written = line.encode()
+        kept.hashes.append(int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little"))
         kept.untranslated.append(is_untranslated(row))
         report.valid += 1
-        file.write(line + b"\n")
+        file.write(written + b"\n")
 
     def _check_limits(self, row: dict[str, Any]) -> None:
         for (name, limit), text in zip(
@@ -270,7 +270,7 @@ def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
         report.status, report.message = "refused", f"no row of it can be read{hint}"
     elif not known and not broken:
         report.status = "not_data"
-        report.message = "; ".join(filter(None, (notes.foreign, is_one_object and notes.hint)))
+        report.message = "; ".join(filter(None, (notes.foreign, notes.hint if is_one_object else "")))
         report.message = report.message or "nothing in it has an instruction or an output"
         if is_one_object:
             # One object or value that is no row is a settings file, not a file with one bad row.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Of the files that are read in a folder or a zip. A single file is read whatever its name."""
@@ -57,7 +57,7 @@ def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[
         with archive:
             yield _in_zip(source, archive)
     else:
-        yield [SourceFile(source, partial(open, source, "rb"))], []
+        yield [SourceFile(source, partial(_open, source))], []
 
 
 def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], list[str]]:
@@ -80,7 +80,15 @@ def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], li
             else:
                 others.append(path.relative_to(folder).as_posix())
     ordered = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-    return [SourceFile(path, partial(open, path, "rb")) for path in ordered], sorted(others)
+    return [SourceFile(path, partial(_open, path)) for path in ordered], sorted(others)
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _open_inside(archive: zipfile.ZipFile, name: zipfile.ZipInfo) -> BinaryIO:
+    return cast(BinaryIO, archive.open(name))
 
 
 def _own_files(folder: Path, names: list[str]) -> set[str]:
@@ -108,7 +116,7 @@ def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], l
         if member.is_dir() or any(_is_hidden(part) for part in Path(member.filename).parts):
             continue
         if member.filename.lower().endswith(ENDINGS):
-            files.append(SourceFile(source / member.filename, partial(archive.open, member)))
+            files.append(SourceFile(source / member.filename, partial(_open_inside, archive, member)))
         else:
             others.append(member.filename)
     return files, others

@@ -101,7 +101,8 @@ def read_json(file: TextIO, notes: Notes) -> Iterator[Found]:
     starts = set(KEYS)
     while True:
         window.fill()
-        window.pos = _SPACE.match(window.text, window.pos).end()
+        blanks = _SPACE.match(window.text, window.pos)
+        window.pos = blanks.end() if blanks else window.pos
         if window.pos == len(window.text):
             if window.ended:
                 break
@@ -142,6 +143,7 @@ def _note_sign(sign: str, before: str, in_array: bool, notes: Notes) -> None:
 def _parse(window: _Window, starts: set[str], notes: Notes) -> tuple[Any, str]:
     """(value, "") and the window moved behind it; or (None, reason) and the window moved to the next row."""
     ahead = WINDOW
+    failure: ValueError | RecursionError | None
     while True:
         try:
             value, end = _decode(window, notes)

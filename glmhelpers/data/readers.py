@@ -106,7 +106,9 @@ class _Lines:
     """Lines for the csv module that can be handed back, and that remembers those of the present record."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.back, self.record, self.number = text, deque(), [], 0
+        self.text, self.number = text, 0
+        self.back: deque[str] = deque()
+        self.record: list[str] = []
 
     def __iter__(self) -> "_Lines":
         return self

@@ -16,15 +16,16 @@ Attention looks at the whole buffer and masks what is not filled yet; to keep th
 256, 512, ... places: one graph per bucket. Parts on the CPU run without a graph; so does everything if `graphs=False`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import groupby
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmhelpers.devicemap.devices import side_stream
+from glmhelpers.utils.types import Model
 from thuglm.modeling_chatglm import (
     MASKED_SCORE,
     ChatGLMRotaryEmbedding,
@@ -57,6 +58,7 @@ def pick(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, noise: Te
     best, token = scores.max(dim=-1)  # NaN if any score is
     if temperature > 0:
         kept = likely(torch.softmax(scores / temperature, dim=-1), top_p)
+        assert noise is not None
         token = (kept / noise).argmax(dim=-1)
     return token.where(torch.isfinite(best), -1)
 
@@ -78,7 +80,7 @@ class FixedCache:
     only; a step writes to the place that `slot` of its device names, and attends to the first `bucket` places.
     """
 
-    def __init__(self, net: nn.Module, batch: int, capacity: int):
+    def __init__(self, net: Model, batch: int, capacity: int):
         heads, width = net.config.num_attention_heads, net.config.head_dim
         self.capacity, self.batch = capacity, batch
         self.bucket = 0
@@ -128,12 +130,12 @@ class FixedCache:
 class Stage:
     """Neighbouring parts of the model on one device: their counters, their fixed input, and a graph per bucket."""
 
-    def __init__(self, net: nn.Module, parts: list[str], device: torch.device, cache: FixedCache):
+    def __init__(self, net: Model, parts: list[str], device: torch.device, cache: FixedCache):
         self.net, self.parts, self.device, self.cache = net, parts, device, cache
         dtype, batch = net.transformer.final_layernorm.weight.dtype, cache.batch
         first = parts[0] == "embedding"
-        shape, kind = ((batch, 1), torch.int64) if first else ((batch, 1, net.config.hidden_size), dtype)
-        self.input = torch.zeros(shape, dtype=kind, device=device)
+        shape = (batch, 1) if first else (batch, 1, net.config.hidden_size)
+        self.input = torch.zeros(shape, dtype=torch.int64 if first else dtype, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.positions = torch.zeros(batch, 2, 1, dtype=torch.int64, device=device)
         self.real = torch.ones(batch, cache.capacity, dtype=torch.bool, device=device)
@@ -150,11 +152,13 @@ class Stage:
 
     def run(self) -> Tensor:
         """The step: `input` through all parts; counts up."""
-        x, bias, cos, sin = self.input, None, None, None
+        x: Tensor = self.input
+        bias = cos = sin = None
         if any(part.isdigit() for part in self.parts):
             self.cache.slot[self.device] = self.length
             bucket = self.cache.bucket
             visible = make_visible_with_cache(self.real[:, :bucket], 1, self.length, bucket, self.device)
+            assert visible is not None  # there is a mask
             dtype = self.net.transformer.final_layernorm.weight.dtype
             bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, MASKED_SCORE)
             cos, sin = self.rotary(self.positions, dtype)
@@ -208,8 +212,8 @@ class Decoder:
         TypeError: the model is no ChatGLM.
     """
 
-    def __init__(self, model: nn.Module, graphs: bool = True):
-        self.net = model.get_base_model() if isinstance(model, PeftModel) else model
+    def __init__(self, model: Model, graphs: bool = True):
+        self.net: Model = model.get_base_model() if isinstance(model, PeftModel) else model
         if not hasattr(self.net, "transformer") or not hasattr(self.net, "lm_head"):
             raise TypeError(f"Decoder needs a ChatGLMForConditionalGeneration, got {type(self.net).__name__}")
         self.use_graphs = graphs
@@ -235,7 +239,7 @@ class Decoder:
         top_p: float = 1.0,
         seed: int | None = None,
         pieces: int | None = None,
-    ) -> Iterator[list[int]]:
+    ) -> Generator[list[int], None, None]:
         """Yield the ids of one new token for each row, `<eop>` included, until all rows have ended.
 
         The next step is on its way to the GPU before a token is handed out, so what the caller does with it costs
@@ -331,18 +335,20 @@ class Decoder:
 
     def _read_prompt(self, input_ids: Tensor, real: Tensor, positions: Tensor) -> Tensor:
         """Fill the cache, set all counters; returns the logits [B, V] of the first new token."""
-        net, bucket = self.net, self.cache.bucket
-        self.cache.clear()
+        net, cache = self.net, self.cache
+        assert cache is not None  # made by _prepare
+        bucket = cache.bucket
+        cache.clear()
         for stage in self.stages:
             stage.begin(input_ids.shape[1], positions[..., -1:], real)
-        self.cache.bucket = 0
+        cache.bucket = 0
         hidden = net.transformer(
             input_ids.to(self.stages[0].device),
             attention_mask=None if real.all() else real.to(self.stages[0].device),
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=cache,
         ).last_hidden_state
-        self.cache.bucket = bucket
+        cache.bucket = bucket
         return net.lm_head(hidden[:, -1].to(net.lm_head.weight.device))
 
     def _step(self, key: tuple | None) -> Tensor:
@@ -353,7 +359,7 @@ class Decoder:
         return output
 
 
-def stage_parts(net: nn.Module) -> list[tuple[list[str], torch.device]]:
+def stage_parts(net: Model) -> list[tuple[list[str], torch.device]]:
     """The parts of the model in order ("embedding", "0", "1", ..., "norm", "head"), grouped by device."""
     body = net.transformer
     places = [("embedding", body.word_embeddings.weight.device)]
@@ -362,7 +368,7 @@ def stage_parts(net: nn.Module) -> list[tuple[list[str], torch.device]]:
     return [([part for part, _ in run], device) for device, run in groupby(places, key=lambda place: place[1])]
 
 
-def state_of(net: nn.Module) -> tuple:
+def state_of(net: Model) -> tuple:
     """What a recorded step depends on beside its inputs: where the weights are, and how each adapter is switched."""
     addresses = tuple(parameter.data_ptr() for parameter in net.parameters())
     switches = tuple(

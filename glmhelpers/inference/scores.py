@@ -20,6 +20,7 @@ from torch import nn
 
 from glmhelpers.inference.batch import Comparison, answers, share_right
 from glmhelpers.inference.model_state import held_alone
+from glmhelpers.utils.types import Model
 
 # Counts ---------------------------------------------------------------------------------------------------------------
 
@@ -101,9 +102,7 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: Any, batch_size: int = 16
-) -> HeldOutLoss:
+def held_out_loss(model: Model, rows: Sequence[Mapping[str, Any]], collate: Any, batch_size: int = 16) -> HeldOutLoss:
     """The loss on encoded rows, each token counted once however the rows are batched.
 
     Args:
@@ -163,7 +162,9 @@ def score_texts(texts: Sequence[str], references: Sequence[str]) -> Scores:
         raise ValueError(f"reference {empty[0]} has no words: it cannot be compared with anything")
     rows = [score_pair(text, reference) for text, reference in zip(texts, references, strict=True)]
     means = [100 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    return Scores(*means, answers=len(texts), empty=sum(not text.strip() for text in texts))
+    bleu4, rouge1, rouge2, rougel = means
+    empty_count = sum(not text.strip() for text in texts)
+    return Scores(bleu4, rouge1, rouge2, rougel, answers=len(texts), empty=empty_count)
 
 
 def score_pair(text: str, reference: str) -> tuple[float, float, float, float]:

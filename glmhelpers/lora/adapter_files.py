@@ -72,12 +72,12 @@ class AdapterFiles:
 
     def layers(self) -> list[str]:
         """Names of the layers with an adapter, as in the base."""
-        return sorted({NAME.fullmatch(name)["layer"] for name in self.tensors})
+        return sorted({match["layer"] for name in self.tensors if (match := NAME.fullmatch(name))})
 
     def scaling(self, layer: str) -> float:
         """By what B A is multiplied in a layer: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         patterns = self.config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns, layer), self.config["lora_alpha"])
+        alpha = patterns.get(get_pattern_key(list(patterns), layer), self.config["lora_alpha"])
         rank = len(self.tensors[f"base_model.model.{layer}.lora_A.weight"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -225,7 +225,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], whe
         stem, side = name[: -len("A.weight")], match["side"]
         if (other := f"{stem}{'B' if side == 'A' else 'A'}.weight") not in tensors:
             raise ValueError(f"{where} holds {name} without {other.rpartition('.lora_')[2]}: it was not written whole")
-        rank = ranks.get(get_pattern_key(ranks, match["layer"]), config["r"])
+        rank = ranks.get(get_pattern_key(list(ranks), match["layer"]), config["r"])
         if (found := tensor.shape[0 if side == "A" else 1]) != rank:
             raise ValueError(
                 f"{where}: {name} has rank {found}, {CONFIG} says {rank}: these files do not belong together"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -58,7 +59,7 @@ def quiet_peft() -> Iterator[None]:
 def attach_lora(
     model: nn.Module,
     r: int = 8,
-    alpha: int = 32,
+    alpha: float = 32,
     dropout: float = 0.1,
     targets: tuple[str, ...] = ("query_key_value",),
     seed: int = 0,
@@ -83,11 +84,11 @@ def attach_lora(
     return adapted
 
 
-def lora_config(r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
+def lora_config(r: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
     """Arguments as in `attach_lora`."""
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # peft takes any number
         lora_dropout=dropout,
         target_modules=list(as_targets(targets)),
         bias="none",
@@ -160,7 +161,7 @@ def not_a_number(model: nn.Module) -> str | None:
     return next((name for name, weight in adapter_weights(model).items() if not weight.isfinite().all()), None)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """Name -> LoRA layer, for every layer that has an adapter."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)}
 

@@ -117,7 +117,7 @@ def reads_back(path: Path, entry: Entry, tensor: Tensor) -> bool:
     """Whether a tensor of a shard is this one, bit by bit; reads some MB at a time."""
     if (entry.dtype, entry.shape) != (tensor.dtype, tuple(tensor.shape)):
         return False
-    wanted = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    wanted = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     with path.open("rb") as file:
         file.seek(entry.offset)
         for start in range(0, entry.nbytes, BLOCK):

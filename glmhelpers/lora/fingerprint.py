@@ -13,6 +13,7 @@ Any single changed bit changes the first sum, and two swapped values of up to 32
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,12 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callab
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().reshape(-1)
-            yield _plain(name), tuple(parameter.shape), lambda flat=flat: flat[:: max(1, len(flat) // 64)][:64]
+            yield _plain(name), tuple(parameter.shape), partial(_evenly, flat)
+
+
+def _evenly(flat: Tensor) -> Tensor:
+    """Up to 64 numbers of a tensor [n]."""
+    return flat[:: max(1, len(flat) // 64)][:64]
 
 
 def _samples(weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -94,7 +100,8 @@ def note_of(weights: Weights, config: Any, bits: int = 16) -> dict[str, Any]:
         config: its configuration.
         bits: of a weight in the blocks.
     """
-    weights, parts = list(weights), {}
+    weights = list(weights)
+    parts: dict[str, Any] = {}
     for name, found in _samples(weights):
         fields = name.split(".")
         part = ".".join(fields[:3] if fields[1] == "layers" else fields[:-1])

@@ -15,6 +15,8 @@ Parameters stay float32; they are rounded to the base's dtype for the product, a
 keeps is x itself (no float32 copy), the dropout mask and h, r numbers a token.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
@@ -61,8 +63,9 @@ class FusedLoraLinear(Linear):
         if len(active) != 1 or active[0] in self.lora_variant:
             return super().forward(x)
         (name,) = active
-        base, dropout, scaling = self.base_layer, self.lora_dropout[name], self.scaling[name]
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        base = cast(nn.Linear, self.base_layer)
+        dropout, scaling = self.lora_dropout[name], self.scaling[name]
+        a, b = cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         flat = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() or p:

@@ -65,7 +65,8 @@ def corrections(files: AdapterFiles) -> dict[str, Correction]:
     """Name of the base's weight -> what an adapter adds to it."""
     return {
         f"{layer}.weight": Correction(
-            *(files.tensors[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB"),
+            files.tensors[f"base_model.model.{layer}.lora_A.weight"].float(),
+            files.tensors[f"base_model.model.{layer}.lora_B.weight"].float(),
             files.scaling(layer),
         )
         for layer in files.layers()

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmhelpers.lora.attach import lora_b_norms
 from glmhelpers.lora.fingerprint import base_checksum
+from glmhelpers.utils.types import Model
 
 SAME_LOGITS = 1e-3
 """Logits that differ by no more are the same."""
@@ -58,10 +59,10 @@ class Proof:
             same = self.base_before == self.base_after
             text = f"checksum {self.base_after}, as before" if same else f"{self.base_before} became {self.base_after}"
             found.append((same, f"frozen weights: {text}"))
-        if self.learnt_before is not None:
+        if self.learnt_before is not None and self.learnt_after is not None:
             text = f"what was taught: {self.learnt_before:.0%} of the answers before, {self.learnt_after:.0%} after"
             found.append((self.learnt_after > self.learnt_before, text))
-        if self.general_before is not None:
+        if self.general_before is not None and self.general_after is not None:
             text = f"general questions right: {self.general_before:.0%} before, {self.general_after:.0%} after"
             found.append((self.general_after >= STILL_KNOWN * self.general_before, text))
         return found
@@ -154,7 +155,7 @@ class Closeness:
 
 
 @torch.no_grad()
-def next_logits(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
+def next_logits(model: Model, tokenizer: Any, texts: list[str]) -> Tensor:
     """Logits of the token after each prompt, [n, V] float32 on the CPU; so one model can go before the other comes."""
     device = model.get_input_embeddings().weight.device
     ids = [tokenizer([text], return_tensors="pt")["input_ids"].to(device) for text in texts]

@@ -77,7 +77,7 @@ def forget_input(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
     training on a CPU. The weights are frozen, and checkpointing, which replaces what autograd saves, does not see it:
     each block would keep 7 times its hidden states, 6.6 GB for ChatGLM-6B at 4 x 1024 (benchmarks/packed.py).
     """
-    node = output.grad_fn
+    node: Any = output.grad_fn
     if hasattr(node, "tensors"):
         node.tensors = (None, None, None)
     if hasattr(node, "A"):
@@ -87,7 +87,7 @@ def forget_input(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all frozen weights as they are stored, scales included; what is shared counts once."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
-    stored = list(frozen.values())
+    stored: list[Any] = list(frozen.values())
     for name, parameter in frozen.items():
         # bitsandbytes keeps the scales beside the parameter, for 8 bits only up to the first answer: then in the layer.
         layer = model.get_submodule(name.rpartition(".")[0])

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from glmhelpers.utils.types import Model
+
 
 class _AllThere(Exception):
     """Raised inside the second run when the last tensor has been collected."""
@@ -26,8 +28,9 @@ class _Run:
     """One block of one micro-batch, from its forward pass to its backward pass."""
 
     def __init__(self, function: Callable, hidden: Tensor, others: tuple):
-        self.function, self.hidden, self.others = function, hidden, others
-        self.count, self.kept = 0, None
+        self.call: tuple[Callable, Tensor, tuple] | None = (function, hidden, others)
+        self.count = 0
+        self.kept: list[Tensor | None] = []
         self.device = hidden.device
         self.random = self._random_state()
 
@@ -47,8 +50,8 @@ class _Run:
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of a number, which is then forgotten."""
-        if self.kept is None:
-            self.run_again()
+        if self.call is not None:
+            self.run_again(*self.call)
         tensor, self.kept[number] = self.kept[number], None
         if tensor is None:
             raise RuntimeError(
@@ -64,14 +67,14 @@ class _Run:
             raise _AllThere
         return tensor
 
-    def run_again(self) -> None:
+    def run_again(self, function: Callable, given: Tensor, others: tuple) -> None:
         """Collect all tensors."""
-        self.kept, now = [], self._random_state()
+        now = self._random_state()
         self._set_random_state(self.random)
-        hidden = self.hidden.detach().requires_grad_(self.hidden.requires_grad)
+        hidden = given.detach().requires_grad_(given.requires_grad)
         try:
             with torch.enable_grad(), saved_tensors_hooks(self.collect, lambda tensor: tensor):
-                self.function(hidden, *self.others)
+                function(hidden, *others)
         except _AllThere:
             pass
         finally:
@@ -81,7 +84,7 @@ class _Run:
                 f"a checkpointed block kept {self.count} tensors when it ran first and {len(self.kept)} when it ran "
                 "again: something in it depends on more than its inputs and the random state"
             )
-        self.function = self.hidden = self.others = None
+        self.call = None
 
 
 def recompute(function: Callable, hidden: Tensor, *others):
@@ -97,7 +100,7 @@ def recompute(function: Callable, hidden: Tensor, *others):
         return function(hidden, *others)
 
 
-def checkpoint_only(model: nn.Module, layers: Iterable[int]) -> None:
+def checkpoint_only(model: Model, layers: Iterable[int]) -> None:
     """Checkpoint these blocks and no others: `plan.checkpointed_layers` applied.
 
     Args:

@@ -26,6 +26,7 @@ from torch import nn
 from glmhelpers.lora.attach import origin_of, weights_digest
 from glmhelpers.lora.fingerprint import fingerprint
 from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.types import Model
 
 MARKER = "complete.json"
 STATE = "trainer_state.json"
@@ -53,7 +54,7 @@ COUNTED = (
 """The training arguments that decide what is learnt. How the work is cut and where it is done do not."""
 
 
-def run_settings(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any) -> dict[str, Any]:
+def run_settings(model: Model, dataset: Iterable[Mapping[str, Any]], args: Any) -> dict[str, Any]:
     """What makes a run this run and no other, ready for JSON.
 
     Args:

@@ -17,6 +17,7 @@ from glmhelpers.devicemap.placement import part_names
 from glmhelpers.lora.layer import fuse_lora
 from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.pipeline import run_step
+from glmhelpers.utils.types import Model
 
 
 def parameter_bytes(model: nn.Module) -> dict[str, int]:
@@ -73,7 +74,7 @@ def forecast_case(config: Any, case: Mapping[str, Any], dtype: str = "float16") 
     return forecast.peak_bytes[at], forecast.moments[at]
 
 
-def prepare(model: nn.Module, layers: Iterable[int] | None = None, fused: bool = True) -> nn.Module:
+def prepare(model: Model, layers: Iterable[int] | None = None, fused: bool = True) -> nn.Module:
     """The model in training mode with LoRA (rank 8 on query_key_value), these blocks checkpointed (None: all).
 
     `fused`: the LoRA layer of `glmhelpers.lora.layer`; otherwise peft's.

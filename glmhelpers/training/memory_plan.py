@@ -18,6 +18,7 @@ from glmhelpers.cost_model.sizes import Setting
 from glmhelpers.cost_model.step_memory import Prediction, predict
 from glmhelpers.devicemap.plan import DoesNotFit, Plan, plan_device_map
 from glmhelpers.lora.fingerprint import base_bits
+from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB
 
 _WHICH = re.compile(r"GPU (\d+) has a total capacity")
@@ -147,8 +148,8 @@ def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: s
         )
     told = {name: wanted[name] for name in _OF_THE_MODEL if wanted[name] != getattr(Setting, name)}
     told |= {"reserve": wanted["reserve"]} if max(wanted["reserve"]) > GIB // 4 else {}
-    told = "".join(f", {name}={value!r}" for name, value in {"objective": objective, **told}.items())
-    call = f"training_plan(run, config, {plan.setting.batch_size}, {setting.seq_length}{told})"
+    more = "".join(f", {name}={value!r}" for name, value in {"objective": objective, **told}.items())
+    call = f"training_plan(run, config, {plan.setting.batch_size}, {setting.seq_length}{more})"
     return (
         f"{change}:\n{plan}\nTo use it: plan = {call}; load the model again with device_map=plan.device_map, "
         "attach_lora, checkpoint_only(model, plan.checkpointed_layers), train(..., plan=plan), which takes "
@@ -167,7 +168,7 @@ def card_states() -> list[CardState]:
     return states
 
 
-def model_settings(model: nn.Module) -> dict[str, Any]:
+def model_settings(model: Model) -> dict[str, Any]:
     """The fields of `shapes.Setting` that a PeftModel itself decides: LoRA, dtype, bits of the base."""
     adapter = model.peft_config[model.active_adapter]
     norm = next(parameter for name, parameter in model.named_parameters() if "input_layernorm" in name)
@@ -191,7 +192,7 @@ def placement(model: nn.Module) -> dict[str, int | str]:
     return places
 
 
-def checkpointed(model: nn.Module) -> list[int]:
+def checkpointed(model: Model) -> list[int]:
     """Indices of the blocks that are run again in the backward pass."""
     blocks = model.get_base_model().transformer.layers
     return [index for index, block in enumerate(blocks) if block.gradient_checkpointing]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
+from glmhelpers.utils.types import Model
 from thuglm.chunked_loss import IGNORE_INDEX
 
 
@@ -109,10 +110,10 @@ def run_step(
     losses = []
     with own_streams(model):
         looked_up = look_up(model, parts, device)
-        for number, part in enumerate(parts):
+        for part in parts:
             placed = place_part(model, part, device)
             if looked_up:
-                placed["inputs_embeds"], looked_up[number] = looked_up[number], None
+                placed["inputs_embeds"] = looked_up.pop(0)
             output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
             losses.append(output.loss)
         # Or the last part's embeddings would live as long as the backward pass.
@@ -122,7 +123,7 @@ def run_step(
     return total.detach()
 
 
-def look_up(model: nn.Module, parts: list[dict[str, Tensor]], device: torch.device) -> list[Tensor | None]:
+def look_up(model: Model, parts: list[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
     """Embeddings of every micro-batch, [B, L, H] on `device`; none if the embedding lies there itself."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embedding is None or embedding.weight.device == device:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from glmhelpers.cost_model.step_time import Task
+from glmhelpers.utils.types import Model
 
 
 class StepRecorder:
@@ -33,8 +34,9 @@ class StepRecorder:
     """
 
     def __init__(self, model: nn.Module, cut: Sequence[int] | None = None):
-        self.whole = next(m for m in model.modules() if hasattr(m, "lm_head") and hasattr(m, "transformer"))
-        blocks = list(self.whole.transformer.layers)
+        whole: Model = next(m for m in model.modules() if hasattr(m, "lm_head") and hasattr(m, "transformer"))
+        self.whole = whole
+        blocks = list(whole.transformer.layers)
         self.devices = [block.input_layernorm.weight.device for block in blocks]
         if cut is None:
             cut = [0]
@@ -83,7 +85,7 @@ class StepRecorder:
         ]
         return sorted(found, key=lambda task: (task.start, task.gpu))
 
-    def _watch(self, stage: int, first: nn.Module, last: nn.Module) -> None:
+    def _watch(self, stage: int, first: Model, last: Model) -> None:
         is_last = stage == len(self.stages) - 1
 
         def mark(kind: str, part: int, edge: int) -> None:
@@ -137,7 +139,7 @@ class StepRecorder:
 def idle_shares(tasks: Sequence[Task]) -> list[float]:
     """For each stage, the share of the step (first start to last end) in which it does nothing."""
     begin, end = min(task.start for task in tasks), max(task.end for task in tasks)
-    busy = defaultdict(float)
+    busy: dict[int, float] = defaultdict(float)
     for task in tasks:
         busy[task.gpu] += task.end - task.start
     return [1 - busy[stage] / (end - begin) for stage in range(1 + max(busy))]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from glmhelpers.lora.attach import fill_adapter, not_a_number
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
 from glmhelpers.training.pipeline import label_rows, run_step, split_batch
+from glmhelpers.utils.types import Model
 
 RANDOM_STATES = "rng_state_gpus.pth"
 
@@ -58,6 +60,8 @@ class GLMTrainer(Trainer):
         others: as for `Trainer`.
     """
 
+    model: Model
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,8 +75,8 @@ class GLMTrainer(Trainer):
         # With a model on one GPU of several, the Trainer would copy it to all of them (DataParallel).
         args._n_gpu = min(args.n_gpu, 1)
         self.micro_batches, self.forward = micro_batches, dict(forward or {})
-        self.folder = Path(folder or args.output_dir)
-        self.batch_shape = (0, 0)
+        self.folder = Path(folder or str(args.output_dir))
+        self.batch_shape: tuple[int, ...] = (0, 0)
         super().__init__(model=model, args=args, **others)
         # A batch stays on the CPU until its labels are counted, or counting would wait for the GPU.
         self.accelerator.device_placement = False
@@ -101,7 +105,7 @@ class GLMTrainer(Trainer):
         self.guard.see(loss)
         return loss.to(self.args.device)
 
-    def bare(self, model: nn.Module) -> nn.Module:
+    def bare(self, model: Model) -> Model:
         """The model without the autocast that accelerate wraps around it when a GradScaler is used.
 
         The base computes in its own dtype, in training as in evaluation and chat.
@@ -138,7 +142,7 @@ class GLMTrainer(Trainer):
         if not labels:
             self.guard.refuse_unlabelled(f"the {rows} rows for evaluation have")
         metrics = {f"{metric_key_prefix}_loss": total.item() / labels}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
 
     # The order of the rows -------------------------------------------------------------------------------------------
 

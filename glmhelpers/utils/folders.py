@@ -51,7 +51,8 @@ def find_folders(
         max_seconds: wall-clock time after which no further entry is read.
     """
     end, tops = time.monotonic() + max_seconds, [Path(top) for top in tops]
-    found, seen = [], set()
+    found: list[tuple[int, int, Path]] = []
+    seen: set[tuple[int, int]] = set()
     queue = [(0, 0, number, top) for number, top in enumerate(tops)]  # digits of the widest above, level, top, folder
     while queue:
         width, level, number, folder = heapq.heappop(queue)

@@ -67,7 +67,7 @@ def remember(folder: Path, facts: dict[str, list]) -> None:
 
 def read_facts(path: Path, progress: Callable[[int], None] | None = None) -> list:
     """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
-    return [*_size_and_time(path), sha256_of(path, progress)]
+    return [*(_size_and_time(path) or [0, 0]), sha256_of(path, progress)]
 
 
 def _is_now(path: Path, facts: object) -> bool:

@@ -137,9 +137,9 @@ def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False
     faults = {name: check_size(folder, name, wanted, "") for name, wanted in files.items()}
     found = _sha256(folder, [name for name, fault in faults.items() if fault is None], files, progress, keep=True)
     return {
-        name: faults[name].kind if faults[name] else "checksum"
-        for name, wanted in files.items()
-        if faults[name] is not None or found[name] != wanted["sha256"]
+        name: fault.kind if fault else "checksum"
+        for name, fault in faults.items()
+        if fault is not None or found[name] != files[name]["sha256"]
     }
 
 

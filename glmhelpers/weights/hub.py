@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from huggingface_hub import hf_hub_url
@@ -139,7 +139,7 @@ class Remote:
         with part.open("ab") as file:
             http_get(
                 self.where(name),
-                _Counted(file, progress),
+                cast(BinaryIO, _Counted(file, progress)),
                 resume_size=file.tell(),
                 headers=headers,
                 expected_size=size,

@@ -31,6 +31,7 @@ from glmhelpers.devicemap.placement import (
     device_of,
     expand_device_map,
 )
+from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
 from glmhelpers.weights.layout import HEAD, part_of
@@ -117,10 +118,11 @@ def load_model(
         lines = [f"  {problem}" for problem in problems]
         raise ValueError("\n".join(["the files do not belong together:", *lines, _advice(folder)]))
     config = ChatGLMConfig.from_pretrained(folder)
-    dtype = dtype or config.dtype or torch.float16
+    dtype = dtype or getattr(torch, str(config.dtype).removeprefix("torch."), None) or torch.float16
+    assert dtype is not None
     expanded = expand_device_map(config.num_layers, device_map)
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
+        model: Model = ChatGLMForConditionalGeneration(config)
     shards = choose_entries(headers, model)
     report = LoadReport(psutil.Process().memory_info().rss)
     gpus = sorted({index for device in expanded.values() if (index := as_device(device).index) is not None})

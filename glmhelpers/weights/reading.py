@@ -90,7 +90,7 @@ def _pieces(entry: Entry, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _read_exactly(path: Path, offset: int, out: Tensor) -> None:
-    view = memoryview(out.numpy())
+    view = memoryview(out.numpy().data)
     # Opened for each block: threads share no position, and it works where there is no `preadv` (Windows).
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
