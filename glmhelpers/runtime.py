@@ -19,13 +19,13 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
     GiB,
-    Gpu,
+    InstalledGPU,
     check_gpus,
     check_versions,
     find_project,
@@ -38,11 +38,14 @@ from glmhelpers.utils.environment import (
 from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.markdown import markdown_table
 
+if TYPE_CHECKING:
+    from glmhelpers.devicemap.plan import Plan
+
 __all__ = [
     "SUPPORTED",
     "Check",
     "GiB",
-    "Gpu",
+    "InstalledGPU",
     "Preflight",
     "Run",
     "check_versions",
@@ -72,7 +75,7 @@ class Preflight:
 
     machine: str
     project: Path
-    gpus: list[Gpu]
+    gpus: list[InstalledGPU]
     ram_free_bytes: int
     disk_free_bytes: int
     checks: list[Check] = field(repr=False)
@@ -163,21 +166,39 @@ class Run:
     reason: str = ""
     wants_download: bool = False
 
+    def plan(self, config: Any, batch_size: int = 4, seq_length: int = 1024, **settings: Any) -> "Plan | None":
+        """The best plan for this run's GPUs, or None on the CPU, where there is nothing to plan.
+
+        Args:
+            config: a ChatGLMConfig.
+            batch_size: rows in a step.
+            seq_length: tokens in the longest row.
+            settings: as for `plan_device_map`: objective, lora_rank, base_bits ...
+
+        Raises:
+            DoesNotFit: no plan fits; says which single change would help.
+        """
+        if self.devices == ["cpu"]:
+            return None
+        from glmhelpers.cost_model.gpus import known_gpu
+        from glmhelpers.devicemap.plan import plan_device_map
+
+        here = {gpu.index: known_gpu(gpu.name, gpu.total_bytes) for gpu in list_gpus()}
+        indices = sorted(int(index) for index in self.devices)
+        settings = {"dtype": str(self.dtype).removeprefix("torch."), **settings}
+        cards = [here[index] for index in indices]
+        return plan_device_map(config, cards, batch_size, seq_length, devices=indices, **settings)
+
     def device_map(self, config: Any) -> dict[str, int | str]:
         """Module name -> device for every part of the model, as `from_pretrained(device_map=)` takes it.
 
         Args:
-            config: a ChatGLMConfig; one device needs only its `num_layers`, the planner reads the rest.
+            config: a ChatGLMConfig; one device needs only its `num_layers`, `plan` reads the rest.
         """
-        if len(self.devices) == 1:
-            from glmhelpers.devicemap.placement import part_names
+        from glmhelpers.devicemap.placement import Placement
 
-            return dict.fromkeys(part_names(config.num_layers), self.devices[0])
-        from glmhelpers.devicemap.plan import plan_device_map
-
-        sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
-        plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices])
-        return {name: self.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
+        where = self.devices[0] if len(self.devices) == 1 else self.plan(config)
+        return Placement.of(where, config.num_layers).map
 
     def __str__(self) -> str:
         model = "tiny ChatGLM" if self.is_tiny else "ChatGLM-6B"
@@ -281,7 +302,7 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
     return run
 
 
-def _read_devices(devices: str | list[int | str], gpus: list[Gpu]) -> list[int | str]:
+def _read_devices(devices: str | list[int | str], gpus: list[InstalledGPU]) -> list[int | str]:
     if devices == "auto":
         return [gpu.index for gpu in gpus] or ["cpu"]
     if isinstance(devices, str):

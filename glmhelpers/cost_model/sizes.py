@@ -9,6 +9,7 @@ Both are small frozen records, so that results can be cached on them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from typing import Any
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -179,4 +180,5 @@ def as_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
 
 def divisors(number: int) -> list[int]:
     """All whole numbers that divide `number`, ascending: the possible numbers of micro-batches of a batch."""
-    return [part for part in range(1, number + 1) if number % part == 0]
+    small = [part for part in range(1, isqrt(number) + 1) if number % part == 0]
+    return small + [number // part for part in reversed(small) if part * part != number]

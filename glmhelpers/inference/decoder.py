@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from glmhelpers.devicemap.devices import side_stream
+from glmhelpers.devicemap.placement import Placement, as_device
 from thuglm.modeling_chatglm import (
     MASKED_SCORE,
     ChatGLMRotaryEmbedding,
@@ -355,11 +356,10 @@ class Decoder:
 
 def stage_parts(net: nn.Module) -> list[tuple[list[str], torch.device]]:
     """The parts of the model in order ("embedding", "0", "1", ..., "norm", "head"), grouped by device."""
-    body = net.transformer
-    places = [("embedding", body.word_embeddings.weight.device)]
-    places += [(str(number), block.input_layernorm.weight.device) for number, block in enumerate(body.layers)]
-    places += [("norm", body.final_layernorm.weight.device), ("head", net.lm_head.weight.device)]
-    return [([part for part, _ in run], device) for device, run in groupby(places, key=lambda place: place[1])]
+    parts = ["embedding", *map(str, range(net.config.num_layers)), "norm", "head"]
+    places = zip(parts, Placement.of(net).map.values(), strict=True)
+    runs = groupby(places, key=lambda place: place[1])
+    return [([part for part, _ in run], as_device(label)) for label, run in runs]
 
 
 def state_of(net: nn.Module) -> tuple:

@@ -85,7 +85,7 @@ def short(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class InstalledGPU:
     """One GPU as torch numbers it; sizes in bytes."""
 
     index: int
@@ -119,14 +119,14 @@ def free_ram_bytes() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
-def list_gpus() -> list[Gpu]:
+def list_gpus() -> list[InstalledGPU]:
     """The CUDA devices torch can use, with free and total bytes; empty without CUDA."""
     import torch
 
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(index, torch.cuda.get_device_name(index), free, total))
+        gpus.append(InstalledGPU(index, torch.cuda.get_device_name(index), free, total))
     return gpus
 
 
@@ -166,7 +166,7 @@ def check_versions(installed: dict[str, str] | None = None) -> Check:
     return Check("versions", not wrong, ", ".join(found), advice.strip())
 
 
-def check_gpus(gpus: list[Gpu], machine: str) -> Check:
+def check_gpus(gpus: list[InstalledGPU], machine: str) -> Check:
     """Say which GPUs torch can use; a GPU that only the driver sees is a failure, none at all is not."""
     if gpus:
         found = "; ".join(
