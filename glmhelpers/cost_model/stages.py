@@ -31,9 +31,9 @@ class Stage:
     first: bool = False
 
     @classmethod
-    def of(cls, count: int, kept: int = 0, **flags: bool) -> "Stage":
-        """A stage of `count` blocks of which the last `kept` are not checkpointed."""
-        return cls((True,) * (count - kept) + (False,) * kept, **flags)
+    def of(cls, count: int, kept: int = 0, *flags: bool, **named: bool) -> "Stage":
+        """A stage of `count` blocks of which the last `kept` are not checkpointed; the other fields as they are."""
+        return cls((True,) * (count - kept) + (False,) * kept, *flags, **named)
 
 
 def is_checkpointed(layers: int, checkpointed: str | int | Iterable[int]) -> list[bool]:

@@ -13,7 +13,6 @@ dropped by the same rule, with their blocks spread over the GPUs as if memory ha
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,11 +21,12 @@ from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import Setting, Shape, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import SLACK_AT_LEAST, slack_bytes, stage_terms
+from glmhelpers.cost_model.step_memory import SLACK_AT_LEAST, hidden_bytes, slack_bytes, stage_terms, weight_bytes
 from glmhelpers.cost_model.step_time import (
     LAUNCH,
     StageTime,
     block_seconds,
+    head_seconds,
     lookup_seconds,
     pass_seconds,
     stage_seconds,
@@ -110,7 +110,7 @@ class _Partial(NamedTuple):
         )
 
 
-NOTHING = _Partial()
+NOTHING, ONE_BLOCK = _Partial(), Stage.of(1)
 
 
 def variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
@@ -140,9 +140,8 @@ class Search:
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
         cards = list(zip(room.gpus, room.usable, strict=True))
         self._alike = [cards.index(card) for card in cards]
-        self._option, self._most, self._rates = (
-            lru_cache(maxsize=None)(find) for find in (self._find_option, self._find_most, self._find_rates)
-        )
+        ways = (self._find_option, self._find_most, self._find_least_time, self._find_rates)
+        self._option, self._most, self._least_time, self._rates = (lru_cache(maxsize=None)(way) for way in ways)
 
     def best(self, settings: list[Setting]) -> Found | None:
         """The best plan over all settings and all places of the embedding, or None if nothing fits."""
@@ -180,40 +179,50 @@ class Search:
         _, terms = stage_terms(self.room.shape, setting, stage, card.gemm_workspace)
         return sum(terms.values()) + slack_bytes(terms) + card.context
 
-    def _flags(self, place: str, first: bool, head: bool) -> dict[str, bool]:
+    def _flags(self, place: str, first: bool, head: bool) -> tuple[bool, ...]:
+        """The last four fields of a Stage."""
         here = (place == "first" and first) or (place == "tied" and head)
-        return {"embedding": here, "head": head, "shared": here and head, "first": first}
+        return here, head, here and head, first
 
-    def _find_option(self, setting: Setting, gpu: int, count: int, flags: tuple) -> _Piece | None:
+    def _find_option(self, setting: Setting, gpu: int, count: int, flags: tuple[bool, ...]) -> _Piece | None:
         """The fastest stage of `count` blocks that fits: as few checkpointed blocks as there is memory for."""
-        shape, card, named = self.room.shape, self.room.gpus[gpu], dict(flags)
+        shape, card = self.room.shape, self.room.gpus[gpu]
         kept = count if self.checkpointed == "none" else 0
         if self.checkpointed == "auto" and setting.training:
-            _, terms = stage_terms(shape, setting, Stage.of(count, 0, **named), card.gemm_workspace)
+            _, terms = stage_terms(shape, setting, Stage.of(count, 0, *flags), card.gemm_workspace)
             rest = self.room.usable[gpu] - sum(terms.values()) + terms["block"] + terms["loss"]
             kept = max(0, min(count, rest // (block_cost(shape, setting).saved * setting.micro_batches) + 1))
         for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
-            stage = Stage.of(count, number, **named)
+            stage = Stage.of(count, number, *flags)
             if self._total(setting, gpu, stage) <= self.room.usable[gpu]:
                 peak = sum(stage_terms(shape, setting, stage, card.gemm_workspace)[1].values())
                 return _Piece(stage, stage_seconds(shape, setting, stage, card), peak)
         return None
 
-    def _pieces(self, setting: Setting, gpu: int, place: str, done: int, limit: float = float("inf")) -> Iterator:
-        """(units placed behind it, piece) for every stage that this GPU can take after `done` units.
+    def _moves(self, setting: Setting, gpu: int, place: str, limit: float = float("inf")) -> dict[int, list]:
+        """Units placed so far -> (units placed behind it, piece) for every stage that this GPU can take.
 
         `limit`: seconds that a step may take; a stage that is too slow for that on its own is left out.
         """
-        alike = self._alike[gpu]
-        forward, backward = self._rates(setting, alike)
-        most = done + max(self._most(setting, alike, place, done == 0, head) + head for head in (False, True))
-        for end in range(self.units if gpu == self.last else done + 1, min(most, self.units) + 1):
-            head = end == self.units
-            count = end - done - head
-            if count * (forward + backward) * setting.micro_batches > limit + SAME:
-                break
-            if piece := self._option(setting, alike, count, tuple(self._flags(place, done == 0, head).items())):
-                yield end, piece
+        alike, layers = self._alike[gpu], self.room.shape.layers
+        most = self.room.usable[gpu] // weight_bytes(self.room.shape, setting, ONE_BLOCK)
+
+        def pieces(first: bool, head: bool) -> dict[int, _Piece]:
+            found = {}
+            for count in range(1 - head, min(most, layers) + 1):
+                if setting.micro_batches * sum(self._least_time(setting, alike, count)) > limit + SAME:
+                    break
+                if piece := self._option(setting, alike, count, self._flags(place, first, head)):
+                    found[count] = piece
+            return found
+
+        def moves(done: int, inner: dict[int, _Piece], ends: dict[int, _Piece]) -> list[tuple[int, _Piece]]:
+            on = [(done + count, piece) for count, piece in inner.items() if done + count <= layers and gpu < self.last]
+            return [*on, (self.units, ends[layers - done])] if layers - done in ends else on
+
+        inner, ends = pieces(False, False), pieces(False, True)
+        found = {done: moves(done, inner, ends) for done in range(1, self.units)}
+        return {0: moves(0, pieces(True, False), pieces(True, True)), **found}
 
     # What no plan can be better than -----------------------------------------------------------------------------
 
@@ -228,49 +237,65 @@ class Search:
             total = 0
             for gpu in range(first, self.last + 1):
                 alike = self._alike[gpu]
-                if total + self._most(setting, alike, place, gpu == first, True) >= layers:
+                if total + self._most(setting, alike, self._flags(place, gpu == first, True)) >= layers:
                     return True
-                total += max(0, self._most(setting, alike, place, gpu == first, False))
+                total += self._most(setting, alike, self._flags(place, gpu == first, False))
             return False
 
         return any(room(place, first) for place in self.embeddings for first in range(self.last + 1))
 
-    def _find_most(self, setting: Setting, gpu: int, place: str, first: bool, head: bool) -> int:
+    def _find_most(self, setting: Setting, gpu: int, flags: tuple[bool, ...]) -> int:
         """Most blocks that this GPU could hold if the allocator left the least slack and no label rows were rounded up;
-        layers * -1 - 1 if not even none. More blocks need more, more micro-batches need less."""
-        card, usable, flags = self.room.gpus[gpu], self.room.usable[gpu], self._flags(place, first, head)
+        less than -layers if not even the head. More blocks need more, more micro-batches need less."""
+        card, usable, head = self.room.gpus[gpu], self.room.usable[gpu], flags[1]
         smooth = setting if setting.label_share == 1 else replace(setting, label_share=0.0)
 
         def fits(count: int) -> bool:
             # The least of all numbers of checkpointed blocks is at one of these.
             kept = {"all": {0}, "none": {count}, "auto": {0, min(1, count), count}}[self.checkpointed]
-            stages = [Stage.of(count, number, **flags) for number in kept]
+            stages = [Stage.of(count, number, *flags) for number in kept]
             peaks = [sum(stage_terms(self.room.shape, smooth, s, card.gemm_workspace)[1].values()) for s in stages]
             return min(peaks) + SLACK_AT_LEAST + card.context <= usable
 
-        most = bisect_left(range(self.units), True, key=lambda count: not fits(count)) - 1
-        return most if most >= 0 else -self.units
+        if not fits(1 - head):
+            return -self.units if head else 0
+        return bisect_left(range(1, self.units), True, key=lambda count: not fits(count))
 
-    def _find_rates(self, setting: Setting, gpu: int) -> tuple[float, float]:
-        """Least seconds of one block for one micro-batch: forward, backward."""
-        forward, again, backward = block_seconds(self.room.shape, setting, self.room.gpus[gpu])
-        return forward, (backward + again * (self.checkpointed == "all")) * setting.training
+    def _find_least_time(self, setting: Setting, gpu: int, count: int) -> tuple[float, float]:
+        """Seconds that no stage of `count` blocks beats: forward, backward; checkpointed is what has no room else."""
+        forward, again, backward, least, _ = self._rates(setting, gpu)
+        plain = count * (self.checkpointed != "all")
+        if setting.training and self.checkpointed == "auto":
+            free = self.room.usable[gpu] - weight_bytes(self.room.shape, setting, Stage.of(count))
+            saved = block_cost(self.room.shape, setting).saved * setting.micro_batches
+            plain = max(0, min(count, free // saved + 1))  # block 0 may keep nothing
+        return count * forward + least, (count * backward + (count - plain) * again) * setting.training
+
+    def _find_rates(self, setting: Setting, gpu: int) -> tuple[float, ...]:
+        """Seconds of a block forward, again, backward; the less of sending and of the head; the head."""
+        shape, card = self.room.shape, self.room.gpus[gpu]
+        head = head_seconds(shape, setting, card)
+        return *block_seconds(shape, setting, card), min(head, hidden_bytes(shape, setting) / card.link), head
 
     def _least_seconds(self, setting: Setting) -> float:
-        """Seconds that no plan for this setting beats: all blocks on the fastest GPU for the sums, spread evenly for
-        the slowest stage, no head, no sending."""
-        layers, least = self.room.shape.layers, []
-        for rates in zip(*(self._rates(setting, self._alike[gpu]) for gpu in range(self.last + 1)), strict=True):
-            counts = [0] * len(rates)
+        """Seconds that no plan for this setting beats: all blocks and the head on the fastest GPU for the sums, blocks
+        spread evenly for the slowest stage."""
+        layers, again = self.room.shape.layers, self.checkpointed == "all"
+        sums, slowest = [], []
+        for way in (0, 1):
+            counts, times = [0] * len(self._alike), [self._least_time(setting, alike, 1)[way] for alike in self._alike]
+            slowest.append(0.0)
             for _ in range(layers):
-                best = min(range(len(rates)), key=lambda gpu: (counts[gpu] + 1) * rates[gpu])
-                counts[best] += 1
-            slowest = max(count * rate for count, rate in zip(counts, rates, strict=True))
-            least.append((layers * min(rates), slowest))
-        again = self.checkpointed == "all"
-        total = StageTime(least[0][0], least[1][0], (layers + 1) * LAUNCH, layers * (1 + again) * LAUNCH)
-        total = total if setting.training else replace(total, launch_backward=0.0)
-        return pass_seconds(total, StageTime(least[0][1], least[1][1]), setting.micro_batches)
+                gpu = times.index(min(times))
+                slowest[way] = max(slowest[way], times[gpu])
+                counts[gpu] += 1
+                times[gpu] = self._least_time(setting, self._alike[gpu], counts[gpu] + 1)[way]
+        rates = [self._rates(setting, alike) for alike in self._alike]
+        sums = [layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)]
+        sums.append(layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training)
+        launch = layers * (1 + again) * LAUNCH * setting.training
+        total = StageTime(*sums, (layers + 1) * LAUNCH, launch)
+        return pass_seconds(total, StageTime(*slowest), setting.micro_batches)
 
     # The walks over the GPUs -------------------------------------------------------------------------------------
 
@@ -279,8 +304,9 @@ class Search:
         least = {0: 0}
         for gpu in range(self.last + 1):
             grown = dict(least)
+            moves = self._moves(setting, gpu, place)
             for done, peak in least.items():
-                for end, piece in self._pieces(setting, gpu, place, done):
+                for end, piece in moves.get(done, []):
                     new = max(peak, piece.peak)
                     if (limit is None or new <= limit) and (end not in grown or new < grown[end]):
                         grown[end] = new
@@ -291,17 +317,11 @@ class Search:
         """The best plan with this setting and this place of the embedding, or None if `known` is as good."""
         room, parts, gpus = self.room, setting.micro_batches, range(self.last + 1)
         limit = known.seconds if known else float("inf")
-        moves = [
-            {
-                done: [
-                    (end, piece)
-                    for end, piece in self._pieces(setting, gpu, place, done, limit)
-                    if ceiling is None or piece.peak <= ceiling
-                ]
-                for done in range(self.units)
-            }
-            for gpu in gpus
-        ]
+        moves = [self._moves(setting, gpu, place, limit) for gpu in gpus]
+        if ceiling is not None:
+            moves = [
+                {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
+            ]
         rests = self._rests(moves)
         launches = (room.shape.layers + 1) * LAUNCH
         lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
@@ -375,7 +395,7 @@ class Search:
                     lack, head = 0, end == self.units
                     if end > done:
                         count = end - done - head
-                        stage = Stage.of(count, count * none, **self._flags(place, done == 0, head))
+                        stage = Stage.of(count, count * none, *self._flags(place, done == 0, head))
                         lack = max(0, self._total(setting, gpu, stage) - room.usable[gpu])
                     new = [*lacks, lack]
                     if end not in grown or max(new) < max(grown[end]):
