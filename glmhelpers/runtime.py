@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
-    GiB,
     InstalledGPU,
     check_gpus,
     check_versions,
@@ -37,6 +36,7 @@ from glmhelpers.utils.environment import (
 )
 from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.markdown import markdown_table
+from glmhelpers.utils.units import GIB
 
 if TYPE_CHECKING:
     from glmhelpers.devicemap.plan import Plan
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SUPPORTED",
     "Check",
-    "GiB",
     "InstalledGPU",
     "Preflight",
     "Run",
@@ -65,7 +64,7 @@ __all__ = [
 REAL_BYTES = 12 * 10**9
 """A checkpoint with fewer bytes is not the 6B model: with tied head it has 12.35 GB."""
 
-REAL_GPU_BYTES = 14 * GiB
+REAL_GPU_BYTES = 14 * GIB
 """GPU memory below which "auto" does not try the real model: 12.35 GB of weights and room to work."""
 
 
@@ -138,11 +137,11 @@ def preflight() -> Preflight:
         check_gpus(gpus, machine),
         Check(
             "RAM",
-            ram >= GiB,
-            f"{ram / GiB:.0f} GiB free",
+            ram >= GIB,
+            f"{ram / GIB:.0f} GiB free",
             "restart other kernels on this machine: 1 GiB is needed",
         ),
-        Check("disk", disk >= GiB // 4, f"{disk / GiB:.0f} GiB free", "delete old outputs: 256 MiB are needed"),
+        Check("disk", disk >= GIB // 4, f"{disk / GIB:.0f} GiB free", "delete old outputs: 256 MiB are needed"),
     ]
     if versions.ok:
         checks.append(_check_files(project))
@@ -269,7 +268,7 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
             reason = (
                 "the real weights are not here"
                 if enough
-                else f"the real model wants {REAL_GPU_BYTES // GiB} GiB of GPU"
+                else f"the real model wants {REAL_GPU_BYTES // GIB} GiB of GPU"
             )
     elif weights == "real":
         folder = find_real_weights(project)

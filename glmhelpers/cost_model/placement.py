@@ -185,7 +185,7 @@ def _order(places: Mapping[str, Label]) -> list[str]:
                 f"{name} is on the CPU and {after} behind it on GPU {here}: only the embedding can stay on the CPU in "
                 "front of a GPU"
             )
-        elif here != "cpu" and here < before:
+        elif isinstance(here, int) and isinstance(before, int) and here < before:
             problems.append(
                 f"{after} on GPU {here} comes after {name} on GPU {before}: out of order, "
                 "the GPUs must take the blocks in ascending order"

@@ -171,10 +171,10 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
 def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
-    All micro-batches run forward before one backward pass over their sum, which undoes the last micro-batch first: at
-    its last block everything saved is still there. Each finished block gives back its input and leaves gradients. The
-    next micro-batch finds less saved, but all gradients: that is the peak where the adapter is large and U small. None
-    after it can be.
+    All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
+    everything saved is still there: the usual peak. Each block that is done frees its input and adds the gradients of
+    its adapter. The second micro-batch to be undone starts with less saved and with all gradients: the peak where the
+    adapter is large and the batch small. From then on memory only falls.
     """
     unit, batches, marks, count = hidden_bytes(shape, setting), setting.micro_batches, stage.blocks, len(stage.blocks)
     cost, cost_of_first = block_cost(shape, setting), block_cost(shape, setting, stage.first)

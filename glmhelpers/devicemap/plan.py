@@ -5,9 +5,9 @@
                                            cut
 
 A plan is: where the cuts are (GPUs in ascending order; one may stay empty), where the embedding lives, into how many
-micro-batches the batch is cut, and which blocks need no checkpointing because memory is left over.
+micro-batches the batch is cut, and which blocks need no activation checkpointing because memory is left over.
 
-    "speed"    of all plans that fit, the one whose step takes the shortest time (`timemodel`)
+    "speed"    of all plans that fit, the one whose step takes the shortest time (`cost_model.step_time`)
     "memory"   every block checkpointed, a small loss chunk; of all plans, the one whose largest peak is smallest; of
                equals, the fastest
 
@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from glmhelpers.cost_model.gpus import GPU, find_gpus
@@ -78,9 +79,10 @@ class Plan:
     def device_map(self) -> dict[str, Label]:
         """Module name -> GPU index, or "cpu" for the embedding; as `from_pretrained` takes it."""
         used = [(device, stage) for device, stage in zip(self.devices, self.stages, strict=True) if stage != Stage()]
+        homes: dict[str, Label] = {"first": used[0][0], "tied": used[-1][0], "cpu": "cpu"}
         blocks = [device for device, stage in used for _ in stage.blocks]
-        home = {"first": used[0][0], "tied": used[-1][0], "cpu": "cpu"}[self.embedding]
-        return dict(zip(part_names(self.shape.layers), [home, *blocks, used[-1][0], used[-1][0]], strict=True))
+        places = [homes[self.embedding], *blocks, homes["tied"], homes["tied"]]
+        return dict(zip(part_names(self.shape.layers), places, strict=True))
 
     @property
     def micro_batches(self) -> int:
@@ -98,7 +100,7 @@ class Plan:
         """Predicted time of a step; an estimate for comparing plans."""
         return self._lookup_seconds + step_seconds(self.stage_times, self.micro_batches)
 
-    def apply(self, model: PreTrainedModel) -> list[str]:
+    def apply(self, model: PreTrainedModel | PeftModel) -> list[str]:
         """Put every part of the model on its device and checkpoint the plan's blocks and no others.
 
         A part that is there already stays; a second call changes nothing.
@@ -112,7 +114,7 @@ class Plan:
         Raises:
             ValueError: the plan is for a model of another size, or for a GPU that is not here.
         """
-        net = model.get_base_model() if hasattr(model, "get_base_model") else model
+        net: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if (found := Shape.of(net.config)) != self.shape:
             raise ValueError(f"the plan is for another model: it was made for {self.shape}, this one is {found}")
         wanted, changes = Placement.of(self, self.shape.layers, torch.cuda.device_count()), []
@@ -127,7 +129,7 @@ class Plan:
 
     @cached_property
     def breakdown(self) -> list[dict[str, int]]:
-        """For each GPU, bytes by term (keys of memory.TERMS) at its worst moment; the sum is the peak."""
+        """For each GPU, bytes by term (keys of step_memory.TERMS) at its worst moment; the sum is the peak."""
         return [
             dict(stage_terms(self.shape, self.setting, stage, gpu.gemm_workspace)[1])
             if stage != Stage()
@@ -170,13 +172,13 @@ class Plan:
 
     @property
     def stage_times(self) -> list[StageTime]:
-        """Seconds of each used GPU for one micro-batch, in order: the input of timemodel.schedule."""
+        """Seconds of each used GPU for one micro-batch, in order: the input of step_time.schedule."""
         used = [(stage, gpu) for stage, gpu in zip(self.stages, self.gpus, strict=True) if stage != Stage()]
         return [stage_seconds(self.shape, self.setting, stage, gpu) for stage, gpu in used]
 
     @property
     def schedule(self) -> list[Task]:
-        """Who works when in one step, by the time model; the last end is `seconds`. For plots_map.draw_schedule."""
+        """Who works when in one step, by the time model; the last end is `seconds`. For plots.draw_schedule."""
         return schedule(self.stage_times, self.micro_batches, self._lookup_seconds)
 
     @property

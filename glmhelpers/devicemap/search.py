@@ -140,8 +140,9 @@ class Search:
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
         cards = list(zip(room.gpus, room.usable, strict=True))
         self._alike = [cards.index(card) for card in cards]
-        ways = (self._find_option, self._find_most, self._find_least_time, self._find_rates)
-        self._option, self._most, self._least_time, self._rates = (lru_cache(maxsize=None)(way) for way in ways)
+        keep = lru_cache(maxsize=None)
+        self._option, self._most = keep(self._find_option), keep(self._find_most)
+        self._least_time, self._rates = keep(self._find_least_time), keep(self._find_rates)
 
     def best(self, settings: list[Setting]) -> Found | None:
         """The best plan over all settings and all places of the embedding, or None if nothing fits."""
@@ -266,9 +267,11 @@ class Search:
         forward, again, backward, least, _ = self._rates(setting, gpu)
         plain = count * (self.checkpointed != "all")
         if setting.training and self.checkpointed == "auto":
-            free = self.room.usable[gpu] - weight_bytes(self.room.shape, setting, Stage.of(count))
-            saved = block_cost(self.room.shape, setting).saved * setting.micro_batches
-            plain = max(0, min(count, free // saved + 1))  # block 0 may keep nothing
+            shape, parts = self.room.shape, setting.micro_batches
+            free = self.room.usable[gpu] - weight_bytes(shape, setting, Stage.of(count))
+            free -= (count - 1) * hidden_bytes(shape, setting) * parts
+            saved, by_first = (block_cost(shape, setting, first).saved for first in (False, True))
+            plain = max(0, min(count, (free // parts + saved - by_first) // saved))
         return count * forward + least, (count * backward + (count - plain) * again) * setting.training
 
     def _find_rates(self, setting: Setting, gpu: int) -> tuple[float, ...]:
@@ -280,8 +283,7 @@ class Search:
     def _least_seconds(self, setting: Setting) -> float:
         """Seconds that no plan for this setting beats: all blocks and the head on the fastest GPU for the sums, blocks
         spread evenly for the slowest stage."""
-        layers, again = self.room.shape.layers, self.checkpointed == "all"
-        sums, slowest = [], []
+        layers, again, slowest = self.room.shape.layers, self.checkpointed == "all", list[float]()
         for way in (0, 1):
             counts, times = [0] * len(self._alike), [self._least_time(setting, alike, 1)[way] for alike in self._alike]
             slowest.append(0.0)
@@ -291,10 +293,12 @@ class Search:
                 counts[gpu] += 1
                 times[gpu] = self._least_time(setting, self._alike[gpu], counts[gpu] + 1)[way]
         rates = [self._rates(setting, alike) for alike in self._alike]
-        sums = [layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)]
-        sums.append(layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training)
+        ahead = layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)
+        even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
+        slowest[0] = max(slowest[0], even / sum(1 / rate[0] for rate in rates))
+        back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
         launch = layers * (1 + again) * LAUNCH * setting.training
-        total = StageTime(*sums, (layers + 1) * LAUNCH, launch)
+        total = StageTime(ahead, back, (layers + 1) * LAUNCH, launch)
         return pass_seconds(total, StageTime(*slowest), setting.micro_batches)
 
     # The walks over the GPUs -------------------------------------------------------------------------------------
@@ -367,7 +371,7 @@ class Search:
 
     def _rests(self, moves: list[dict[int, list]]) -> list[dict[int, _Partial]]:
         """For each GPU and number of units placed before it: the least of each number from there to the end."""
-        rests = [{self.units: _Partial()}]
+        rests = [{self.units: NOTHING}]
         for ways in reversed(moves):
             behind, here = rests[0], dict(rests[0])
             for done, pieces in ways.items():

@@ -126,7 +126,7 @@ class FixedCache:
         return found
 
 
-class Stage:
+class DecodingStage:
     """Neighbouring parts of the model on one device: their counters, their fixed input, and a graph per bucket."""
 
     def __init__(self, net: nn.Module, parts: list[str], device: torch.device, cache: FixedCache):
@@ -215,7 +215,7 @@ class Decoder:
             raise TypeError(f"Decoder needs a ChatGLMForConditionalGeneration, got {type(self.net).__name__}")
         self.use_graphs = graphs
         self.cache: FixedCache | None = None
-        self.stages: list[Stage] = []
+        self.stages: list[DecodingStage] = []
 
     @property
     def recorded(self) -> int:
@@ -310,7 +310,7 @@ class Decoder:
         if self.cache is None or self.cache.batch != batch or self.cache.capacity < bucket or self._moved():
             self.forget()  # the old buffers must be gone before the new ones come
             self.cache = FixedCache(self.net, batch, bucket)
-            self.stages = [Stage(self.net, *where, self.cache) for where in stage_parts(self.net)]
+            self.stages = [DecodingStage(self.net, *where, self.cache) for where in stage_parts(self.net)]
         self.cache.bucket = bucket
         if not self.use_graphs or all(stage.device.type != "cuda" for stage in self.stages):
             return None

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from packaging.version import Version
 
-GiB = 2**30
+from glmhelpers.utils.units import GIB
 
 SUPPORTED = {
     "torch": ("2.11", None),
@@ -170,7 +170,7 @@ def check_gpus(gpus: list[InstalledGPU], machine: str) -> Check:
     """Say which GPUs torch can use; a GPU that only the driver sees is a failure, none at all is not."""
     if gpus:
         found = "; ".join(
-            f"{gpu.index} {gpu.name}, {gpu.free_bytes / GiB:.1f} of {gpu.total_bytes / GiB:.1f} GiB free"
+            f"{gpu.index} {gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free"
             for gpu in gpus
         )
         return Check("GPUs", True, found)

@@ -12,7 +12,7 @@ from glmhelpers.devicemap.placement import part_names
 from glmhelpers.utils import environment as machine
 
 ROOT = Path(__file__).resolve().parents[2]
-GiB = 2**30
+GiB = 2**30  # counted a second time, on purpose
 
 
 @pytest.fixture(autouse=True)
