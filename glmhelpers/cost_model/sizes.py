@@ -1,4 +1,4 @@
-"""Sizes of the model and settings of a run: the two inputs of every formula in `memory` and `timemodel`.
+"""Sizes of the model and settings of a run: the two inputs of every formula in `step_memory` and `step_time`.
 
     Shape    what the model is      layers, hidden, heads, inner, vocab        from the config
     Setting  what is done with it   batch, length, micro-batches, LoRA, dtype  from the reader

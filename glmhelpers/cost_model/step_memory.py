@@ -317,7 +317,7 @@ def predict(
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
         tied: embedding and head are one tensor where they are on the same GPU.
-        settings: further fields of `shapes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
+        settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
             base_bits, loss_chunk, label_share, training, kv_length.
 
     Returns:

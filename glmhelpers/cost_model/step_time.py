@@ -6,8 +6,8 @@
            ---------------> time              -----------> time
 
 All micro-batches run forward (the pipeline fills), then one backward pass over their sum undoes them, the last one
-first (it drains). The time in which a GPU waits for the others is the bubble; more micro-batches make it smaller. With stages of
-f and b seconds a micro-batch, M equal micro-batches pass a pipeline in (sum of f) + (M - 1) * (largest f), and back in
+first (it drains). The time in which a GPU waits for the others is the bubble; more micro-batches make it smaller. With
+stages of f and b seconds a micro-batch, M equal micro-batches pass in (sum of f) + (M - 1) * (largest f), and back in
 the same form with b. `schedule` simulates the same step event by event; tests compare the two.
 
 Work of one block, forward, on T tokens of length L (multiply and add count as two operations):

@@ -9,46 +9,25 @@
 
 Branch and bound: a partial plan is dropped if another one is not worse in anything that counts for what comes, or if
 it is slower than the incumbent even with the best conceivable rest. Whole settings (numbers of micro-batches) are
-dropped by the same rule, with their blocks spread over the GPUs as if memory had no end.
+dropped by the same rule (`bounds`).
 """
 
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from glmhelpers.cost_model.block_memory import block_cost
-from glmhelpers.cost_model.gpus import GPU
-from glmhelpers.cost_model.sizes import Setting, Shape, divisors
+from glmhelpers.cost_model.sizes import Setting, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import SLACK_AT_LEAST, hidden_bytes, slack_bytes, stage_terms, weight_bytes
-from glmhelpers.cost_model.step_time import (
-    LAUNCH,
-    StageTime,
-    block_seconds,
-    head_seconds,
-    lookup_seconds,
-    pass_seconds,
-    stage_seconds,
-)
-
-EMBEDDINGS = ("first", "tied", "cpu")
-"""Places for the embedding, the preferred one first where plans are equal."""
+from glmhelpers.cost_model.step_memory import slack_bytes, stage_terms, weight_bytes
+from glmhelpers.cost_model.step_time import LAUNCH, StageTime, lookup_seconds, pass_seconds, stage_seconds
+from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Room, stage_flags
 
 BEAM = 3
 """Partial plans a state in the first, quick pass, which gives the search its first incumbent."""
 
 SAME = 1e-9
 """Seconds within which two plans are equally fast: sums of floats differ in their last digits."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """The model and the GPUs: sizes, cards, and bytes that may be used on each card."""
-
-    shape: Shape
-    gpus: tuple[GPU, ...]
-    usable: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -137,17 +116,14 @@ class Search:
         self.room, self.objective = room, objective
         self.checkpointed = "all" if objective == "memory" and checkpointed == "auto" else checkpointed
         self.embeddings = (embedding,) if embedding else EMBEDDINGS
+        self.bounds = Bounds(room, self.checkpointed, self.embeddings)
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
-        cards = list(zip(room.gpus, room.usable, strict=True))
-        self._alike = [cards.index(card) for card in cards]
-        keep = lru_cache(maxsize=None)
-        self._option, self._most = keep(self._find_option), keep(self._find_most)
-        self._least_time, self._rates = keep(self._find_least_time), keep(self._find_rates)
+        self._option = lru_cache(maxsize=None)(self._find_option)
 
     def best(self, settings: list[Setting]) -> Found | None:
         """The best plan over all settings and all places of the embedding, or None if nothing fits."""
         ceiling: int | None = None
-        settings = self._that_may_fit(settings)
+        settings = self.bounds.that_may_fit(settings)
         if self.objective == "memory":
             for setting in reversed(settings):  # the more parts, the less memory
                 peaks = [self._least_peak(setting, place, ceiling) for place in self.embeddings]
@@ -155,7 +131,7 @@ class Search:
             if ceiling is None:
                 return None
         best: Found | None = None
-        for least, setting in sorted(((self._least_seconds(s), s) for s in settings), key=lambda pair: pair[0]):
+        for least, setting in sorted(((self.bounds.least_seconds(s), s) for s in settings), key=lambda pair: pair[0]):
             if best is not None and least > best.seconds + SAME:
                 break
             for place in self.embeddings:
@@ -166,7 +142,7 @@ class Search:
         """Does any plan with one of these settings fit?"""
         return any(
             self._least_peak(setting, place, None) is not None
-            for setting in reversed(self._that_may_fit(settings))
+            for setting in reversed(self.bounds.that_may_fit(settings))
             for place in self.embeddings
         )
 
@@ -179,11 +155,6 @@ class Search:
         card = self.room.gpus[gpu]
         _, terms = stage_terms(self.room.shape, setting, stage, card.gemm_workspace)
         return sum(terms.values()) + slack_bytes(terms) + card.context
-
-    def _flags(self, place: str, first: bool, head: bool) -> tuple[bool, ...]:
-        """The last four fields of a Stage."""
-        here = (place == "first" and first) or (place == "tied" and head)
-        return here, head, here and head, first
 
     def _find_option(self, setting: Setting, gpu: int, count: int, flags: tuple[bool, ...]) -> _Piece | None:
         """The fastest stage of `count` blocks that fits: as few checkpointed blocks as there is memory for."""
@@ -205,15 +176,15 @@ class Search:
 
         `limit`: seconds that a step may take; a stage that is too slow for that on its own is left out.
         """
-        alike, layers = self._alike[gpu], self.room.shape.layers
+        alike, layers = self.bounds.alike[gpu], self.room.shape.layers
         most = self.room.usable[gpu] // weight_bytes(self.room.shape, setting, ONE_BLOCK)
 
         def pieces(first: bool, head: bool) -> dict[int, _Piece]:
             found = {}
             for count in range(1 - head, min(most, layers) + 1):
-                if setting.micro_batches * sum(self._least_time(setting, alike, count)) > limit + SAME:
+                if setting.micro_batches * sum(self.bounds.least_time(setting, alike, count)) > limit + SAME:
                     break
-                if piece := self._option(setting, alike, count, self._flags(place, first, head)):
+                if piece := self._option(setting, alike, count, stage_flags(place, first, head)):
                     found[count] = piece
             return found
 
@@ -224,84 +195,6 @@ class Search:
         inner, ends = pieces(False, False), pieces(False, True)
         found = {done: moves(done, inner, ends) for done in range(1, self.units)}
         return {0: moves(0, pieces(True, False), pieces(True, True)), **found}
-
-    # What no plan can be better than -----------------------------------------------------------------------------
-
-    def _that_may_fit(self, settings: list[Setting]) -> list[Setting]:
-        """Without those that surely do not: whatever is smaller than `_most` allows needs less in smaller parts."""
-        return settings[bisect_left(settings, True, key=self._may_fit) :]
-
-    def _may_fit(self, setting: Setting) -> bool:
-        layers = self.room.shape.layers
-
-        def room(place: str, first: int) -> bool:
-            total = 0
-            for gpu in range(first, self.last + 1):
-                alike = self._alike[gpu]
-                if total + self._most(setting, alike, self._flags(place, gpu == first, True)) >= layers:
-                    return True
-                total += self._most(setting, alike, self._flags(place, gpu == first, False))
-            return False
-
-        return any(room(place, first) for place in self.embeddings for first in range(self.last + 1))
-
-    def _find_most(self, setting: Setting, gpu: int, flags: tuple[bool, ...]) -> int:
-        """Most blocks that this GPU could hold if the allocator left the least slack and no label rows were rounded up;
-        less than -layers if not even the head. More blocks need more, more micro-batches need less."""
-        card, usable, head = self.room.gpus[gpu], self.room.usable[gpu], flags[1]
-        smooth = setting if setting.label_share == 1 else replace(setting, label_share=0.0)
-
-        def fits(count: int) -> bool:
-            # The least of all numbers of checkpointed blocks is at one of these.
-            kept = {"all": {0}, "none": {count}, "auto": {0, min(1, count), count}}[self.checkpointed]
-            stages = [Stage.of(count, number, *flags) for number in kept]
-            peaks = [sum(stage_terms(self.room.shape, smooth, s, card.gemm_workspace)[1].values()) for s in stages]
-            return min(peaks) + SLACK_AT_LEAST + card.context <= usable
-
-        if not fits(1 - head):
-            return -self.units if head else 0
-        return bisect_left(range(1, self.units), True, key=lambda count: not fits(count))
-
-    def _find_least_time(self, setting: Setting, gpu: int, count: int) -> tuple[float, float]:
-        """Seconds that no stage of `count` blocks beats: forward, backward; checkpointed is what has no room else."""
-        forward, again, backward, least, _ = self._rates(setting, gpu)
-        plain = count * (self.checkpointed != "all")
-        if setting.training and self.checkpointed == "auto":
-            shape, parts = self.room.shape, setting.micro_batches
-            free = self.room.usable[gpu] - weight_bytes(shape, setting, Stage.of(count))
-            free -= (count - 1) * hidden_bytes(shape, setting) * parts
-            saved, by_first = (block_cost(shape, setting, first).saved for first in (False, True))
-            plain = max(0, min(count, (free // parts + saved - by_first) // saved))
-        return count * forward + least, (count * backward + (count - plain) * again) * setting.training
-
-    def _find_rates(self, setting: Setting, gpu: int) -> tuple[float, ...]:
-        """Seconds of a block forward, again, backward; the less of sending and of the head; the head."""
-        shape, card = self.room.shape, self.room.gpus[gpu]
-        head = head_seconds(shape, setting, card)
-        return *block_seconds(shape, setting, card), min(head, hidden_bytes(shape, setting) / card.link), head
-
-    def _least_seconds(self, setting: Setting) -> float:
-        """Seconds that no plan for this setting beats: all blocks and the head on the fastest GPU for the sums, blocks
-        spread evenly for the slowest stage."""
-        layers, again, slowest = self.room.shape.layers, self.checkpointed == "all", list[float]()
-        for way in (0, 1):
-            counts, times = [0] * len(self._alike), [self._least_time(setting, alike, 1)[way] for alike in self._alike]
-            slowest.append(0.0)
-            for _ in range(layers):
-                gpu = times.index(min(times))
-                slowest[way] = max(slowest[way], times[gpu])
-                counts[gpu] += 1
-                times[gpu] = self._least_time(setting, self._alike[gpu], counts[gpu] + 1)[way]
-        rates = [self._rates(setting, alike) for alike in self._alike]
-        ahead = layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)
-        even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
-        slowest[0] = max(slowest[0], even / sum(1 / rate[0] for rate in rates))
-        back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
-        launch = layers * (1 + again) * LAUNCH * setting.training
-        total = StageTime(ahead, back, (layers + 1) * LAUNCH, launch)
-        return pass_seconds(total, StageTime(*slowest), setting.micro_batches)
-
-    # The walks over the GPUs -------------------------------------------------------------------------------------
 
     def _least_peak(self, setting: Setting, place: str, limit: int | None) -> int | None:
         """The least largest peak of any plan, or None if none fits or all are above `limit`."""
@@ -399,7 +292,7 @@ class Search:
                     lack, head = 0, end == self.units
                     if end > done:
                         count = end - done - head
-                        stage = Stage.of(count, count * none, *self._flags(place, done == 0, head))
+                        stage = Stage.of(count, count * none, *stage_flags(place, done == 0, head))
                         lack = max(0, self._total(setting, gpu, stage) - room.usable[gpu])
                     new = [*lacks, lack]
                     if end not in grown or max(new) < max(grown[end]):

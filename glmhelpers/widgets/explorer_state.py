@@ -10,8 +10,8 @@ from typing import Any
 from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu
 from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.cost_model.stages import Stage
+from glmhelpers.devicemap.bounds import EMBEDDINGS
 from glmhelpers.devicemap.plan import Plan, plan_device_map
-from glmhelpers.devicemap.search import EMBEDDINGS
 
 MAX_BATCH, MAX_GPUS, LENGTH_STEP = 128, 4, 64
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -29,7 +29,7 @@ class Explored:
         cuts: count - 1 ascending numbers; blocks cuts[i-1] to cuts[i] - 1 are on GPU i.
         checkpointed: how many blocks are checkpointed; those without are the last ones of the GPUs, in turn.
         embedding: "first", "tied" or "cpu".
-        others: as in shapes.Setting.
+        others: as in sizes.Setting.
     """
 
     shape: Shape
