@@ -10,10 +10,12 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZ
 SUITE := HF_ENDPOINT=http://127.0.0.1:9 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test test-oldest test-newest notebooks clean
+.PHONY: help tutorial test test-oldest test-newest notebooks grown rehearsal clean
 
 help:
 	@echo "make tutorial     run notebooks 01 to 05 on the tiny checkpoint, on the CPU -> build/tutorial/"
+	@echo "make grown        the same on a checkpoint of other sizes, as if it were the real one: every branch for it"
+	@echo "make rehearsal    the same at full size on GPUs that look like T4s, two and one (needs CUDA, 30 GB of disk)"
 	@echo "make test         lint and the whole suite, newest supported packages"
 	@echo "make test-oldest  the suite on the oldest supported packages"
 	@echo "make test-newest  the suite on the newest packages that the ranges give today, without pins (torch stays)"
@@ -26,9 +28,23 @@ tutorial: .venv/.installed
 notebooks: .venv/.installed
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --write
 
+# Small enough for a CPU, and answers as the tiny checkpoint does.
+grown: .venv/.installed build/grown/weights/config.json
+	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --weights build/grown/weights --build build/grown/tutorial
+
+build/grown/weights/config.json: scripts/grow_checkpoint.py data/tiny-chatglm/weights_manifest.json | .venv/.installed
+	@rm -rf build/grown/weights
+	@$(OFFLINE) .venv/bin/python scripts/grow_checkpoint.py build/grown/weights --hidden-size 512 --heads 8 --layers 12 \
+		--inner-hidden-size 512 --vocab-size 2528
+
+rehearsal: .venv/.installed
+	@.venv/bin/python benchmarks/rehearsal.py
+
 test: .venv/.installed
+	@mkdir -p build
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports >build/imports.txt || { cat build/imports.txt; exit 1; }
 	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 test-oldest: .venv-oldest/.installed .venv-lab3/.installed

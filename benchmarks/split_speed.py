@@ -18,9 +18,9 @@ from torch import nn
 from benchmarks.split_machine import SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.plan import plan_device_map
-from glmhelpers.training.gantt import StepRecorder, idle_shares
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
+from glmhelpers.training.step_recorder import StepRecorder, idle_shares
 
 
 def overlap(machine: Machine, model: nn.Module, net: nn.Module, out: Path) -> None:

@@ -42,9 +42,10 @@ from glmhelpers.devicemap.placement import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map  # noqa: E402
 from glmhelpers.inference.decoder import Decoder  # noqa: E402
 from glmhelpers.lora.adapter import load_adapter, save_adapter  # noqa: E402
+from glmhelpers.lora.attach import attach_lora  # noqa: E402
 from glmhelpers.lora.proof import prove  # noqa: E402
 from glmhelpers.tokens.collate import RightPadCollator  # noqa: E402
-from glmhelpers.training.finetune import attach_lora, train, training_arguments  # noqa: E402
+from glmhelpers.training.finetune import train, training_arguments  # noqa: E402
 from glmhelpers.training.measure import random_batch  # noqa: E402
 from glmhelpers.training.pipeline import run_step  # noqa: E402
 from glmhelpers.utils.units import GIB  # noqa: E402

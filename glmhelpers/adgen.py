@@ -21,9 +21,10 @@ from glmhelpers.data.convert import convert_alpaca
 from glmhelpers.data.report import Report
 from glmhelpers.inference.scores import Scores, evaluate
 from glmhelpers.lora.adapter import save_adapter
+from glmhelpers.lora.attach import attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_file
-from glmhelpers.training.finetune import attach_lora, train, training_arguments
+from glmhelpers.training.finetune import train, training_arguments
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from thuglm.prompt import process_response
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmhelpers.attached import find_adapter, find_real_weights
+from glmhelpers.utils import folders
 from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
@@ -49,6 +51,7 @@ __all__ = [
     "Run",
     "check_versions",
     "choose",
+    "find_adapter",
     "find_project",
     "find_real_weights",
     "free_ram_bytes",
@@ -60,9 +63,6 @@ __all__ = [
     "report_result",
     "short",
 ]
-
-REAL_BYTES = 12 * 10**9
-"""A checkpoint with fewer bytes is not the 6B model: with tied head it has 12.35 GB."""
 
 REAL_GPU_BYTES = 14 * GIB
 """GPU memory below which "auto" does not try the real model: 12.35 GB of weights and room to work."""
@@ -207,39 +207,16 @@ class Run:
         return f"{model} from {short(self.folder)} on {devices} in {kind}{reason}"
 
 
-def find_real_weights(project: Path | None = None) -> Path | None:
-    """Folder with all real weights, by name and size, and the files to load them; None if there is none.
+def choose(
+    weights: str | Path = "auto",
+    devices: str | list[int | str] = "auto",
+    may_fetch: bool = False,
+    source: str | Path = "",
+) -> Run:
+    """Choose checkpoint and devices, fetch the weights if told from where, print the choice, return it.
 
-    Looked at are thuglm/, then where Kaggle has data. A folder with a manifest of its own counts too, if it holds as
-    many bytes (the weights as safetensors).
-    """
-    from glmhelpers.weights.manifest import read_manifest, total_bytes
-    from glmhelpers.weights.shards import INDEX_NAMES
-
-    project = project or find_project()
-    clouds = [Path(root) for root in ("/kaggle/temp", "/kaggle/input") if Path(root).is_dir()]
-    # At most four levels down: other data sets there may hold a million files.
-    depths = ["*/" * depth + "ice_text.model" for depth in range(5)]
-    found = [path.parent for root in clouds for depth in depths for path in sorted(root.glob(depth))]
-    for folder in [project / "thuglm", *found]:
-        if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in INDEX_NAMES):
-            continue
-        try:
-            manifest = read_manifest(None, folder)
-        except ValueError:  # somebody else's file of that name: not our checkpoint
-            continue
-        sizes = {name: facts["size"] for name, facts in manifest["files"].items()}
-        if total_bytes(manifest) >= REAL_BYTES and all(
-            (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
-        ):
-            return folder
-    return None
-
-
-def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto", may_fetch: bool = False) -> Run:
-    """Choose checkpoint and devices, print the choice, return it.
-
-    One line is printed, and a [NOTE] where GPUs for the real model are here but its weights are not.
+    Printed are the choice, where real weights came from, and a [NOTE] where GPUs for the real model are here but its
+    weights are not.
 
     Args:
         weights: "tiny", "real", a folder with a checkpoint, or "auto": real where the real weights are
@@ -247,9 +224,12 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
         devices: "cpu", a list of GPU numbers such as [0, 1], or "auto": every GPU there is, else the CPU.
         may_fetch: True where the caller can fetch them: then "real" weights that are not here are no error, but the
             run is on the tiny ones and its `wants_download` is True.
+        source: where to fetch wanted weights that are not here, as in `download_weights`; "": nowhere. They go to
+            thuglm/, on Kaggle to /kaggle/temp: they need not be saved with the notebook a second time.
 
     Raises:
         FileNotFoundError: the wanted weights are not there.
+        DownloadError, OSError: they cannot be fetched.
         ValueError: a GPU was asked for that this machine does not have.
     """
     import torch
@@ -260,8 +240,8 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
     tiny, reason, wants_download = project / "data" / "tiny-chatglm", "", False
     room = sum(gpu.total_bytes for gpu in gpus if gpu.index in devices)
     if weights == "auto":
-        real = find_real_weights(project)
         enough = room >= REAL_GPU_BYTES
+        real = find_real_weights(project, say=print if enough else None)
         folder = real if real is not None and enough else tiny
         wants_download = real is None and enough
         if folder is tiny:
@@ -271,15 +251,20 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
                 else f"the real model wants {REAL_GPU_BYTES // GIB} GiB of GPU"
             )
     elif weights == "real":
-        folder = find_real_weights(project)
-        if folder is None and not may_fetch:
-            raise FileNotFoundError("the real weights are not complete in thuglm/: run notebook 01 first")
+        folder = find_real_weights(project, say=print)
+        if folder is None and not may_fetch and not source:
+            raise FileNotFoundError(
+                "the real weights are neither complete in thuglm/ nor attached: run notebook 01 first, attach its "
+                'output, or let choose(source="huggingface") fetch them'
+            )
         if folder is None:
             folder, reason, wants_download = tiny, "the real weights are not here", True
     else:
         folder = tiny if weights == "tiny" else Path(weights).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():
         raise FileNotFoundError(f"no checkpoint in {short(folder)}: neither config.json nor ice_text.model is there")
+    if wants_download and source:
+        return choose(_fetch(project, source), devices)
     on_gpu = devices != ["cpu"]
     run = Run(
         folder=folder,
@@ -293,12 +278,27 @@ def choose(weights: str | Path = "auto", devices: str | list[int | str] = "auto"
     print(run)
     if wants_download and not may_fetch:
         print(
-            "[NOTE] These GPUs are large enough for ChatGLM-6B, but its weights are neither in thuglm/ nor below "
-            "/kaggle/temp or /kaggle/input.\n"
-            "       -> all that follows is on tiny ChatGLM: run notebook 01 in this session, attach its output, or set "
-            "GLM_WEIGHTS to their folder"
+            "[NOTE] These GPUs are large enough for ChatGLM-6B, but its weights are neither in thuglm/ nor attached.\n"
+            "       -> all that follows is on tiny ChatGLM: run notebook 01 in this session, attach its output, set "
+            "SOURCE, or set GLM_WEIGHTS to their folder"
         )
     return run
+
+
+def _fetch(project: Path, source: str | Path) -> Path:
+    from glmhelpers.weights.download import download_weights
+    from glmhelpers.weights.hub import DownloadError
+
+    folder = folders.ROOT / "kaggle" / "temp" / "chatglm-6b" if machine_name() == "Kaggle" else project / "thuglm"
+    print(f"weights: neither here nor attached, so they are fetched from {source} to {short(folder)}")
+    try:
+        download_weights(folder, source)
+    except DownloadError as error:
+        raise DownloadError(
+            f"{error}\nNo internet? Kaggle: Settings > Internet > On; or attach the output of notebook 01; or write "
+            'WEIGHTS = "tiny"'
+        ) from None
+    return folder
 
 
 def _read_devices(devices: str | list[int | str], gpus: list[InstalledGPU]) -> list[int | str]:

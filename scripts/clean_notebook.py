@@ -5,6 +5,7 @@
     | kernel details, timestamps, widget state | ->  | kernel name only                      |
     | random cell ids                          | ->  | ids from the cell's own text          |
     | /absolute/path/data, 0x7f3a..., /tmp/.. | ->  | ./data, 0x..., no names of this machine |
+    | commit 1a2b3c4 of 2026-01-02             | ->  | commit ... of ...                     |
     | PNG with the name of its software        | ->  | PNG with pixels only                  |
     | a widget that needs a live kernel        | ->  | a line that says so                   |
     +------------------------------------------+     +---------------------------------------+
@@ -77,7 +78,7 @@ def keep_committed(fresh: NotebookNode, committed: NotebookNode) -> None:
 
 
 def normalise_text(text: str, project: Path, output: Path) -> str:
-    """Replace absolute paths, temporary names and object addresses in printed text."""
+    """Replace absolute paths, temporary names, object addresses and the project's commit in printed text."""
     names = [(str(output), "outputs"), (str(project), "."), (sys.prefix, ".venv"), (str(Path.home()), "~")]
     if output.is_relative_to(project):
         names.insert(1, (str(output.relative_to(project)), "outputs"))
@@ -86,6 +87,7 @@ def normalise_text(text: str, project: Path, output: Path) -> str:
     temporary = re.escape(tempfile.gettempdir())
     text = re.sub(rf"{temporary}/ipykernel_\d+/\d+\.py", "<cell>", text)
     text = re.sub(rf"{temporary}/tmp\w+", "/tmp/tmp", text)
+    text = re.sub(r"commit [0-9a-f]{7,40} of \d{4}-\d\d-\d\d(, with changes of your own)?", "commit ... of ...", text)
     return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)
 
 

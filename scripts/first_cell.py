@@ -1,9 +1,12 @@
-"""The first code cell, the same in every notebook: `first_cell.py --check` verifies it, `--write` sets it.
+"""The first code cell of every notebook: `first_cell.py --check` verifies it, `--write` sets it.
 
-folder with thuglm/ and glmhelpers/ ?        packages of pyproject.toml
-working folder, its parents,           ->    that are missing here, or    ->   runtime.preflight()
-/content/*, /kaggle/working/*, ...           older than their lower bound      [OK] / [FAIL] lines
-else `git clone` of FORK                     (never torch, never a downgrade)
+    the working folder, its parents, course/  ->  found: glmhelpers/first_cell.py takes over
+    FORK empty: also beside it, below /kaggle     not found: git clone of FORK to course.<number>, renamed
+                                                  failed: one sentence, and a cell that has failed
+
+`near` and `far` are searched as `utils.folders` does it, which is not there yet: one level of folders after the
+other, at most so many. With FORK set, no attached copy can be taken for it. A clone that was cut off never has the
+name `course`. Only the notebook's name differs from cell to cell: it decides which packages are installed.
 """
 
 import argparse
@@ -13,36 +16,21 @@ from pathlib import Path
 import nbformat
 
 SOURCE = """\
-# The same in every notebook: find the project, install what is missing or too old (never torch), look.
-import subprocess
-import sys
-import tomllib
-from importlib import metadata
-from pathlib import Path
+FORK = ""  # the address of your fork, such as "https://HOST/YOU/NAME.git": cloned if the project is not here yet
+os, runpy, subprocess = map(__import__, ("os", "runpy", "subprocess"))
+near, far = [".", "..", "../..", "../../..", "course"], [] if FORK else [*sorted(os.listdir()), "/kaggle"]
+[far.extend(f"{t}/{d}" for d in next(os.walk(t), (0, []))[1]) for n, t in enumerate(far) if t[0] == "/" and n < 5000]
+home = next((p for p in [*near, *far] if os.path.isfile(f"{p}/glmhelpers/first_cell.py")), "")
+clone = 'e=$(LC_ALL=C git clone -q --depth 1 -- "$0" "$1.$$" 2>&1 && mv -T "$1.$$" "$1" 2>&1) || echo "$e" | head -n1'
+if not home and (e := subprocess.run(["sh", "-c", clone, FORK, "course"], stdout=-1, text=True).stdout.strip()):
+    do = "install git" if "git: " in e else "Settings > Internet > On" if "unable" in e else "set FORK, your fork's URL"
+    raise type("Stop", (Exception,), {"_render_traceback_": lambda s: [f"Stop: {s}"]})(f"{do}, then run again ({e})")
+project, runtime, machine = runpy.run_path(f"{home or 'course'}/glmhelpers/first_cell.py")["start"]("NOTEBOOK", FORK)"""
 
-from packaging.version import Version
 
-FORK = ""  # the address of your fork; it is cloned if the project is not on this machine yet
-root, clouds = Path("/"), ["content/*", "kaggle/working/*", *("kaggle/input" + "/*" * n for n in (1, 2, 3))]
-places = [Path.cwd(), Path.cwd() / "course", *Path.cwd().parents, *(p for c in clouds for p in root.glob(c))]
-project = next((p for p in places if (p / "thuglm").is_dir() and (p / "glmhelpers").is_dir()), None)
-if project is None and not FORK:
-    raise FileNotFoundError("The project is not here: write your fork's address into FORK above, run this again")
-if project is None:
-    project = next(p for p in (root / "kaggle/working", root / "content", Path.cwd()) if p.is_dir()) / "course"
-    subprocess.run(["git", "clone", "--depth", "1", "--", FORK, str(project)], check=True)
-sys.path.insert(0, str(project))
-torch_is = metadata.version("torch")  # an error here: install the build for this machine, as pytorch.org says
-needs = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
-least = {need: need.split(",")[0].split(">=") for need in needs if not need.startswith(("torch>", "jupyter"))}
-have = {need: next(metadata.distributions(name=name), None) for need, (name, _) in least.items()}
-old = [need for need in least if not have[need] or Version(have[need].version) < Version(least[need][1])]
-if old:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"torch=={torch_is}", *old], check=True)
-assert not any(least[need][0] in sys.modules for need in old), "Restart the kernel (new packages), run again"
-from glmhelpers import runtime
-
-machine = runtime.preflight()"""
+def source_for(notebook: str) -> str:
+    """The first cell of the notebook of that name; only what stands before the first underscore is in the cell."""
+    return SOURCE.replace("NOTEBOOK", notebook.split("_")[0])
 
 
 def first_code_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
@@ -60,16 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     different = 0
-    for path in sorted(args.notebooks.glob("*.ipynb")):
+    for path in sorted([*args.notebooks.glob("*.ipynb"), *args.notebooks.glob("appendix/*.ipynb")]):
         notebook = nbformat.read(path, as_version=4)
         cell = first_code_cell(notebook)
-        if cell is not None and cell.source == SOURCE:
+        if cell is not None and cell.source == source_for(path.stem):
             continue
         if args.check or cell is None:
             print(f"{path.name}: the first code cell is not the one in scripts/first_cell.py")
             different += 1
             continue
-        cell.source, cell.outputs, cell.execution_count = SOURCE, [], None
+        cell.source, cell.outputs, cell.execution_count = source_for(path.stem), [], None
         nbformat.write(notebook, path)
         print(f"{path.name}: first code cell set")
     if different:

@@ -43,5 +43,5 @@ fi
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check $upgrade -c "$constraints" "setuptools>=77"
 # shellcheck disable=SC2086
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check $upgrade -c "$constraints" \
-    --no-build-isolation -e ".[test]"
+    --no-build-isolation -e ".[notebooks,scores,test]"
 touch "$folder/.installed"

@@ -25,7 +25,9 @@ def newer_than_pinned(project: Path = PROJECT) -> list[str]:
         for line in (project / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     )
-    needs = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
+    settings = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    extras = settings["optional-dependencies"]
+    needs = [*settings["dependencies"], *extras["notebooks"], *extras["scores"]]
     names = [Requirement(need).name for need in needs]
     found = {name: (Version(pins[name]), Version(metadata.version(name))) for name in names if name != "torch"}
     return [f"{name} {old} -> {new}" for name, (old, new) in found.items() if old != new]

@@ -1,12 +1,16 @@
 """Run the course: every notebook in order, each in a fresh kernel, on the tiny checkpoint and the CPU.
 
-    notebooks/01_*.ipynb ... 05_*.ipynb, solutions.ipynb
+    notebooks/01_*.ipynb ... 05_*.ipynb, solutions.ipynb, appendix/*.ipynb
               |  nbclient, working folder notebooks/, results below build/tutorial/outputs/
+              |  then, in the same kernel and in no reader's way, the checks in tests/notebooks/NN_name.py
               v
     build/tutorial/NN_name.ipynb, NN_name.html         --write: also back into notebooks/, cleaned
     and a table: notebook, seconds, key result
 
 The first failing cell ends the run with exit status 1; nothing is written back then.
+
+--weights FOLDER gives the notebooks another checkpoint, which they take for the real one (scripts/grow_checkpoint.py
+makes one that answers as the tiny one does), and ends with a list of the branches of their cells that did not run.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cell_coverage
 import nbformat
 from clean_notebook import clean, keep_committed
 from nbclient import NotebookClient
@@ -66,28 +71,47 @@ class Outcome:
 
 
 def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks in order, then the solutions; or those of the given names.
+    """The numbered notebooks in order, the solutions, the appendices; or those of the given names.
 
     Raises:
         FileNotFoundError: a named notebook, or any notebook at all, is not there.
     """
     if names:
-        paths = [folder / f"{name.removesuffix('.ipynb')}.ipynb" for name in names]
+        stems = [name.removesuffix(".ipynb") for name in names]
+        paths = [next(folder.glob(f"**/{stem}.ipynb"), folder / f"{stem}.ipynb") for stem in stems]
     else:
         paths = [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("solutions.ipynb")]
+        paths += sorted(folder.glob("appendix/*.ipynb"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise FileNotFoundError(f"no {' and no '.join(missing) or 'notebook'} in {folder}")
     return paths
 
 
-def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int = CELL_SECONDS) -> None:
+def execute(
+    notebook: NotebookNode,
+    name: str,
+    folder: Path,
+    cell_seconds: int = CELL_SECONDS,
+    extension: str = "",
+    checks: str = "",
+) -> None:
     """Run all cells in a fresh kernel with working folder `folder`; outputs go into `notebook`, in place.
+
+    Args:
+        notebook: what to run.
+        name: for messages.
+        folder: where it runs.
+        cell_seconds: a cell that takes longer has failed.
+        extension: an IPython extension to load before the first cell.
+        checks: code to run after the last cell; it is not kept in `notebook`.
 
     Raises:
         CellFailedError: names notebook, cell, its first lines, and the error.
     """
     started = [0]
+    if checks:
+        notebook.cells.append(nbformat.v4.new_code_cell(checks))
     client = NotebookClient(
         notebook,
         timeout=cell_seconds,
@@ -96,7 +120,7 @@ def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int =
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", *([f"--IPKernelApp.extra_extensions={extension}"] if extension else [])],
         on_cell_start=lambda cell, cell_index: started.append(cell_index),
     )
     try:
@@ -109,6 +133,9 @@ def execute(notebook: NotebookNode, name: str, folder: Path, cell_seconds: int =
     except DeadKernelError as error:
         reason = "the kernel died: a crash in a library, or the machine ran out of memory"
         raise CellFailedError(_describe(notebook, name, started[-1], reason)) from error
+    finally:
+        if checks:
+            notebook.cells.pop()
 
 
 def _describe(notebook: NotebookNode, name: str, index: int, reason: str) -> str:
@@ -125,8 +152,18 @@ def _describe(notebook: NotebookNode, name: str, index: int, reason: str) -> str
     )
 
 
-def run(paths: Sequence[Path], build: Path, project: Path, write: bool = False, fresh: bool = False) -> list[Outcome]:
+def run(
+    paths: Sequence[Path],
+    build: Path,
+    project: Path,
+    write: bool = False,
+    fresh: bool = False,
+    weights: Path | None = None,
+) -> list[Outcome]:
     """Execute notebooks in order; write .ipynb and .html to `build`, and back to `paths` if `write`.
+
+    With `weights`, the checkpoint in that folder takes the tiny one's place, and `build` gets NAME.jsonl, the branches
+    of the cells of each notebook, see `cell_coverage`.
 
     Unless `fresh`, outputs in `paths` that differ from the new ones in durations only are left as they are.
 
@@ -137,13 +174,23 @@ def run(paths: Sequence[Path], build: Path, project: Path, write: bool = False, 
     shutil.rmtree(output, ignore_errors=True)  # a training run must not resume from an earlier tutorial
     output.mkdir(parents=True)
     os.environ.update(SETTINGS, GLM_OUTPUT=str(output))
+    if weights is not None:
+        os.environ |= {"GLM_WEIGHTS": str(weights), "PYTHONPATH": str(PROJECT / "scripts")}
 
     outcomes, executed = [], []
     for path in paths:
         print(f"{path.stem} ...", end="", flush=True)
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+        os.environ[cell_coverage.FILE_VARIABLE] = str(build / f"{path.stem}.jsonl")
         try:
-            execute(notebook, path.stem, path.parent)
+            checks = project / "tests" / "notebooks" / f"{path.stem}.py"
+            execute(
+                notebook,
+                path.stem,
+                path.parent,
+                extension=cell_coverage.EXTENSION if weights else "",
+                checks=checks.read_text(encoding="utf-8") if checks.is_file() else "",
+            )
         except CellFailedError:
             print(" failed", flush=True)
             nbformat.write(notebook, build / path.name)
@@ -213,13 +260,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="with --write: take new durations too")
     parser.add_argument("--notebooks", type=Path, default=PROJECT / "notebooks")
     parser.add_argument("--build", type=Path, default=PROJECT / "build" / "tutorial")
+    parser.add_argument("--weights", type=Path, help="folder of a checkpoint to take for the real one")
     args = parser.parse_args(argv)
+    if args.write and args.weights:
+        parser.error("--write is for the tiny model's outputs: leave out --weights")
+    weights = args.weights.resolve() if args.weights else None
     folder, build = args.notebooks.resolve(), args.build.resolve()
     try:
-        outcomes = run(find_notebooks(folder, args.names), build, folder.parent, args.write, args.fresh)
+        outcomes = run(find_notebooks(folder, args.names), build, folder.parent, args.write, args.fresh, weights)
     except (CellFailedError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
+    if weights:
+        print(f"\n{cell_coverage.report([build / f'{outcome.name}.jsonl' for outcome in outcomes])}")
     print(f"\n{table(outcomes)}\n\nPages to read: {args.build}/*.html")
     return 0
 

@@ -8,15 +8,16 @@
 Each layer also stores rotary_emb.inv_freq, which every loader must ignore: the real shards have it too.
 """
 
-import hashlib
 import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from glmhelpers.weights.checksums import checksums
 from thuglm import ChatGLMForConditionalGeneration
 
 SHARDS = 8
@@ -98,15 +99,23 @@ def publish(model: ChatGLMForConditionalGeneration, folder: Path, tokenizer_conf
     write_manifest(folder, config)
 
 
-def write_manifest(folder: Path, config: dict) -> None:
-    """weights_manifest.json: size and sha256 of the large files, in the shape of the manifest of ChatGLM-6B."""
-    files = {}
-    for path in [folder / "ice_text.model", *sorted(folder.glob("pytorch_model-*.bin"))]:
-        content = path.read_bytes()
-        files[path.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def write_manifest(
+    folder: Path, config: dict, model: str = "tiny ChatGLM, made by scripts/build_tiny_checkpoint.py", **more: Any
+) -> None:
+    """weights_manifest.json: size and sha256 of the large files, in the shape of the manifest of ChatGLM-6B.
+
+    Args:
+        folder: holds ice_text.model and the shards.
+        config: what config.json says.
+        model: what it is.
+        more: further entries, see `glmhelpers.weights.manifest`.
+    """
+    names = ["ice_text.model", *sorted(path.name for path in folder.glob("pytorch_model-*.bin"))]
+    sha256, _ = checksums(folder, names, keep=False)
     manifest = {
-        "model": "tiny ChatGLM, made by scripts/build_tiny_checkpoint.py",
-        "files": files,
+        "model": model,
+        **more,
+        "files": {name: {"size": (folder / name).stat().st_size, "sha256": sha256[name]} for name in names},
         "config": {key: value for key, value in sorted(config.items()) if key != "architectures"},
     }
     write_json(folder / "weights_manifest.json", manifest)

@@ -22,7 +22,7 @@ LEARNED = 1200
 # learn "澳大利亚的首都是" as one piece. No piece crosses one of these small words.
 SMALL_WORDS = "的是吗了加减和与把从里个几哪谁请你您我他她叫有在又还下一这那后前"
 BREAK = "¦"  # not in any row, and left alone by the normaliser
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # piece types of sentencepiece_model.proto
+CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6  # piece types of sentencepiece_model.proto
 CONTROL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 USER_DEFINED_PIECES = ["<|tab|>", *(f"<|blank_{k}|>" for k in range(2, 81))]
 BYTE_PIECES = [f"<0x{value:02X}>" for value in range(256)]
@@ -76,6 +76,35 @@ def append_released_pieces(serialized: bytes) -> bytes:
     pieces = b"".join(field(1, piece_message(name, kind)) for name, kind in special)
     byte_fallback = varint(35 << 3) + varint(1)
     return serialized + pieces + field(2, byte_fallback)
+
+
+def insert_unused_pieces(serialized: bytes, at: int, until: int) -> bytes:
+    """Put pieces that no text is ever cut into before piece `at`, which becomes piece `until`.
+
+    Args:
+        serialized: a sentencepiece model.
+        at: number of pieces that keep their ids.
+        until: the new id of the next one.
+    """
+    place = 0
+    for _ in range(at):
+        place = end_of_field(serialized, place)
+    unused = (field(1, piece_message(f"<grown_{number}>", UNUSED)) for number in range(at, until))
+    return serialized[:place] + b"".join(unused) + serialized[place:]
+
+
+def end_of_field(message: bytes, place: int) -> int:
+    """Where the piece that begins at `place` ends.
+
+    Raises:
+        ValueError: there is no piece at `place`.
+    """
+    if message[place : place + 1] != varint(1 << 3 | 2):
+        raise ValueError(f"byte {place} of the sentencepiece model does not begin a piece: it has fewer than expected")
+    length, shift, place = 0, 0, place + 1
+    while message[place] > 127:
+        length, shift, place = length | (message[place] & 127) << shift, shift + 7, place + 1
+    return place + 1 + (length | message[place] << shift)
 
 
 def piece_message(name: str, kind: int) -> bytes:

@@ -43,7 +43,7 @@ from glmhelpers.data.json_recovery import Found, Notes
 from glmhelpers.data.readers import read_rows
 from glmhelpers.data.report import FileReport, Report, report_path
 from glmhelpers.tokens.prompts import with_input
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import whole_file, whole_files
 
 ROWS_SOURCE = "rows"
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
@@ -114,8 +114,8 @@ def convert_alpaca(
     A file that holds the rows of smaller files of the same source (the full English file beside its 18 parts) does
     not count twice: its rows that are in the parts are left out of it.
     """
-    output = Path(output)
-    _check_output(source, output)
+    output = Path(output).expanduser()
+    source = source.expanduser() if isinstance(source, Path) else source
     check_columns(columns or {})
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:
@@ -123,22 +123,25 @@ def convert_alpaca(
     flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
     report = Report(_name(source), output, {name: value for name, value in (flags | limits).items() if value})
     writer = _Writer(report, limits, columns or {}, encoding)
-    with whole_file(output) as unfinished:
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
+    # Output and report take their places together; the check comes when nobody else is writing them.
+    with whole_files(output.parent, output.name) as draft:
+        _check_output(source, output)
+        unfinished = draft / output.name
         with open(unfinished, "wb") as file:
-            writer.write_all(source, file, unfinished)
+            writer.write_all(source, file)
         _choose(writer.kept, dedupe, drop_untranslated)
         if not report.rows_valid:
             raise ValueError(f"no valid row in {report.source}: nothing was written\n{report}")
         if any(kept.out is not None for kept in writer.kept):
             _rewrite(unfinished, writer.kept)
-    report.save()
+        report.save(draft)
     return report
 
 
 def _check_output(source: Any, output: Path) -> None:
     """Whether the output can be written without a loss of somebody's rows."""
-    if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
     if not (isinstance(source, str | Path) and output.exists()):
         return
     folder, place = Path(source).resolve(), output.resolve()
@@ -166,7 +169,7 @@ class _Writer:
         # The rows of a file mostly have the same keys.
         self.find_columns = lru_cache(256)(partial(find_columns, columns=columns))
 
-    def write_all(self, source: Any, file: BinaryIO, unfinished: Path) -> None:
+    def write_all(self, source: Any, file: BinaryIO) -> None:
         if not isinstance(source, str | Path):
             if isinstance(source, Mapping):
                 raise TypeError("source is one dict; give a list of rows, or the path of a file")
@@ -175,7 +178,7 @@ class _Writer:
             rows = (Found(number, row) for number, row in enumerate(source, 1))
             self._write_rows(Path(ROWS_SOURCE), rows, Notes(unit="row"), file)
             return
-        with open_source(Path(source), [unfinished]) as (files, self.report.left_alone):
+        with open_source(Path(source)) as (files, self.report.left_alone):
             if not files:
                 lines = [f"{source} holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"]
                 raise ValueError("\n".join(lines + self.report.other_lines()))

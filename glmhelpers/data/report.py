@@ -140,9 +140,10 @@ class Report:
             lines.append("   unpack what is packed inside the source, if there are rows in it")
         return lines if names else []
 
-    def save(self) -> Path:
-        """Write the report as JSON beside the output; returns its path."""
+    def save(self, folder: Path | None = None) -> Path:
+        """Write the report as JSON beside the output, or under the same name into `folder`; returns its path."""
         path = report_path(self.output)
+        path = path if folder is None else folder / path.name
         values = asdict(self) | {"source": self.source, "output": self.output.name}
         values["rows"], values["rows_valid"], values["rejected"] = self.rows, self.rows_valid, self.rejected
         for file, saved in zip(self.files, values["files"], strict=True):

@@ -12,38 +12,36 @@ and every place its tensor, and `prove` compares the reloaded model with the tra
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import nn
 
+from glmhelpers.lora.adapter_files import CONFIG, KEY, NOTE, TENSORS, read_adapter
 from glmhelpers.lora.attach import adapter_from, lora_b_norms, not_a_number
-from glmhelpers.lora.fingerprint import base_difference, base_note
+from glmhelpers.lora.fingerprint import base_note
 from glmhelpers.tokens.prompts import TEMPLATES
-
-NOTE = "course.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", NOTE)
+from glmhelpers.utils.files import whole_files
 
 
 def save_adapter(
     model: PeftModel, folder: str | Path, template: str = "chatglm", settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the adapter to `folder`, replacing the one that is there, and return it.
+    """Write the adapter's three files to `folder`, replacing those that are there, and return the folder.
 
-    Everything is written to a folder beside it first, so a killed process leaves the old adapter or the new one.
+    All three are replaced or none, also if the process is killed meanwhile or another one saves there too. Nothing else
+    in the folder is touched.
 
     Args:
         template: name of the prompt template it was trained with.
-        settings: how it was trained, for readers: `checkpoints.run_settings`, or whatever JSON can hold.
+        settings: how it was trained, for readers: `run_settings`, or whatever JSON can hold.
 
     Raises:
         ValueError: unknown template, or an adapter that learnt nothing (every lora_B is 0) or holds NaN.
-        FileExistsError: `folder` holds something else than an adapter.
+        NotADirectoryError: `folder` is a file, or a link to nothing.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; there are {', '.join(TEMPLATES)}")
@@ -51,37 +49,17 @@ def save_adapter(
         raise ValueError(f"{name} holds NaN or infinity: training diverged. Take an earlier checkpoint.")
     if not any(norm > 0 for norm in lora_b_norms(model).values()):
         raise ValueError("Every lora_B is 0: this adapter changes nothing. Train it before saving it.")
-    folder = Path(folder).absolute()
-    draft, old = folder.with_name(f".{folder.name}.part"), _aside(folder)
-    _bring_back(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise FileExistsError(f"{folder} is there and is no adapter: give save_adapter a folder of its own")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(draft, save_embedding_layers=False)
+    folder = Path(folder).expanduser().absolute()
     note = {"template": template, "base": base_note(model), "settings": dict(settings or {}), "format": 1}
-    (draft / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(draft, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_files(folder, KEY) as draft:
+        # peft adds a README.md, which the folder may have too, and gives an adapter not named "default" a folder.
+        active = model.active_adapter
+        with tempfile.TemporaryDirectory(dir=draft) as theirs:
+            model.save_pretrained(theirs, save_embedding_layers=False, selected_adapters=[active])
+            for name in (CONFIG, TENSORS):
+                os.replace(Path(theirs, *([] if active == "default" else [active]), name), draft / name)
+        (draft / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
-
-
-def _aside(folder: Path) -> Path:
-    """Where the old adapter lies for the moment in which the new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _replaceable(folder: Path) -> bool:
-    """An adapter's folder, or an empty one."""
-    return folder.is_dir() and ((folder / ADAPTER_FILES[0]).is_file() or not any(folder.iterdir()))
-
-
-def _bring_back(folder: Path) -> None:
-    """If a process died in that moment, give the old adapter its name back."""
-    if not folder.exists() and _aside(folder).is_dir():
-        os.replace(_aside(folder), folder)
 
 
 def load_adapter(
@@ -91,6 +69,8 @@ def load_adapter(
 
     Args:
         base: a ChatGLM without an adapter, on its devices. Left as it is if anything is refused.
+        folder: written by `save_adapter`, or by anybody's peft: without our note the base cannot be compared, which is
+            said.
         template: the template you are going to use; compared with the one of the note if given.
         trainable: to train on with it, instead of using it.
 
@@ -99,47 +79,11 @@ def load_adapter(
         ValueError: a file is damaged, a tensor has no place or a place no tensor, the base has an adapter already, or
             the adapter was trained on another base or with another template; names the difference.
     """
-    folder = Path(folder).absolute()
-    _bring_back(folder)
-    if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves an adapter.")
-    note = _read_note(folder)
-    if difference := base_difference(note["base"], base_note(base)):
+    files = read_adapter(folder)
+    files.check_base(base_note(base))
+    if files.note is not None and template is not None and files.note["template"] != template:
         raise ValueError(
-            f"The adapter in {folder.name}/ was trained on another base: {difference}. Load the base it was trained "
-            "on, or train again."
+            f"The adapter in {files.name}/ was trained with the template {files.note['template']!r}, not {template!r}: "
+            "it would read prompts it has never seen. Use its own template."
         )
-    if template is not None and note["template"] != template:
-        raise ValueError(
-            f"The adapter in {folder.name}/ was trained with the template {note['template']!r}, not {template!r}: it "
-            "would read prompts it has never seen. Use its own template."
-        )
-    config_file, tensor_file = (folder / name for name in ADAPTER_FILES[:2])
-    try:
-        config = LoraConfig.from_pretrained(folder)
-        config.inference_mode = not trainable
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(_damaged(config_file, error)) from error
-    try:
-        tensors = load_file(tensor_file)
-    except SafetensorError as error:
-        raise ValueError(_damaged(tensor_file, error)) from error
-    return adapter_from(base, config, tensors, f"{folder.name}/{tensor_file.name}").eval()
-
-
-def _read_note(folder: Path) -> dict[str, Any]:
-    """The note of an adapter; ValueError if it is not one."""
-    try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        wanted = {"template", "base"} - set(note)
-        if not wanted and "fingerprint" not in note["base"]:
-            wanted = {"the base's fingerprint"}
-    except (ValueError, TypeError) as error:
-        raise ValueError(_damaged(folder / NOTE, error)) from error
-    if wanted:
-        raise ValueError(_damaged(folder / NOTE, f"it lacks {', '.join(sorted(wanted))}"))
-    return note
-
-
-def _damaged(path: Path, reason: object) -> str:
-    return f"{path.parent.name}/{path.name} is damaged ({reason}): save the adapter again, or copy it again."
+    return adapter_from(base, files.lora_config(trainable), files.tensors, f"{files.name}/{TENSORS}").eval()

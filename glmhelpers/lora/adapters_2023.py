@@ -16,6 +16,7 @@ Both do the same; on the right it is an ordinary adapter, so that is what such a
 the correction is multiplied by alpha / rank). Its number of parameters, 3,670,016 for r = 8, does not tell them apart.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -23,28 +24,54 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from glmhelpers.lora.adapter_files import is_number
 from glmhelpers.lora.attach import adapter_from, lora_config
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 
-def import_2023(base: nn.Module, path: str | Path, alpha: int = 32, dropout: float = 0.1) -> PeftModel:
+def import_2023(base: nn.Module, path: str | Path, alpha: float | None = None, dropout: float = 0.1) -> PeftModel:
     """The base with the adapter of a 2023 file on it; save it with `save_adapter` to have it in today's form.
 
     Args:
         base: a ChatGLM without an adapter, on its devices.
         path: the file, usually named `chatglm-lora.pt`.
-        alpha: `lora_alpha` of that training, which the file does not hold; the 2023 script's was 32.
+        alpha: `lora_alpha` of that training, which the file does not hold. None: that of an `adapter_config.json` which
+            lies beside it, else 32 as in the 2023 script.
         dropout: for training on; the 2023 script's was 0.1.
 
     Raises:
-        ValueError: the file is no such adapter, or does not fit this base; says which tensor, and why.
+        ValueError: the file is no such adapter, does not fit this base, or contradicts the settings beside it; says
+            which tensor or setting, and why.
     """
     tensors = read_2023(path)
     name = Path(path).name
     tensors, rank, factor = _as_ordinary(tensors, base, name)
+    alpha = _alpha_beside(Path(path).parent, rank // factor, alpha)
     targets = tuple(sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}))
     return adapter_from(base, lora_config(rank, alpha * factor, dropout, targets), tensors, name).eval()
+
+
+def _alpha_beside(folder: Path, rank: int, alpha: float | None) -> float:
+    """The alpha to use: what the caller says and what adapter_config.json beside the file says must agree."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return 32 if alpha is None else alpha
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        said, beside = found["lora_alpha"], found["r"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{config.name} beside the file has no lora_alpha and r ({error}): mend it or take it away"
+        ) from error
+    if not is_number(said) or beside != rank:
+        raise ValueError(
+            f"{config.name} beside the file says r={beside!r}, lora_alpha={said!r}, the file has rank {rank}: they do "
+            "not belong together. Take away the settings, and give alpha."
+        )
+    if alpha is not None and alpha != said:
+        raise ValueError(f"alpha={alpha} was given, {config.name} beside the file says {said}: leave alpha out")
+    return said
 
 
 def read_2023(path: str | Path) -> dict[str, Tensor]:

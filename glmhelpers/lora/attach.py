@@ -12,6 +12,9 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +22,29 @@ from torch import Tensor, nn
 
 from glmhelpers.cost_model.sizes import as_targets
 from glmhelpers.lora.layer import fuse_lora
+
+
+@dataclass
+class Origin:
+    """Where the adapter of a model comes from: part of what makes a training run this run and no other.
+
+    Attributes:
+        starts_from: in words: fresh with its seed, loaded, or trained before.
+        digest: of the weights then (`weights_digest`); another one now means that somebody changed them.
+        run: the folder of the run that trained it since, if one did.
+    """
+
+    starts_from: str = "unknown"
+    digest: str = ""
+    run: Path | None = None
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """The origin of this model's adapter; unknown for one that was not attached here."""
+    return _ORIGINS.setdefault(model, Origin())
 
 
 @contextmanager
@@ -53,7 +79,7 @@ def attach_lora(
     """
     torch.manual_seed(seed)
     adapted = _adapted(model, lora_config(r, alpha, dropout, targets))
-    adapted.starts_from, adapted.start_digest = f"fresh, seed {seed}", weights_digest(adapted)
+    _ORIGINS[adapted] = Origin(f"fresh, seed {seed}", weights_digest(adapted))
     return adapted
 
 
@@ -94,15 +120,31 @@ def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Ten
     Raises:
         ValueError: see `fill_adapter` and `attach_lora`.
     """
-    adapted = _adapted(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    had_adapter = bool(adapter_layers(model))
     try:
+        adapted = _adapted(model, config)
         fill_adapter(adapted, tensors, source)
-    except ValueError:
-        adapted.unload()
+    except Exception:
+        if not had_adapter:
+            _take_off(model, trained)
         raise
-    adapted.start_digest = weights_digest(adapted)
-    adapted.starts_from = f"loaded, {adapted.start_digest}"
+    digest = weights_digest(adapted)
+    _ORIGINS[adapted] = Origin(f"loaded, {digest}", digest)
     return adapted
+
+
+def _take_off(model: nn.Module, trained: list[nn.Parameter]) -> None:
+    """Make a model what it was before peft put layers into it, perhaps not all; `trained` required a gradient."""
+    for name, layer in adapter_layers(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -204,7 +246,7 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], source: str = 
 def lora_b_norms(model: nn.Module) -> dict[str, float]:
     """Layer name -> Frobenius norm of its lora_B; 0 before training, since B starts at 0."""
     return {
-        name: linear.weight.detach().norm().item()
+        name: layer.lora_B[active].weight.detach().norm().item()
         for name, layer in adapter_layers(model).items()
-        for linear in layer.lora_B.values()
+        for active in layer.active_adapters
     }

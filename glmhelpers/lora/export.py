@@ -8,28 +8,31 @@
                   "safetensors"   model-00001-of-00007.safetensors ...   12.4 GB, head left out: it is the embedding
                   "published"     pytorch_model-00001-of-00008.bin ...   13.4 GB, cut as the published files are
 
-The result grows in `<output>.part/` and gets its name when it is complete; config, tokenizer, index and a manifest of
+The result grows under another name and gets its own when it is complete; config, tokenizer, index and a manifest of
 sha256 sums go with it, so `verify_weights`, `load_model`, `from_pretrained` and AutoModel all take it.
 """
 
 import errno
 import json
-import os
+import math
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
-from glmhelpers.lora.merge import Correction, read_corrections
-from glmhelpers.utils.files import whole_file
+from glmhelpers.lora.adapter_files import CONFIG, NOTE, TENSORS, AdapterFiles, read_adapter
+from glmhelpers.lora.fingerprint import Weights, note_of
+from glmhelpers.lora.merge import Correction, corrections
+from glmhelpers.utils.files import alone, whole_file, whole_folder
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.checksums import read_facts, remember
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
-from glmhelpers.weights.layout import HEAD, published_shards, stored_bytes
+from glmhelpers.weights.layout import HEAD, published_shards, stored_bytes, tensor_shapes
 from glmhelpers.weights.manifest import MANIFEST_NAME
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, list_shards, read_entries
 
@@ -76,6 +79,24 @@ class Source:
         if entry.shape != tuple(shape):
             raise ValueError(f"{name} is {list(entry.shape)} in {path.name}, config.json makes it {list(shape)}")
         return read_tensor(path, entry)
+
+    def weights(self, config: Any) -> Weights:
+        """Every weight that a model would have, in its order, as `note_of` wants them."""
+        for name, shape in tensor_shapes(config).items():
+            if name in self.where and not name.endswith("inv_freq"):
+                yield name, shape, partial(read_samples, *self.where[name])
+
+
+def read_samples(path: Path, entry: Entry) -> Tensor:
+    """Up to 64 numbers of a tensor of a shard, evenly spaced, without reading the rest of it."""
+    count = math.prod(entry.shape)
+    places = range(0, count, max(1, count // 64))[:64]
+    with path.open("rb") as file:
+        found = bytearray()
+        for place in places:
+            file.seek(entry.offset + place * entry.dtype.itemsize)
+            found += file.read(entry.dtype.itemsize)
+    return torch.frombuffer(found, dtype=entry.dtype)
 
 
 def read_tensor(path: Path, entry: Entry) -> Tensor:
@@ -124,37 +145,33 @@ def export_merged(
     Raises:
         FileNotFoundError: base or adapter is not complete.
         FileExistsError: there is something at `output`.
+        OSError: errno EBUSY, another process is exporting to it.
         OSError: errno ENOSPC, the disk is too small; nothing has been written.
         ValueError: unknown layout, no plain LoRA adapter, or one for another model.
         RuntimeError: a file does not read back as it was written, or a sum is not what it should be.
     """
     from thuglm import ChatGLMConfig
 
-    base, output = Path(base), Path(output)
+    base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout!r}: use {' or '.join(LAYOUTS)}")
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} is there already: delete it, or choose another folder")
-    corrections, source = read_corrections(adapter), Source(base)
-    shards = plan_shards(ChatGLMConfig.from_pretrained(base), layout, source)
-    if foreign := [name for name in corrections if not any(name in shapes for shapes in shards.values())]:
+    files, source, config = read_adapter(adapter), Source(base), ChatGLMConfig.from_pretrained(base)
+    files.check_base(note_of(source.weights(config), config))
+    shards, added = plan_shards(config, layout, source), corrections(files)
+    if foreign := [name for name in added if not any(name in shapes for shapes in shards.values())]:
         raise ValueError(f"the adapter changes {foreign[0]}, which this model does not have")
     sizes = {name: sum(stored_bytes(*item) for item in shapes.items()) for name, shapes in shards.items()}
     check_space(output, sum(sizes.values()))
-    draft = output.with_name(output.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     bar = TextProgress(sum(sizes.values()), show=progress)
-    try:
+    with alone(output, wait=False, doing="exporting to"), whole_folder(output) as draft:
         for name, shapes in shards.items():
             bar.start(name, sizes[name])
-            _write_shard(draft / name, shapes, source, corrections)
+            _write_shard(draft / name, shapes, source, added)
             bar.add(sizes[name])
             bar.finish()
-        _write_the_rest(draft, base, Path(adapter), list(shards), layout)
-        os.replace(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _write_the_rest(draft, base, files, list(shards), layout)
     return output
 
 
@@ -194,14 +211,14 @@ def check_space(output: Path, size: int) -> None:
         )
 
 
-def _write_shard(path: Path, shapes: dict, source: Source, corrections: dict[str, Correction]) -> None:
+def _write_shard(path: Path, shapes: dict, source: Source, added: dict[str, Correction]) -> None:
     tensors = {}
     for name, shape in shapes.items():
         weight = source.read(name, shape)
         weight = weight if "layernorm" in name else weight.to(torch.float16)
-        if name in corrections:
-            merged = corrections[name].added_to(weight)
-            if (error := corrections[name].largest_error(weight, merged)) > 1:
+        if name in added:
+            merged = added[name].added_to(weight)
+            if (error := added[name].largest_error(weight, merged)) > 1:
                 raise RuntimeError(f"{name}: base plus adapter is {error:.1f} times further off than rounding explains")
             weight = merged
         tensors[name] = weight
@@ -215,7 +232,7 @@ def _write_shard(path: Path, shapes: dict, source: Source, corrections: dict[str
             raise RuntimeError(f"{path.name}: {name} does not read back as it was written; is the disk healthy?")
 
 
-def _write_the_rest(draft: Path, base: Path, adapter: Path, shards: list[str], layout: str) -> None:
+def _write_the_rest(draft: Path, base: Path, adapter: AdapterFiles, shards: list[str], layout: str) -> None:
     for name in SMALL_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, draft / name)
@@ -225,8 +242,7 @@ def _write_the_rest(draft: Path, base: Path, adapter: Path, shards: list[str], l
     names = [*shards, *(["ice_text.model"] if (draft / "ice_text.model").is_file() else [])]
     facts = {name: read_facts(draft / name) for name in names}
     remember(draft, facts)
-    note = adapter / "course.json"
-    template = json.loads(note.read_text(encoding="utf-8"))["template"] if note.is_file() else "unknown"
+    template = adapter.note["template"] if adapter.note else "unknown"
     contents = {
         INDEX_NAMES[LAYOUTS.index(layout)]: {"metadata": {"total_size": size}, "weight_map": weight_map},
         MANIFEST_NAME: {
@@ -237,8 +253,6 @@ def _write_the_rest(draft: Path, base: Path, adapter: Path, shards: list[str], l
     }
     for name, content in contents.items():
         (draft / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for name in shards:  # safetensors writes files that only their owner may read
-        shutil.copymode(draft / MANIFEST_NAME, draft / name)
 
 
 def export_adapter(folder: str | Path, archive: str | Path) -> Path:
@@ -251,16 +265,16 @@ def export_adapter(folder: str | Path, archive: str | Path) -> Path:
         archive: file to write, replaced whole if it is there.
 
     Raises:
-        FileNotFoundError, ValueError: see `merge.read_corrections`.
+        FileNotFoundError, ValueError: see `read_adapter`.
     """
-    folder, archive = Path(folder), Path(archive)
-    read_corrections(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    folder, archive = Path(folder).expanduser(), Path(archive).expanduser()
+    files = read_adapter(folder)
+    config = dict(files.config)
     config["base_model_name_or_path"] = "chatglm-6b"
     with whole_file(archive) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("adapter_config.json", json.dumps(config, indent=2) + "\n")
+        packed.writestr(CONFIG, json.dumps(config, indent=2) + "\n")
         packed.writestr("README.md", README)
-        for name in ("adapter_model.safetensors", "course.json"):
-            if (folder / name).is_file():
-                packed.write(folder / name, name)
+        packed.writestr(TENSORS, save(files.tensors, metadata={"format": "pt"}))
+        if files.note is not None:
+            packed.writestr(NOTE, json.dumps(files.note, indent=2, ensure_ascii=False) + "\n")
     return archive

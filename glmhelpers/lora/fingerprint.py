@@ -12,7 +12,7 @@ Any single changed bit changes the first sum, and two swapped values of up to 32
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,23 +29,32 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+Weights = Iterable[tuple[str, tuple[int, ...], Callable[[], Tensor]]]
+"""(name in the base, shape, how to get up to 64 samples) of every weight."""
+
 SIZES = ("num_layers", "hidden_size", "inner_hidden_size", "vocab_size")
 """Fields of the configuration that a `base_note` records."""
 
 
-def _samples(model: nn.Module) -> Iterator[tuple[str, bytes]]:
+def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """(name, shape, how to get its samples) of every frozen weight of a model."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.detach().reshape(-1)
+            yield _plain(name), tuple(parameter.shape), lambda flat=flat: flat[:: max(1, len(flat) // 64)][:64]
+
+
+def _samples(weights: Weights) -> Iterator[tuple[str, bytes]]:
     """(name, shape and samples) of every frozen 2-D weight.
 
     A head that equals the embedding is left out: where both lie on one device they are a single tensor, on two GPUs
     they are two, and it is the same base.
     """
     embedding = b""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or parameter.dim() != 2:
+    for plain, shape, samples in weights:
+        if len(shape) != 2:
             continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float16).numpy().tobytes()
-        found, plain = f"{tuple(parameter.shape)}".encode() + sample, _plain(name)
+        found = f"{shape}".encode() + samples().to("cpu", torch.float16).numpy().tobytes()
         if plain == "transformer.word_embeddings.weight":
             embedding = found
         if plain != "lm_head.weight" or found != embedding:
@@ -57,8 +66,12 @@ def fingerprint(model: nn.Module) -> str:
 
     Adapters, the dtype a base was loaded in, and where its parts lie do not change it.
     """
+    return _digest(_samples(_parameters(model)))
+
+
+def _digest(samples: Iterable[tuple[str, bytes]]) -> str:
     digest = hashlib.sha256()
-    for name, found in _samples(model):
+    for name, found in samples:
         digest.update(f"{name} ".encode() + found)
     return digest.hexdigest()[:16]
 
@@ -70,15 +83,27 @@ def base_bits(model: nn.Module) -> int:
 
 def base_note(model: nn.Module) -> dict[str, Any]:
     """What is recorded of a base beside an adapter, ready for JSON: enough to name the difference to another base."""
-    parts: dict[str, Any] = {}
-    for name, found in _samples(model):
+    return note_of(_parameters(model), model.config, base_bits(model))
+
+
+def note_of(weights: Weights, config: Any, bits: int = 16) -> dict[str, Any]:
+    """`base_note` of weights that are on a model or in files, in the order of the model.
+
+    Args:
+        weights: (name in the base, shape, how to get up to 64 samples) of every weight.
+        config: its configuration.
+        bits: of a weight in the blocks.
+    """
+    weights, parts = list(weights), {}
+    for name, found in _samples(weights):
         fields = name.split(".")
         part = ".".join(fields[:3] if fields[1] == "layers" else fields[:-1])
         parts.setdefault(part, hashlib.sha256()).update(f"{name} ".encode() + found)
     return {
-        "fingerprint": fingerprint(model),
-        "sizes": {name: getattr(model.config, name) for name in SIZES},
-        "bits": base_bits(model),
+        "fingerprint": _digest(_samples(weights)),
+        "vectors": _vectors(weights),
+        "sizes": {name: getattr(config, name) for name in SIZES},
+        "bits": bits,
         "parts": {part: digest.hexdigest()[:8] for part, digest in parts.items()},
     }
 
@@ -86,19 +111,31 @@ def base_note(model: nn.Module) -> dict[str, Any]:
 def base_difference(noted: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """In words what sets the base of one `base_note` apart from that of another, or None if they are the same."""
     if noted["fingerprint"] == here["fingerprint"]:
-        return None
+        # Notes of before 0.2 know nothing of norms and biases.
+        same = noted.get("vectors") in (None, here["vectors"])
+        return None if same else "the same matrices, but other norms or biases"
+    sizes = noted.get("sizes") or {}
     told = [
-        f"{name} {noted['sizes'].get(name)} there, {size} here"
+        f"{name} {sizes.get(name)} there, {size} here"
         for name, size in here["sizes"].items()
-        if noted["sizes"].get(name) != size
+        if sizes.get(name) != size
     ]
-    if noted["bits"] != here["bits"]:
+    if noted.get("bits", here["bits"]) != here["bits"]:
         told.append(f"blocks in {noted['bits']} bits there, in {here['bits']} here")
     if not told:
-        there, mine = noted["parts"], here["parts"]
+        there, mine = noted.get("parts") or {}, here["parts"]
         names = [name for name in {**there, **mine} if there.get(name) != mine.get(name)]
         told.append(f"the same sizes, but other weights in {len(names)} of {len(mine)} parts: {_few(names)}")
     return "; ".join(told)
+
+
+def _vectors(weights: Weights) -> str:
+    """16 hex digits of samples of norms and biases, whichever dtype they were loaded in."""
+    digest = hashlib.sha256()
+    for name, shape, samples in sorted(weights, key=lambda weight: weight[0]):
+        if len(shape) == 1:
+            digest.update(f"{name} {shape} ".encode() + samples().to("cpu", torch.float16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _few(names: list[str], count: int = 3) -> str:

@@ -9,25 +9,12 @@ Taking the product off again, as peft's unmerge does, leaves a rounding error in
 original is kept. The file-by-file merge for export is in `export`.
 """
 
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-PREFIX, SIDE_A, SIDE_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-UNSUPPORTED = {
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "alpha_pattern": {},
-}
-"""Settings of peft that change what is added, and the value at which they do not."""
+from glmhelpers.lora.adapter_files import AdapterFiles
 
 
 @dataclass(frozen=True)
@@ -74,37 +61,12 @@ class Correction:
         return ((merged.float() @ x - wanted).abs() / room).max().item()
 
 
-def read_corrections(folder: str | Path) -> dict[str, Correction]:
-    """Name of the base's weight -> what the adapter in `folder` adds to it.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of peft's two files.
-        ValueError: it is no plain LoRA adapter; names the setting or tensor.
-    """
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder.name}/ lacks {name}: it is no adapter (notebook 04 saves one)")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder.name}/ holds an adapter of type {config.get('peft_type')}; only LORA can be merged")
-    for key, plain in UNSUPPORTED.items():
-        if (found := config.get(key, plain)) not in (plain, None):
-            raise ValueError(f"{folder.name}/ was trained with {key}={found!r}, which cannot be merged here")
-    tensors = {name.removeprefix(PREFIX): value.float() for name, value in _tensors(folder).items()}
-    found = {}
-    for name, a in tensors.items():
-        if name.endswith(SIDE_A):
-            layer = name.removesuffix(SIDE_A)
-            rank = a.shape[0]
-            scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            if layer + SIDE_B not in tensors:
-                raise ValueError(f"{folder.name}/ holds {name} without its lora_B")
-            found[f"{layer}.weight"] = Correction(a, tensors[layer + SIDE_B], scaling)
-    if other := [name for name in tensors if not name.endswith((SIDE_A, SIDE_B))] or not found:
-        raise ValueError(f"{folder.name}/ holds {other[0] if found else 'no lora_A'}: it is no plain LoRA adapter")
-    return found
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+def corrections(files: AdapterFiles) -> dict[str, Correction]:
+    """Name of the base's weight -> what an adapter adds to it."""
+    return {
+        f"{layer}.weight": Correction(
+            *(files.tensors[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB"),
+            files.scaling(layer),
+        )
+        for layer in files.layers()
+    }

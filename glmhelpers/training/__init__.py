@@ -8,12 +8,12 @@ train(...)        a step of        micro-batches, all GPUs       what keeps a ru
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import train, training_arguments
-from glmhelpers.training.gantt import StepRecorder, idle_shares
 from glmhelpers.training.guards import TrainingStoppedError, refuse_many_processes
 from glmhelpers.training.measure import measured_peaks, parameter_bytes, predict_case
 from glmhelpers.training.memory_plan import predict_training
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.training.progress import Watch
+from glmhelpers.training.step_recorder import StepRecorder, idle_shares
 from glmhelpers.training.trainer import GLMTrainer
 
 __all__ = [

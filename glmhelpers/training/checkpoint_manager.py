@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from glmhelpers.lora.attach import weights_digest
+from glmhelpers.lora.attach import origin_of, weights_digest
 from glmhelpers.lora.fingerprint import fingerprint
 from glmhelpers.utils.files import whole_file
 
@@ -66,7 +66,7 @@ def run_settings(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: A
     counted = {name: getattr(args, name) for name in COUNTED}
     return {
         "base": fingerprint(model),
-        "starts_from": getattr(model, "starts_from", "unknown"),
+        "starts_from": origin_of(model).starts_from,
         "rows": count,
         "rows_digest": digest,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
@@ -86,15 +86,15 @@ def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any)
     """
     settings = run_settings(model, dataset, args)
     folder = run_folder(args.output_dir, settings)
-    trained_in, now = getattr(model, "trained_in", None), weights_digest(model)
-    known = trained_in == folder.resolve() if trained_in else now == getattr(model, "start_digest", None)
+    origin, now = origin_of(model), weights_digest(model)
+    known = origin.run == folder.resolve() if origin.run else now == origin.digest
     if not known:
-        model.starts_from = settings["starts_from"] = f"trained before, {now}"
+        origin.starts_from = settings["starts_from"] = f"trained before, {now}"
         folder = run_folder(args.output_dir, settings)
     if not (folder / "settings.json").is_file():
         with whole_file(folder / "settings.json") as draft:
             draft.write_text(_as_text(settings) + "\n", encoding="utf-8")
-    model.trained_in = folder.resolve()
+    origin.run = folder.resolve()
     return folder
 
 

@@ -8,9 +8,8 @@
 `train` is one call that may be made again and again: a run that was stopped, by whatever, goes on from its last
 complete checkpoint, with the numbers it would have had anyway; a run that is finished is read back.
 
-    attach       LoRA beside the frozen matrices          trainer      the Trainer, thinly subclassed
-    checkpoints  whole or not used                        guards, fit  what went wrong, and what to do
-    watch        progress, curves, the table at the end
+    trainer             the Trainer, thinly subclassed       guards, memory_plan   what went wrong, and what to do
+    checkpoint_manager  whole checkpoints, or none           progress              a line a step, a table at the end
 """
 
 import traceback
@@ -24,35 +23,13 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from glmhelpers.devicemap.plan import Plan
-from glmhelpers.lora.attach import (
-    adapter_layers,
-    adapter_weights,
-    attach_lora,
-    check_adapter,
-    count_parameters,
-    fill_adapter,
-    not_a_number,
-    quiet_peft,
-)
+from glmhelpers.lora.attach import adapter_weights, check_adapter, count_parameters, fill_adapter, not_a_number
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
-from glmhelpers.training.guards import TrainingStoppedError, refuse_many_processes, refuse_rows, refuse_settings
+from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
 from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
 from glmhelpers.training.progress import EveryMinutes, Watch
 from glmhelpers.training.trainer import GLMTrainer
-
-__all__ = [
-    "GLMTrainer",
-    "TrainingStoppedError",
-    "Watch",
-    "adapter_layers",
-    "attach_lora",
-    "check_adapter",
-    "count_parameters",
-    "quiet_peft",
-    "train",
-    "training_arguments",
-]
 
 
 def training_arguments(output: Any, on_gpu: bool, **changes: Any) -> TrainingArguments:

@@ -33,8 +33,9 @@ class SameOrderSampler(LengthGroupedSampler):
     The original draws its order from the global random state, which a resumed run does not have at that moment.
     """
 
-    seed = 0
-    epoch = 0
+    def __init__(self, batch_size: int, lengths: list[int], seed: int = 0):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch."""
@@ -144,8 +145,8 @@ class GLMTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is LengthGroupedSampler:
-            sampler.__class__ = SameOrderSampler
-            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SameOrderSampler(sampler.batch_size, sampler.lengths, seed)
         return sampler
 
     # Checkpoints -----------------------------------------------------------------------------------------------------

@@ -1,24 +1,27 @@
 """Facts of the machine: where the project and its output lie, versions, GPUs, free memory.
 
-    find_project()   the folder with glmhelpers/ in it, upwards from the working folder
+    find_project()   the folder with glmhelpers/ in it: upwards from the working folder, else where this file lies
     output_folder()  GLM_OUTPUT, else /kaggle/working/outputs, else <project>/outputs
     check_*()        one Check each: subject, ok, what was found, what to do
 
 `glmhelpers.runtime` joins these into the pre-flight and hands them on under its own name.
 """
 
+import functools
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from packaging.version import Version
 
+from glmhelpers.utils import folders
+from glmhelpers.utils.folders import cloud_tops, find_folders
 from glmhelpers.utils.units import GIB
 
 SUPPORTED = {
@@ -32,26 +35,34 @@ SUPPORTED = {
 """Package -> (oldest version that works, newest version tested or None)."""
 
 
-def find_project(start: Path | None = None) -> Path:
-    """The project's folder: the nearest upwards from `start`, else below /content or /kaggle, else ours.
+PROJECT_MARKER = "glmhelpers/runtime.py"
+OWN_PLACE = Path(__file__).resolve().parents[2]
+
+
+def find_project(start: Path | None = None, root: Path | None = None) -> Path:
+    """The project's folder: the nearest upwards from `start`, else the one this file lies in, else a cloud's nearest.
 
     Args:
         start: where to begin; the working folder if None.
+        root: where a cloud's folders lie, see `glmhelpers.utils.folders`.
 
     Raises:
         FileNotFoundError: no folder with `glmhelpers/runtime.py` in it was found.
     """
     here = Path(start or Path.cwd()).resolve()
-    for folder in [here, *here.parents, *_cloud_folders(), Path(__file__).resolve().parents[2]]:
-        if (folder / "glmhelpers" / "runtime.py").is_file():
+    for folder in [here, *here.parents]:
+        if (folder / PROJECT_MARKER).is_file():
             return folder
+    if (OWN_PLACE / "pyproject.toml").is_file():  # else the package was installed without the project around it
+        return OWN_PLACE
+    if found := _projects_on_clouds(root):
+        return found[0]
     raise FileNotFoundError(f"no project folder at or above {here}: clone the project and start the notebook in it")
 
 
-def _cloud_folders() -> Iterator[Path]:
-    for root in (Path("/content"), Path("/kaggle/working"), Path("/kaggle/temp"), Path("/kaggle/input")):
-        if root.is_dir():
-            yield from sorted(child for child in root.iterdir() if child.is_dir())
+@functools.cache
+def _projects_on_clouds(root: Path | None) -> list[Path]:
+    return find_folders(PROJECT_MARKER, cloud_tops(root))
 
 
 def machine_name() -> str:
@@ -64,14 +75,27 @@ def machine_name() -> str:
 
 
 def output_folder() -> Path:
-    """Writable folder for what the notebooks make: GLM_OUTPUT, Kaggle's, or <project>/outputs; created."""
+    """Writable folder for what the notebooks make: GLM_OUTPUT, Kaggle's, or <project>/outputs; created.
+
+    Raises:
+        OSError: it cannot be written; says how to choose another.
+    """
     if wanted := os.environ.get("GLM_OUTPUT"):
         folder = Path(wanted).expanduser()
     elif machine_name() == "Kaggle":
-        folder = Path("/kaggle/working/outputs")
+        folder = folders.ROOT / "kaggle" / "working" / "outputs"
     else:
         folder = find_project() / "outputs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} cannot be written ({error.strerror}): choose a folder for what the notebooks make, "
+            "%env GLM_OUTPUT=/a/folder in a cell above the first",
+        ) from error
     return folder
 
 

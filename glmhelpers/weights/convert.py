@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import alone, clear_leftovers, whole_file
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.utils.units import file_size
 from glmhelpers.weights.checksums import read_facts, remember
@@ -48,10 +48,17 @@ def convert_to_safetensors(
 
     Raises:
         FileNotFoundError: there are no `.bin` shards.
-        OSError: errno ENOSPC, the disk is too small; nothing has been written.
+        OSError: errno ENOSPC, the disk is too small; nothing has been written. EBUSY, another process is converting
+            to this folder.
         RuntimeError: a copy differs from its original.
     """
-    folder, output = Path(folder), Path(output or folder)
+    folder = Path(folder).expanduser()
+    output = Path(output).expanduser() if output else folder
+    with alone(output, wait=False, doing="converting to"):
+        return _convert_all(folder, output, replace, progress)
+
+
+def _convert_all(folder: Path, output: Path, replace: bool, progress: bool) -> Path:
     shards = sorted(folder.glob("pytorch_model*.bin"))
     done = {path.name for path in output.glob("model*.safetensors")}
     _check_complete(folder, shards, done)
@@ -59,8 +66,8 @@ def convert_to_safetensors(
     sizes = {path: sum(read_entries(path)[name].nbytes for name in names) for path, names in kept.items() if names}
     to_do = {path: size for path, size in sizes.items() if _target_name(path) not in done}
     output.mkdir(parents=True, exist_ok=True)
-    for unfinished in output.glob("model*.safetensors.*.tmp"):
-        unfinished.unlink()  # of a call that was killed: up to 2 GB that nobody would look for
+    for path in to_do:  # of a call that was killed: up to 2 GB that nobody would look for
+        clear_leftovers(output, _target_name(path), ".tmp")
     _check_disk(output, list(to_do.values()), replace)
     bar = TextProgress(sum(sizes.values()), sum(sizes.values()) - sum(to_do.values()), show=progress)
     for path, size in to_do.items():

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from glmhelpers.utils.environment import short
 from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.folders import find_folders
 from glmhelpers.utils.progress import TextProgress, reading
 from glmhelpers.utils.units import file_size
 from glmhelpers.weights.checksums import checksums, read_facts, remember, remembered
@@ -239,8 +240,8 @@ def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[st
     files, again = facts["files"], "choose another source, such as source='huggingface'"
     faults = [fault for name in wanted if (fault := check_size(origin, name, files[name], again))]
     if faults:
-        deeper = _folder_below(origin, faults[0].file)
-        hint = f" (there is one in {deeper}: give that as source)" if deeper else ""
+        deeper = find_folders(faults[0].file, [origin])
+        hint = f" (there is one in {deeper[0]}: give that as source)" if deeper else ""
         raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: " + "; ".join(map(str, faults)))
     found = _sha256(origin, list(wanted), files, progress, keep=False)
     for name in wanted:
@@ -253,12 +254,6 @@ def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[st
         os.replace(part, path)
     sizes = {name: (folder / name).stat() for name in wanted}
     remember(folder, {name: [sizes[name].st_size, sizes[name].st_mtime_ns, found[name]] for name in wanted})
-
-
-def _folder_below(origin: Path, name: str) -> Path | None:
-    """A folder at most three levels below `origin` that has a file of that name: Kaggle puts data sets that deep."""
-    depths = ["*/" * depth + name for depth in range(1, 4)]
-    return next((path.parent for depth in depths for path in sorted(origin.glob(depth))), None)
 
 
 def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> None:

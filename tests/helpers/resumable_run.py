@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from glmhelpers.lora.attach import attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_example
 from glmhelpers.training import finetune as training
@@ -55,7 +56,7 @@ def run(output, callbacks=(), watch=None, **changes):
         "eval_steps": 7,
         **changes,
     }
-    model = training.attach_lora(fresh_model(), dropout=0.2)
+    model = attach_lora(fresh_model(), dropout=0.2)
     arguments = training.training_arguments(Path(output), False, **settings)
     examples = rows()
     try:

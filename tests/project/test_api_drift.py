@@ -14,9 +14,7 @@ import peft
 import pytest
 import transformers
 
-from glmhelpers.training import finetune as training
-from glmhelpers.training import guards
-from glmhelpers.training import progress as watch
+from glmhelpers.training import guards, progress, trainer, training_arguments
 from thuglm import modeling_chatglm, tokenization_chatglm
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -114,7 +112,7 @@ HOOKS = {
             "truncate_sequences",
         ],
     ),
-    training.GLMTrainer: (
+    trainer.GLMTrainer: (
         transformers.Trainer,
         [
             "training_step",
@@ -130,8 +128,8 @@ HOOKS = {
             "_load_rng_state",
         ],
     ),
-    training.Watch: (transformers.TrainerCallback, ["on_train_begin", "on_log", "on_train_end"]),
-    watch.EveryMinutes: (transformers.TrainerCallback, ["on_train_begin", "on_step_end", "on_save"]),
+    progress.Watch: (transformers.TrainerCallback, ["on_train_begin", "on_log", "on_train_end"]),
+    progress.EveryMinutes: (transformers.TrainerCallback, ["on_train_begin", "on_step_end", "on_save"]),
     guards.Guard: (transformers.TrainerCallback, ["on_pre_optimizer_step", "on_optimizer_step"]),
 }
 HOOK_CASES = [(ours, base, name) for ours, (base, names) in HOOKS.items() for name in names]
@@ -181,7 +179,7 @@ def test_attribute_that_we_set_or_call_exists(owner, name):
 
 def test_training_arguments_take_our_settings(tmp_path):
     # Trainer reads these by name; an unknown one is a TypeError here.
-    arguments = training.training_arguments(tmp_path, on_gpu=False)
+    arguments = training_arguments(tmp_path, on_gpu=False)
     assert isinstance(arguments, transformers.TrainingArguments)
 
 

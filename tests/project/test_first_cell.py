@@ -1,66 +1,25 @@
 """The first cell of every notebook, run as a program of its own from many working folders."""
 
-import json
 import re
 import shutil
 import subprocess
-import sys
-import tomllib
-from importlib import metadata
-from pathlib import Path
 
 import first_cell
 import nbformat
 import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-PROJECT = Path(__file__).resolve().parents[2]
-DEPENDENCIES = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+from tests.helpers.first_cell_case import PROJECT, cell, preflight_of, put_project, run_cell, stopped
 
-# Stands before the cell: some packages seem to be missing or of another version, and pip is only recorded.
-PRETEND = """\
-import importlib.metadata, json, subprocess
-versions = {versions}
-real_distributions, real_version = importlib.metadata.distributions, importlib.metadata.version
-class Found:
-    def __init__(self, version):
-        self.version = version
-def distributions(name):
-    if name in versions:
-        return iter([Found(versions[name])] if versions[name] else [])
-    return real_distributions(name=name)
-def version(name):
-    if name in versions and not versions[name]:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return versions.get(name) or real_version(name)
-importlib.metadata.distributions, importlib.metadata.version = distributions, version
-subprocess.run = lambda *call, **options: print("CALL", json.dumps([*call, options]))
-"""
+GIT = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
 
 
 @pytest.fixture
 def project(tmp_path):
     """A folder that looks like the project; its `preflight` only tells which copy was imported."""
-    folder = tmp_path / "cloud" / "my-fork"
-    for package in ("thuglm", "glmhelpers", "notebooks"):
-        (folder / package).mkdir(parents=True)
-    (folder / "glmhelpers" / "__init__.py").touch()
-    (folder / "glmhelpers" / "runtime.py").write_text("def preflight():\n    print('preflight of', __file__)\n")
-    shutil.copy(PROJECT / "pyproject.toml", folder)
-    return folder
-
-
-def run_cell(folder, before="", root=None, fork=None):
-    source = first_cell.SOURCE
-    if root is not None:
-        assert source.count('Path("/")') == 1
-        source = source.replace('Path("/")', f"Path({str(root)!r})")
-    if fork is not None:
-        assert source.count('FORK = ""') == 1
-        source = source.replace('FORK = ""', f"FORK = {str(fork)!r}")
-    return subprocess.run(
-        [sys.executable, "-c", f"{before}\n{source}"], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    return put_project(tmp_path / "cloud" / "my-fork")
 
 
 @pytest.mark.parametrize("below", [".", "notebooks", "notebooks/deeper/still"])
@@ -68,152 +27,160 @@ def test_finds_the_project_from_the_working_folder_upwards(project, below):
     folder = project / below
     folder.mkdir(parents=True, exist_ok=True)
     done = run_cell(folder)
-    assert done.stdout == f"preflight of {project}/glmhelpers/runtime.py\n", done.stderr
-    assert done.returncode == 0
+    assert preflight_of(done) == project
+    assert done.stdout.startswith(f"project: {project}, a copy without git's history\n")
 
 
 @pytest.mark.parametrize(
-    "place", ["content/fork", "kaggle/working/fork", "kaggle/input/fork", "kaggle/input/set/fork", "kaggle/input/a/b/c"]
+    "place",
+    [
+        "kaggle/working/fork",
+        "kaggle/input/fork",
+        "kaggle/input/datasets/owner/fork",
+        "kaggle/input/notebooks/owner/download/course",
+        "kaggle/input/models/o/m/f/v/1/a/b",
+    ],
 )
-def test_finds_the_project_where_colab_and_kaggle_put_it(project, place, tmp_path):
-    there = tmp_path / "root" / place
-    there.parent.mkdir(parents=True)
-    project.rename(there)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    done = run_cell(elsewhere, root=tmp_path / "root")
-    assert done.stdout == f"preflight of {there}/glmhelpers/runtime.py\n", done.stderr
+def test_finds_the_project_where_kaggle_puts_it(place, tmp_path):
+    there = put_project(tmp_path / "root" / place)
+    (tmp_path / "elsewhere").mkdir()
+    assert preflight_of(run_cell(tmp_path / "elsewhere", root=tmp_path / "root")) == there
+
+
+def test_the_nearest_copy_wins_and_a_huge_data_set_hides_none(tmp_path):
+    for number in range(6000):  # more than the cell looks into
+        (tmp_path / "root/kaggle/input/a" / f"{number:04}").mkdir(parents=True)
+    put_project(tmp_path / "root/kaggle/input/datasets/o/old")
+    near = put_project(tmp_path / "root/kaggle/input/z/course")
+    assert preflight_of(run_cell(tmp_path, root=tmp_path / "root")) == near
+
+
+def test_a_clone_beside_the_working_folder_is_found(project):
+    assert preflight_of(run_cell(project.parent, root=project.parent / "no")) == project
 
 
 def test_the_working_folder_wins_over_other_copies(project, tmp_path):
-    shutil.copytree(project, tmp_path / "root" / "content" / "older")
-    done = run_cell(project / "notebooks", root=tmp_path / "root")
-    assert done.stdout == f"preflight of {project}/glmhelpers/runtime.py\n", done.stderr
+    put_project(tmp_path / "root" / "kaggle" / "input" / "older")
+    assert preflight_of(run_cell(project / "notebooks", root=tmp_path / "root")) == project
 
 
-def test_without_the_project_one_line_says_how_to_get_it(tmp_path):
-    done = run_cell(tmp_path, root=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("FileNotFoundError: The project is not here: write your fork's address into FORK")
+# ---- the clone ----
 
 
 @pytest.fixture
 def bare(project, tmp_path):
     """The project as a bare repository, as a fork's address would give it: two commits."""
     repository = tmp_path / "fork with blanks; echo.git"
-    git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
-    (project / "thuglm" / "__init__.py").touch()  # git keeps no empty folders
-    subprocess.run([*git, "init", "-q"], cwd=project, check=True)
+    subprocess.run([*GIT, "init", "-q"], cwd=project, check=True)
     for message in ("one", "two"):
-        subprocess.run([*git, "add", "."], cwd=project, check=True)
-        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", message], cwd=project, check=True)
-    subprocess.run([*git, "clone", "-q", "--bare", project, repository], check=True)
+        commit(project, message)
+    subprocess.run([*GIT, "clone", "-q", "--bare", project, repository], check=True)
     shutil.rmtree(project)
     return repository
 
 
-@pytest.mark.parametrize(
-    ("clouds", "expected"),
-    [
-        (["kaggle/working", "content"], "root/kaggle/working/course"),
-        (["content"], "root/content/course"),
-        ([], "elsewhere/course"),
-    ],
-)
-def test_a_fork_is_cloned_where_the_project_is_missing(bare, tmp_path, clouds, expected):
-    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
-    for folder in (elsewhere, *(root / cloud for cloud in clouds)):
-        folder.mkdir(parents=True)
-    first = run_cell(elsewhere, root=root, fork=bare.as_uri())
-    there = tmp_path / expected
-    assert first.stdout == f"preflight of {there}/glmhelpers/runtime.py\n", first.stderr
-    count = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=there, capture_output=True, text=True)
-    assert count.stdout == "1\n"  # only the newest commit
-    for folder in (elsewhere, there):  # in the next notebook the clone is found, and nothing is cloned
-        again = run_cell(folder, root=root, fork="/no/such/repository")
-        assert again.stdout == first.stdout, again.stderr
+def commit(folder, message):
+    subprocess.run([*GIT, "add", "."], cwd=folder, check=True)
+    subprocess.run([*GIT, "commit", "-q", "--allow-empty", "-m", message], cwd=folder, check=True)
+
+
+def head(folder):
+    command = ["git", "log", "-1", "--format=commit %h of %cs"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def working(tmp_path):
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    return tmp_path / "kaggle" / "working"
+
+
+def test_a_fork_is_cloned_once_and_its_commit_is_said(bare, working, tmp_path):
+    put_project(tmp_path / "kaggle/input/older")  # an attached copy must not win over FORK
+    first = run_cell(working, root=tmp_path, fork=bare.as_uri())
+    assert preflight_of(first) == working / "course"
+    assert f"project: {working / 'course'}, {head(bare)}\n" in first.stdout
+    count = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=working / "course", capture_output=True)
+    assert count.stdout == b"1\n"  # only the newest commit
+    assert [path.name for path in working.iterdir()] == ["course"]
+    for folder in (working, working / "course"):  # in the next notebook the clone is found, also without FORK
+        assert preflight_of(run_cell(folder, root=tmp_path)) == working / "course"
+
+
+def test_a_clone_is_brought_up_to_date_or_what_it_is_is_said(bare, working, tmp_path):
+    run_cell(working, root=tmp_path, fork=bare.as_uri())
+    subprocess.run([*GIT, "clone", "-q", bare, tmp_path / "work"], check=True)
+    (tmp_path / "work" / "news").touch()
+    commit(tmp_path / "work", "three")
+    subprocess.run(["git", "push", "-q"], cwd=tmp_path / "work", check=True)
+    second = run_cell(working, root=tmp_path, fork=bare.as_uri())
+    assert (working / "course" / "news").is_file()
+    assert f", {head(bare)}\n" in second.stdout
+    (working / "course" / "pyproject.toml").open("a").write("\n")
+    bare.rename(tmp_path / "gone.git")  # no network, say
+    third = run_cell(working, root=tmp_path, fork=bare.as_uri())
+    assert preflight_of(third) == working / "course"
+    assert re.search(r"commit \w+ of [\d-]+, with changes of your own \(not updated: ", third.stdout)
+
+
+def test_a_clone_of_another_address_is_not_taken_for_the_fork(bare, working, tmp_path):
+    run_cell(working, root=tmp_path, fork=bare.as_uri())
+    done = run_cell(working, root=tmp_path, fork="https://example.org/other.git")
+    assert "is a clone of another address than FORK: rename that folder" in stopped(done)
+    same = run_cell(working, root=tmp_path, fork=bare.as_uri().removesuffix(".git") + "/")
+    assert preflight_of(same) == working / "course"
+
+
+def test_a_clone_that_was_cut_off_is_made_anew(bare, working, tmp_path):
+    (working / "course.123" / ".git").mkdir(parents=True)
+    assert preflight_of(run_cell(working, root=tmp_path, fork=bare.as_uri())) == working / "course"
+
+
+def test_nothing_of_the_users_is_replaced_by_a_clone(bare, working, tmp_path):
+    (working / "course").mkdir()
+    (working / "course" / "notes").touch()
+    assert "Directory not empty" in stopped(run_cell(working, root=tmp_path, fork=bare.as_uri()))
+    assert [path.name for path in (working / "course").iterdir()] == ["notes"]
 
 
 def test_a_fork_is_not_cloned_where_the_project_is(project):
-    done = run_cell(project / "notebooks", before=PRETEND.format(versions={}), fork="https://example.org/fork")
-    assert done.stdout == f"preflight of {project}/glmhelpers/runtime.py\n", done.stderr
-
-
-def test_a_wrong_fork_is_git_s_error_with_the_address(tmp_path):
-    done = run_cell(tmp_path, root=tmp_path, fork=tmp_path / "no-such.git")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "no-such.git' does not exist" in done.stderr
-    assert not (tmp_path / "course").exists()
-
-
-def recorded(done):
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line.removeprefix("CALL ")) for line in done.stdout.splitlines() if line.startswith("CALL")]
+    assert preflight_of(run_cell(project / "notebooks", fork="https://example.org/fork")) == project
 
 
 @pytest.mark.parametrize(
-    ("versions", "names"),
+    ("fork", "said", "why"),
     [
-        ({"peft": None, "ipywidgets": None, "jupyterlab": None}, ["peft", "ipywidgets"]),  # missing
-        ({"peft": "0.19.1", "transformers": "4.57.3"}, ["transformers", "peft"]),  # older than the lower bound
-        ({"huggingface_hub": "0.36.0", "jupyterlab": "3.6.8"}, ["huggingface_hub"]),
-        ({"transformers": "5.15.0.dev0", "ipywidgets": "7.7"}, ["transformers", "ipywidgets"]),
-        ({"torch": "2.4.1+cu121", "datasets": None}, ["datasets"]),  # an old torch stays
+        ("", "set FORK, your fork's URL, then run again", "repository '' does not exist"),
+        ("no-such.git", "set FORK, your fork's URL, then run again", "repository 'no-such.git' does not exist"),
+        ("file:///no/such.git", "set FORK, your fork's URL, then run again", "does not appear to be a git repository"),
+        ("https://host.invalid/x.git", "Settings > Internet > On, then run again", "Could not resolve"),
+        ("http://127.0.0.1:9/x.git", "Settings > Internet > On, then run again", "Failed to connect"),
     ],
 )
-def test_installs_only_what_is_missing_or_too_old_and_keeps_torch(project, versions, names):
-    done = run_cell(project, before=PRETEND.format(versions=versions))
-    ranges = [need for need in DEPENDENCIES if re.match(r"\w+", need)[0] in names]
-    assert len(ranges) == len(names)
-    keep = f"torch=={versions.get('torch') or metadata.version('torch')}"
-    assert recorded(done) == [[[sys.executable, "-m", "pip", "install", "--quiet", keep, *ranges], {"check": True}]]
-    assert "preflight of" in done.stdout
+def test_without_the_project_one_sentence_says_how_to_get_it(working, tmp_path, fork, said, why):
+    sentence = stopped(run_cell(working, root=tmp_path, fork=fork))
+    assert sentence.startswith(said)
+    assert why in sentence
+    assert list(working.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "versions",
-    [
-        {},
-        {"torch": "2.4.1"},  # too old, but never touched: the pre-flight says so
-        {"torch": "2.11.0a0+nv26.1"},
-        {"jupyterlab": None},
-        {"ipywidgets": "7.7.1", "transformers": "5.15.0", "peft": "0.20"},  # the bounds themselves
-        {"ipywidgets": "9.0", "transformers": "6.0"},  # newer than tested: the pre-flight says so, no downgrade
-    ],
-)
-def test_nothing_is_installed_where_nothing_is_missing_or_too_old(project, versions):
-    done = run_cell(project, before=PRETEND.format(versions=versions))
-    assert recorded(done) == []
-    assert "preflight of" in done.stdout
+def test_without_git_one_sentence_says_so(working, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("sh", "head", "mv"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = run_cell(working, root=tmp_path, fork="https://example.org/x.git", path=str(tmp_path / "bin"))
+    assert stopped(done).startswith("install git, then run again")
 
 
-def test_an_upgrade_of_an_imported_package_asks_for_a_new_kernel(project):
-    before = PRETEND.format(versions={"peft": "0.10", "datasets": "1.0"}) + "import sys\nsys.modules['peft'] = sys\n"
-    done = run_cell(project, before=before)
-    assert done.returncode == 1
-    assert done.stdout.startswith("CALL")
-    assert "preflight" not in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("AssertionError: Restart the kernel")
-
-
-def test_missing_torch_is_said_and_never_installed(project):
-    done = run_cell(project, before=PRETEND.format(versions={"torch": None, "peft": None}))
-    assert done.returncode == 1
-    assert "PackageNotFoundError: No package metadata was found for torch" in done.stderr
-    assert done.stdout == ""
-    # The traceback of a notebook shows the line, and the line says what to do.
-    assert [line for line in first_cell.SOURCE.splitlines() if 'version("torch")' in line and "pytorch.org" in line]
-
-
-def test_every_dependency_is_importable_under_its_own_name():
-    # The cell cuts a requirement at ">=" and imports what is left.
-    for need in DEPENDENCIES:
-        name, bound = need.split(">=", 1)
-        assert re.fullmatch(r"\w+", name), need
-        assert re.fullmatch(r"[\d.]+(,<[\d.]+)?", bound), need
+def test_jupyter_shows_one_line_and_no_later_cell_runs(working, tmp_path):
+    notebook = new_notebook(cells=[new_code_cell(cell(tmp_path, "no-such.git")), new_code_cell("print('on')")])
+    with pytest.raises(CellExecutionError):
+        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(working)}}).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.traceback == [
+        "Stop: set FORK, your fork's URL, then run again (fatal: repository 'no-such.git' does not exist)"
+    ]
+    assert notebook.cells[1].outputs == []
 
 
 def test_the_real_project_says_what_is_here():
@@ -223,13 +190,13 @@ def test_the_real_project_says_what_is_here():
 
 
 def test_is_short_enough_to_be_read():
-    lines = first_cell.SOURCE.splitlines()
-    assert len(lines) <= 30
-    assert max(map(len, lines)) <= 115
+    lines = first_cell.source_for("solutions").splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 120
 
 
 def test_check_names_and_write_sets_the_cell(tmp_path, capsys):
-    right, wrong = new_code_cell(first_cell.SOURCE), new_code_cell("import torch")
+    right, wrong = new_code_cell(first_cell.source_for("a")), new_code_cell("import torch")
     nbformat.write(new_notebook(cells=[new_markdown_cell("# A"), right]), tmp_path / "a.ipynb")
     nbformat.write(new_notebook(cells=[new_markdown_cell("# B"), wrong, new_code_cell("1")]), tmp_path / "b.ipynb")
     arguments = ["--notebooks", str(tmp_path)]
@@ -241,7 +208,11 @@ def test_check_names_and_write_sets_the_cell(tmp_path, capsys):
     untouched = (tmp_path / "a.ipynb").read_bytes()
     assert first_cell.main(["--write", *arguments]) == 0
     assert first_cell.main(["--check", *arguments]) == 0
-    assert [cell.source for cell in nbformat.read(tmp_path / "b.ipynb", 4).cells] == ["# B", first_cell.SOURCE, "1"]
+    assert [cell.source for cell in nbformat.read(tmp_path / "b.ipynb", 4).cells] == [
+        "# B",
+        first_cell.source_for("b"),
+        "1",
+    ]
     assert (tmp_path / "a.ipynb").read_bytes() == untouched
 
 
@@ -251,5 +222,5 @@ def test_a_notebook_without_code_cannot_be_set(tmp_path, capsys):
     assert "a.ipynb" in capsys.readouterr().out
 
 
-def test_is_the_same_in_every_notebook():
+def test_is_the_right_one_in_every_notebook():
     assert first_cell.main(["--check"]) == 0

@@ -57,7 +57,7 @@ def test_installs_pins_and_project_once(folder):
     calls = pip_calls(folder)
     assert len(calls) == 2
     assert all("-c constraints.txt" in call for call in calls)
-    assert calls[1].endswith("-e .[test]")
+    assert calls[1].endswith("-e .[notebooks,scores,test]")
     make(folder, ".venv/.installed")
     assert pip_calls(folder) == calls, "a second run must install nothing"
 

@@ -2,14 +2,18 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from functools import cache
 from pathlib import Path
 
 import first_cell
+import make_readme
 import nbformat
 import pytest
 import yaml
@@ -19,10 +23,11 @@ from packaging.version import Version
 
 PROJECT = Path(__file__).resolve().parents[2]
 SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-PACKAGES = SETTINGS["project"]["dependencies"]
-FOR_TESTS = SETTINGS["project"]["optional-dependencies"]["test"]
+EXTRAS = SETTINGS["project"]["optional-dependencies"]
+PACKAGES = [*SETTINGS["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS["scores"]]
+FOR_TESTS = EXTRAS["test"]
 AT_LOWER_BOUND = ("transformers", "peft", "accelerate", "ipywidgets")
-NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("**/*.ipynb"))
 
 
 def committed_files():
@@ -62,7 +67,7 @@ def test_environment_yml_names_the_same_packages_and_ranges():
     assert others[0].split(",")[0] == "python" + SETTINGS["project"]["requires-python"]
     lines = pip["pip"]
     assert [line for line in lines if not line.startswith("-")] == PACKAGES
-    assert [line for line in lines if line.startswith("-")] == ["-c constraints.txt", "-e .[test]"]
+    assert [line for line in lines if line.startswith("-")] == ["-c constraints.txt", "-e .[notebooks,scores,test]"]
 
 
 def test_readme_lists_the_same_packages_and_ranges():
@@ -107,62 +112,12 @@ def test_preflight_checks_the_same_ranges():
             assert pins("constraints.txt")[name].release[:2] == Version(newest).release[:2], name
 
 
-def test_readme_gives_the_figures_of_the_planner():
-    from glmhelpers.devicemap.plan import largest_batch, plan_device_map
-    from glmhelpers.utils.units import GIB
-    from thuglm import ChatGLMConfig
-
-    readme, config = " ".join((PROJECT / "README.md").read_text().split()), ChatGLMConfig()
-    plan = plan_device_map(config, ["T4", "T4"], 4, 1024, objective="memory")
-    first, second = (f"{total / GIB:.2f}" for total in plan.total_bytes)
-    decimal = " and ".join(f"{total / 1e9:.2f}" for total in plan.total_bytes)
-    assert f"need {first} and {second} GiB ({decimal} GB)" in readme
-    rows = [largest_batch(config, cards, 1024) for cards in (["T4"], ["T4", "T4"])]
-    assert f"With one, {rows[0]} rows of 1024 tokens fit; with two, {rows[1]}" in readme
-    assert f"up to {largest_batch(config, ['T4', 'T4'], 1024)} rows fit" in readme
-    alone = plan_device_map(config, ["T4"], 4, 1024, objective="memory")
-    peak, total = alone.peak_bytes[0], alone.total_bytes[0]
-    assert f"predicted are {peak / 1e9:.2f} GB at the peak" in readme
-    assert f"{total / GIB:.1f} GiB = {total / 1e9:.2f} GB" in readme
-
-
-def test_readme_gives_the_measured_figures():
-    from glmhelpers.training.measure import predict_case
-    from thuglm import ChatGLMConfig
-
-    table = (PROJECT / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    row = {what: here for what, _, here, _ in cells}
-    lines = {
-        path.stem.removesuffix("_h100"): [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (PROJECT / "benchmarks" / "results").glob("*_h100.jsonl")
-    }
-    placed = {line["batch"]: line for line in lines["two_gpus"] if line["figure"] == "placement"}
-    assert row["peaks of two GPUs, 4 x 1024 tokens"] == "{:.2f} and {:.2f} GB".format(
-        *(peak / 1e9 for peak in placed[4]["peak_bytes"])
-    )
-    assert row["rows of 1024 tokens that fit on both"] == str(max(placed))
-    memory = lines["train_step_memory"]
-    assert row[f"predicted peak against the measured one, {len(memory)} cases"] == "within 0.04 %"
-    assert all(abs(predict_case(ChatGLMConfig(), line) / line["peak_bytes"] - 1) <= 0.0004 for line in memory)
-    steps = {line["checkpointed"]: line["ms"] for line in reversed(lines["train_step_speed"]) if line["gpus"] == 1}
-    whole = next(line for line in lines["train_step_speed"])
-    assert row["a step on one GPU, 4 x 1024 tokens, every block checkpointed"] == f"{whole['ms']:.0f} ms"
-    assert row["the same, nothing checkpointed"] == f"{steps['none']:.0f} ms"
-    stages = " and ".join(f"{line['ms']:.0f}" for line in lines["train_step_planned"])
-    assert row["the two stages that the planner chooses for two 15 GiB GPUs, each alone"] == f"{stages} ms"
-    (even,) = (line for line in lines["two_gpus"] if line.get("cut") == [14, 14] and line.get("speedup", 1) > 1.6)
-    assert even["micro_batches"] == 8
-    assert row["two GPUs, 14 blocks each, 8 micro-batches against 1"] == f"{even['speedup']} times as fast"
-    (alike,) = (
-        line for line in lines["rows"] if (line["way"], line["batch"], line["checkpointed"]) == ("alike", 16, "all")
-    )
-    what = "rows of real lengths, 16 a step: tokens per second against the same rows padded to 1024"
-    assert row[what] == f"{alike['times']} times as many"
-    packed = " and ".join(f"{line['peak_bytes'] / 1e9:.2f}" for line in lines["packed"][1:3])
-    assert row["the base in 8 and in 4 bits, peak on one GPU, 4 x 1024 tokens"] == f"{packed} GB"
-    tokens = [line["tokens_per_s"] for line in lines["decode"] if line.get("way") == "graphs" and line["gpus"] == 1]
-    assert row["tokens per second of one answer"] == f"{min(tokens):.0f} to {max(tokens):.0f}"
+def test_made_blocks_of_the_readme_are_fresh():
+    assert make_readme.main(["--check"]) == 0
+    named = set(re.findall(r"^\| \[\S+\]\((\S+)\) \|", make_readme.files_map(), flags=re.M))
+    rooms = {name for name in texts() if re.match(r"(thuglm|glmhelpers)/.*(?<!__init__)\.py$", name)}
+    assert rooms <= named
+    assert all(make_readme.first_line(PROJECT / name) for name in named), "a file without a first line"
 
 
 def test_every_import_is_declared():
@@ -180,16 +135,69 @@ def test_every_import_is_declared():
                 assert known or module in optional or f"`{module}`" in readme, f"{name} imports {module}"
 
 
-def test_readme_names_files_and_folders_that_exist():
-    readme = (PROJECT / "README.md").read_text()
-    linked = re.findall(r"\]\(([^)#]+)\)", readme)
-    folders = re.findall(r"^\| `(\w+/)` \|", readme, flags=re.M)
-    commands = re.findall(r"make ([\w-]+)", readme)
-    assert linked
-    assert len(folders) == 7
-    assert [name for name in linked + folders if not (PROJECT / name).exists()] == []
-    targets = re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(), flags=re.M)
-    assert set(commands) - {"and"} <= set(targets)
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_documents_name_files_and_commands_that_exist(name):
+    text = (PROJECT / name).read_text()
+    linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in linked if not (PROJECT / link).exists()] == []
+    targets = re.findall(r"^([\w.-]+[\w/.-]*):", (PROJECT / "Makefile").read_text(), flags=re.M)
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= set(targets)
+
+
+def test_one_version_everywhere():
+    version = SETTINGS["project"]["version"]
+    assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version} " in (PROJECT / "CHANGELOG.md").read_text()
+
+
+def test_public_ci_runs_the_projects_own_script_on_every_python():
+    workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["course"]
+    assert workflow["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert "bash .ci/run" in [step.get("run") for step in workflow["steps"]]
+
+
+def test_wheel_holds_every_room_and_imports_without_jupyter(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    # A copy: the build leaves folders behind in the tree it is made from.
+    for name in ("pyproject.toml", "README.md", "LICENSE", "thuglm", "glmhelpers"):
+        place = tmp_path / "tree" / name
+        place.parent.mkdir(exist_ok=True)
+        (shutil.copytree if (PROJECT / name).is_dir() else shutil.copy)(PROJECT / name, place)
+    subprocess.run([*command, str(tmp_path / "tree")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    modules = {name for name in texts() if name.startswith(("thuglm/", "glmhelpers/")) and name.endswith(".py")}
+    assert modules <= inside
+    blocked = ["ipywidgets", "jupyterlab", "matplotlib", "IPython", "nltk", "jieba", "rouge_chinese"]
+    engine = [
+        "weights",
+        "data",
+        "tokens",
+        "cost_model",
+        "devicemap",
+        "memory",
+        "training",
+        "lora",
+        "inference",
+        "runtime",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import thuglm\n"
+    code += "\n".join(f"import glmhelpers.{room}" for room in engine)
+    code += f"\nassert glmhelpers.__file__.startswith({str(tmp_path)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
 
 
 # The committed files

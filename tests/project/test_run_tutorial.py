@@ -81,6 +81,18 @@ def test_kernels_see_the_tiny_model_and_the_cpu_only(course, monkeypatch, capsys
     assert shown.splitlines() == ["'tiny'", "'cpu'", "''", "'1'", "'outputs'"]
 
 
+def test_another_checkpoint_stands_for_the_real_one_and_branches_are_counted(course, monkeypatch, tmp_path, capsys):
+    for name in ("PYTHONPATH", "GLM_CELL_COVERAGE"):
+        monkeypatch.setenv(name, "")
+    course(
+        "01_first", "import os\nprint(os.environ['GLM_WEIGHTS'])", "if os.environ['GLM_WEIGHTS'] == 'tiny':\n    1 / 0"
+    )
+    assert course.command("--weights", str(tmp_path)) == 0
+    assert nbformat.read(course.build / "01_first.ipynb", as_version=4).cells[1].outputs[0].text.strip()
+    assert "01_first: 0 of 1 branches ran" in (printed := capsys.readouterr().out)
+    assert "01 [2] line 2: 1 / 0" in printed
+
+
 def test_results_of_an_earlier_run_are_gone(course):
     stale = course.build / "outputs" / "adapter"
     stale.mkdir(parents=True)
@@ -231,6 +243,7 @@ def test_strip_png_keeps_the_pixels():
         ("build/outputs/adapter", "outputs/adapter"),
         ("rebuild/outputs/adapter", "rebuild/outputs/adapter"),
         ("0x7f3a12345678 and 0xff", "0x... and 0xff"),
+        ("project: ., commit 1a2b3c4 of 2026-11-26, with changes of your own", "project: ., commit ... of ..."),
     ],
 )
 def test_normalise_text(text, expected, tmp_path):

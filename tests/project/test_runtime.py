@@ -42,7 +42,7 @@ def real_weights(monkeypatch, tmp_path) -> Path:
     folder = tmp_path / "real"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr(runtime, "find_real_weights", lambda project=None: folder)
+    monkeypatch.setattr(runtime, "find_real_weights", lambda *_, **__: folder)
     return folder
 
 
@@ -58,13 +58,6 @@ def test_project_is_found_upwards(below, monkeypatch):
 
 def test_project_is_found_from_elsewhere(tmp_path):
     assert runtime.find_project(tmp_path) == ROOT, "this file's own project"
-
-
-def test_project_below_the_folders_of_a_cloud(tmp_path, monkeypatch):
-    (tmp_path / "cloud" / "course" / "glmhelpers").mkdir(parents=True)
-    (tmp_path / "cloud" / "course" / "glmhelpers" / "runtime.py").touch()
-    monkeypatch.setattr(machine, "_cloud_folders", lambda: [tmp_path / "cloud" / "course"])
-    assert runtime.find_project(tmp_path) == tmp_path / "cloud" / "course"
 
 
 def test_machine_name(monkeypatch):
@@ -94,7 +87,8 @@ def test_preflight_prints_a_line_for_each_subject(capsys):
 
 
 def test_versions_in_pyproject_are_those_of_the_preflight():
-    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*settings["dependencies"], *settings["optional-dependencies"]["notebooks"]]
     oldest = {need.split(">=")[0]: need.split(">=")[1].split(",")[0] for need in needs}
     for name, (first, _) in runtime.SUPPORTED.items():
         assert oldest[name] == first, name
@@ -229,7 +223,7 @@ def test_auto_with_real_weights_depends_on_the_gpus(gpus, real_weights, sizes, t
 
 def test_gpus_without_real_weights(gpus, monkeypatch, capsys):
     gpus(15, 15)
-    monkeypatch.setattr(runtime, "find_real_weights", lambda project=None: None)
+    monkeypatch.setattr(runtime, "find_real_weights", lambda *_, **__: None)
     run = runtime.choose()
     assert (run.is_tiny, run.devices) == (True, [0, 1])
     assert "not here" in str(run)

@@ -103,8 +103,9 @@ def test_left_padding_in_float16_gives_no_nan():
 
 
 def test_trainer_with_a_float16_base_and_a_grad_scaler(tmp_path):
+    from glmhelpers.lora.attach import attach_lora
     from glmhelpers.tokens.collate import RightPadCollator
-    from glmhelpers.training.finetune import attach_lora, train, training_arguments
+    from glmhelpers.training.finetune import train, training_arguments
 
     model = attach_lora(fresh_model(torch.float16).cuda(), dropout=0.1)
     ids, _, labels = right_padded(training_rows())

@@ -5,8 +5,8 @@ import torch
 
 from glmhelpers.cost_model.step_time import StageTime, schedule
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.training.gantt import StepRecorder, idle_shares
 from glmhelpers.training.pipeline import run_step
+from glmhelpers.training.step_recorder import StepRecorder, idle_shares
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from glmhelpers.cost_model.gpus import CATALOGUE
 from glmhelpers.cost_model.step_memory import predict
 from glmhelpers.devicemap.plan import plan_device_map
+from glmhelpers.lora.attach import attach_lora
 from glmhelpers.training import finetune as training
 from glmhelpers.training import memory_plan as fit
 from glmhelpers.training import trainer
@@ -224,7 +225,7 @@ def test_out_of_memory_against_the_prediction_is_answered_with_the_most_careful_
 
 
 def test_a_batch_that_cannot_be_cut_evenly_is_predicted_as_the_next_larger_one():
-    model = training.attach_lora(fresh_model())
+    model = attach_lora(fresh_model())
     found = fit.predict_training(model, 7, 512, micro_batches=4, loss_chunk=99)
     assert found.setting.batch_size == 8
     assert found.setting.loss_chunk == 99
@@ -294,6 +295,6 @@ def test_cards_are_known_by_the_names_their_drivers_give(name, gib, known):
 
 
 def test_the_explanation_reads_the_model_itself():
-    model = training.attach_lora(fresh_model(), r=4, dropout=0.2)
+    model = attach_lora(fresh_model(), r=4, dropout=0.2)
     assert fit.model_settings(model) == {**SETTINGS, "lora_rank": 4, "lora_dropout": 0.2, "dtype": "float32"}
     assert fit.checkpointed(model) == []

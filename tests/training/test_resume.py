@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from glmhelpers.lora.attach import adapter_from, adapter_weights, lora_config
+from glmhelpers.lora.attach import adapter_from, adapter_weights, attach_lora, lora_config
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.training import finetune as training
 from glmhelpers.training.checkpoint_manager import (
@@ -30,6 +30,7 @@ from glmhelpers.training.checkpoint_manager import (
     run_settings,
     what_is_wrong,
 )
+from glmhelpers.training.guards import TrainingStoppedError
 from glmhelpers.training.progress import EveryMinutes, Watch
 from tests.helpers.reference import fresh_model, tokenizer
 from tests.helpers.resumable_run import STEPS, PrintSteps, StopAt, rows, run
@@ -158,7 +159,7 @@ def test_another_start_is_another_run():
     arguments = training.training_arguments("nowhere", False, max_steps=2)
     names = set()
     for seed in (0, 1):
-        model = training.attach_lora(fresh_model(), seed=seed)
+        model = attach_lora(fresh_model(), seed=seed)
         names.add(json.dumps(run_settings(model, rows(), arguments)))
         tensors = {name: weight.detach() + seed for name, weight in adapter_weights(model).items()}
         loaded = adapter_from(fresh_model(), lora_config(8, 32, 0.1, ("query_key_value",)), tensors, "x")
@@ -271,21 +272,21 @@ def short(folder, model, **changes):
 
 def test_a_trained_model_starts_a_run_of_its_own(tmp_path, capsys):
     """A second stage must not stand in the place of a fresh run with the same settings."""
-    model = training.attach_lora(fresh_model())
+    model = attach_lora(fresh_model())
     short(tmp_path, model, learning_rate=1e-2)
     second = short(tmp_path, model)
     assert "not fresh" in capsys.readouterr().out
     again = short(tmp_path, model)
     assert "is finished" in capsys.readouterr().out
     assert numbers(again) == numbers(second)
-    fresh = short(tmp_path, training.attach_lora(fresh_model()))
+    fresh = short(tmp_path, attach_lora(fresh_model()))
     assert "finished" not in capsys.readouterr().out
     assert numbers(fresh) != numbers(second)
     assert len(list(tmp_path.glob("run-*"))) == 3
 
 
 def test_the_same_cell_again_on_a_stopped_model_goes_on(tmp_path, capsys):
-    model = training.attach_lora(fresh_model())
+    model = attach_lora(fresh_model())
     with pytest.raises(KeyboardInterrupt):
         training.train(
             model,
@@ -318,11 +319,9 @@ def test_spoilt_weights_become_no_checkpoint(step, saving, tmp_path):
     arguments = training.training_arguments(
         tmp_path, False, max_steps=3, save_steps=1, save_strategy=saving, save_total_limit=1
     )
-    with pytest.raises(
-        training.TrainingStoppedError, match=rf"after step {step}, .*lora_A.weight holds NaN or infinity"
-    ):
+    with pytest.raises(TrainingStoppedError, match=rf"after step {step}, .*lora_A.weight holds NaN or infinity"):
         training.train(
-            training.attach_lora(fresh_model()),
+            attach_lora(fresh_model()),
             rows(),
             RightPadCollator(tokenizer()),
             arguments,
@@ -333,7 +332,7 @@ def test_spoilt_weights_become_no_checkpoint(step, saving, tmp_path):
 
 
 def test_a_setting_that_changes_the_result_makes_another_run():
-    model, names = training.attach_lora(fresh_model()), set()
+    model, names = attach_lora(fresh_model()), set()
     for changes in (
         {},
         {"lr_scheduler_kwargs": {"num_cycles": 2}},
@@ -358,14 +357,14 @@ def test_a_setting_that_changes_the_result_makes_another_run():
 )
 def test_settings_that_would_be_ignored_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        short(tmp_path, training.attach_lora(fresh_model()), **changes)
+        short(tmp_path, attach_lora(fresh_model()), **changes)
 
 
 def test_no_rows_and_rows_without_labels_are_refused(tmp_path):
     for found, message in (([], "no rows to train on"), ([{"input_ids": [5, 2657, 2660]}], "have no labels")):
         with pytest.raises(ValueError, match=message):
             training.train(
-                training.attach_lora(fresh_model()),
+                attach_lora(fresh_model()),
                 found,
                 RightPadCollator(tokenizer()),
                 training.training_arguments(tmp_path, False, max_steps=1),
@@ -375,9 +374,7 @@ def test_no_rows_and_rows_without_labels_are_refused(tmp_path):
 def test_several_sets_for_the_evaluation_are_refused(tmp_path):
     arguments = training.training_arguments(tmp_path, False, max_steps=1)
     with pytest.raises(ValueError, match="several sets of rows for evaluation"):
-        training.train(
-            training.attach_lora(fresh_model()), rows(), RightPadCollator(tokenizer()), arguments, {"a": rows()}
-        )
+        training.train(attach_lora(fresh_model()), rows(), RightPadCollator(tokenizer()), arguments, {"a": rows()})
 
 
 def test_a_marker_of_something_else_and_a_file_in_the_place_of_a_folder(tmp_path):

@@ -285,30 +285,13 @@ def test_a_new_run_from_a_trained_adapter_says_so(tmp_path, capsys):
     assert "not fresh" not in capsys.readouterr().out
 
 
-def test_nothing_but_an_adapter_is_replaced(tmp_path):
-    """outputs/ instead of outputs/adapter must not cost anybody his files."""
-    model = random_lora()
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "thesis.txt").write_text("years")
-    (tmp_path / "file").write_text("x")
-    for name in ("outputs", "file"):
-        with pytest.raises(FileExistsError, match="is no adapter"):
-            save_adapter(model, tmp_path / name)
-    assert (tmp_path / "outputs" / "thesis.txt").read_text() == "years"
-    (tmp_path / "adapter.old").mkdir()
-    (tmp_path / "adapter").mkdir()
-    for _ in range(2):
-        save_adapter(model, tmp_path / "adapter")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old", "file", "outputs"]
-
-
 def test_an_adapter_with_nan_is_neither_saved_nor_loaded(tmp_path):
     model = random_lora()
     folder = save_adapter(model, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="holds NaN or infinity in adapter"):
+    with pytest.raises(ValueError, match=r"adapter/adapter_model.safetensors: .* holds NaN or infinity"):
         load_adapter(fresh_model(), folder)
     next(iter(adapter_weights(model).values())).data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="holds NaN or infinity"):

@@ -6,6 +6,7 @@ import shutil
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -294,7 +295,8 @@ def test_interrupted_conversion_goes_on(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert_to_safetensors(folder, replace=True, progress=False)
     # What SIGKILL would have left behind: nobody else removes it, and a second one may not fit.
-    (folder / "model-00004-of-00008.safetensors.4711.tmp").write_bytes(bytes(1000))
+    nobody = next(pid for pid in range(4_000_000, 0, -1) if not psutil.pid_exists(pid))
+    (folder / f"model-00004-of-00008.safetensors.{nobody}.tmp").write_bytes(bytes(1000))
     assert len(list(folder.glob("*.safetensors"))) == 3
     assert len(list(folder.glob("*.bin"))) == 5
     convert_to_safetensors(folder, replace=True, progress=False)

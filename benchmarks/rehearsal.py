@@ -1,0 +1,212 @@
+"""All notebooks at full size, as a reader with T4s meets them: nothing in them is changed.
+
+    tiny checkpoint --> grown to 13.4 GB --> a server on loopback, in the place of the hub
+                                                 |  notebook 01 downloads from it
+    for each road                                v
+      2 GPUs, each looks like a T4      a copy of the project, thuglm/ without weights --> 01 .. 05 --> table
+      1 GPU  and 12.7 GB of host memory
+
+    python benchmarks/rehearsal.py                          # both roads, as far as there are GPUs
+    python benchmarks/rehearsal.py --roads 1                # one of them
+    python benchmarks/rehearsal.py --small --roads 0        # on the CPU, 512 wide: only to see that it runs
+
+The host's memory is limited by a control group where one can be made; where not, the table says so. Exit status 1 if a
+cell failed. Executed notebooks and the table stay in --out; the weights, 13.4 GB, and the copies are removed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts"), str(PROJECT / "benchmarks")]
+
+import as_t4  # noqa: E402
+import nbformat  # noqa: E402
+import run_tutorial  # noqa: E402
+from grow_checkpoint import TINY, grow  # noqa: E402
+
+from glmhelpers.utils.markdown import markdown_table  # noqa: E402
+
+COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.toml")
+PLACE = {"repo_id": "rehearsal/chatglm-6b", "revision": "0" * 40}
+HOST_GB = 12.7  # what a free Colab session has
+SMALL = {"hidden_size": 512, "heads": 8, "layers": 12, "inner_hidden_size": 512, "vocab_size": 2528}
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """Serves the files of one folder, whatever repository and revision they are asked of."""
+
+    def translate_path(self, path: str) -> str:
+        """The file of that name in the folder."""
+        return str(Path(self.directory) / Path(super().translate_path(path)).name)
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+def serve(folder: Path) -> ThreadingHTTPServer:
+    """A server on loopback, running; `server_port` is its port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def copy_project(weights: Path, project: Path) -> None:
+    """The project without weights, and in thuglm/ the list of what the hub has."""
+    for name in COPIED:
+        if (PROJECT / name).is_dir():
+            leave = shutil.ignore_patterns("*.bin", "__pycache__") if name == "thuglm" else None
+            shutil.copytree(PROJECT / name, project / name, ignore=leave)
+        else:
+            shutil.copy(PROJECT / name, project / name)
+    manifest = json.loads((weights / "weights_manifest.json").read_text(encoding="utf-8"))
+    (project / "thuglm" / "weights_manifest.json").write_text(json.dumps(manifest | {"huggingface": PLACE}))
+
+
+def control_group(process: int) -> tuple[Path, str]:
+    """Where the control group for a process would be, and the name of its file for the limit."""
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
+    root = Path("/sys/fs/cgroup") if unified else Path("/sys/fs/cgroup/memory")
+    return root / f"rehearsal-{process}", "memory.max" if unified else "memory.limit_in_bytes"
+
+
+def limit_host(limit: int) -> str:
+    """Put this process and its children into a control group of `limit` bytes; returns what became of it."""
+    group, name = control_group(os.getpid())
+    with contextlib.suppress(OSError):
+        (group.parent / "cgroup.subtree_control").write_text("+memory")
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as error:
+        return f"not limited: no control group can be made here ({error.strerror})"
+    return f"limited to {limit / 1e9:.1f} GB"
+
+
+def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dict[str, Any]]:
+    """Run the notebooks of a copied project; one row for each that was run, the last one may have failed."""
+    host = limit_host(int(HOST_GB * 1e9)) if gpus == 1 else "not limited"
+    print(f"{gpus} GPUs, host memory {host}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for answer in ("GLM_WEIGHTS", "GLM_DEVICES", "HF_HUB_OFFLINE"):  # the notebooks find out for themselves
+        os.environ.pop(answer, None)
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))),
+        GLM_OUTPUT=str(project / "outputs"),
+        HF_ENDPOINT=hub,
+        HF_DATASETS_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONPATH=str(PROJECT / "benchmarks"),
+    )
+    rows: list[dict[str, Any]] = []
+    for path in sorted((project / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        if small:  # fewer bytes than real weights have are not found without being named
+            os.environ["GLM_WEIGHTS"] = "real" if not rows else str(project / "thuglm")
+        peaks = out / f"{path.stem}.peaks.json"
+        os.environ[as_t4.FILE_VARIABLE] = str(peaks)
+        notebook, started, error = nbformat.read(path, as_version=4), time.perf_counter(), ""
+        try:
+            run_tutorial.execute(notebook, path.stem, path.parent, extension=as_t4.EXTENSION)
+        except run_tutorial.CellFailedError as failure:
+            error = str(failure)
+            print(error, file=sys.stderr, flush=True)
+        nbformat.write(notebook, out / path.name)
+        held = json.loads(peaks.read_text()) if peaks.is_file() else {}
+        row = {"gpus": gpus, "notebook": path.stem, "seconds": round(time.perf_counter() - started, 1), **held}
+        rows.append(row | {"host": host, "ok": not error})
+        print(json.dumps(rows[-1]), flush=True)
+        if error:
+            break
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+
+    def gib(sizes: Sequence[int]) -> str:
+        return ", ".join(f"{size / 2**30:.2f}" for size in sizes) or "-"
+
+    return markdown_table(
+        [
+            {
+                "GPUs": str(row["gpus"]),
+                "notebook": row["notebook"],
+                "seconds": f"{row['seconds']:.0f}",
+                "peak predicted, GiB": gib(row.get("predicted_peak_bytes", [])),
+                "measured, GiB": gib(row.get("peak_bytes", [])),
+                "host peak, GB": f"{row.get('host_bytes', 0) / 1e9:.1f}, {row['host']}",
+                "result": "passed" if row["ok"] else "FAILED",
+            }
+            for row in rows
+        ]
+    )
+
+
+def road(options: argparse.Namespace, work: Path, gpus: int, hub: str) -> list[dict[str, Any]]:
+    """One road in a process of its own, since a control group is left by ending only."""
+    out, project = options.out / f"{gpus}_gpus", work / f"{gpus}_gpus"
+    project.mkdir()
+    copy_project(work / "weights", project)
+    small = ["--small"] if options.small else []
+    result = options.out / f"{gpus}_gpus.json"
+    result.unlink(missing_ok=True)
+    walked = [sys.executable, __file__, "--walk", str(project), "--hub", hub, "--roads", str(gpus), *small]
+    process = subprocess.Popen([*walked, "--out", str(out), "--result", str(result)])
+    process.wait()
+    with contextlib.suppress(OSError):  # the group that it may have made, empty now
+        control_group(process.pid)[0].rmdir()
+    shutil.rmtree(project)
+    failed = {"gpus": gpus, "notebook": "all", "seconds": 0.0, "host": "its process was killed", "ok": False}
+    return json.loads(result.read_text()) if result.is_file() else [failed]
+
+
+def main() -> None:
+    """Grow, serve, walk the roads, print the table; exit status 1 if a cell failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--roads", type=int, nargs="+", default=[2, 1], help="numbers of GPUs")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", PROJECT / "build" / "rehearsal")))
+    parser.add_argument("--work", type=Path, default=PROJECT / "build", help="where 30 GB are free for a while")
+    for inner in ("--walk", "--hub", "--result"):
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.walk:
+        rows = walk(Path(options.walk), options.out, options.roads[0], options.small, options.hub)
+        Path(options.result).write_text(json.dumps(rows))
+        return
+    import torch
+
+    if max(options.roads) > torch.cuda.device_count():
+        sys.exit(f"--roads {max(options.roads)}: this machine has {torch.cuda.device_count()} GPUs; --roads 1, or 0")
+    for folder in (options.out, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        started = time.perf_counter()
+        weights = grow(TINY, Path(work) / "weights", **(SMALL if options.small else {}))
+        print(f"grown in {time.perf_counter() - started:.1f} s", flush=True)
+        server = serve(weights)
+        for gpus in options.roads:
+            rows += road(options, Path(work), gpus, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    (options.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+    sys.exit(not all(row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Reading an adapter's files: what is allowed in them is listed, everything else is refused before a model is touched.
+
+    adapter_config.json --- every setting: free | plain value | refused by name -+
+    adapter_model.safetensors --- pairs of lora_A and lora_B, finite numbers ----+--> AdapterFiles: load, merge, pack
+    course.json (ours; may be missing) --- template, base -----------------------+
+
+LoRA adds (alpha / r) B A to a frozen matrix, and that is all this project adds. Many of peft's settings mean something
+else: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train, DoRA scales it, aLoRA works on part of a
+text. Such an adapter on the plain base gives another model without a word. So a setting that nobody here has looked at
+is refused unless it is off (None, False, empty).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from glmhelpers.lora.fingerprint import base_difference
+from glmhelpers.utils.files import alone, current, finish
+
+KEY = "adapter"
+NOTE = "course.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG, TENSORS, NOTE)
+
+FREE = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_type"),
+    *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "ensure_weight_tying"),
+}
+"""Settings that change nothing of what is added to the matrices for which there are tensors."""
+
+CHECKED = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "init_lora_weights", "bias"),
+}
+"""Settings with a rule of their own, see `_check_config`."""
+
+HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""`init_lora_weights` that leave the base as it is."""
+
+NAME = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<side>[AB])\.weight")
+PLAIN_NAME = re.compile(r"\^?[\w.]+")
+"""Names of layers; a longer expression could take for ever to match."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as it lies on the disk, read and found sound.
+
+    Attributes:
+        name: of its folder, for messages.
+        config: of adapter_config.json.
+        tensors: name in the file -> matrix.
+        note: of course.json; None if there is none.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    note: dict[str, Any] | None
+
+    def layers(self) -> list[str]:
+        """Names of the layers with an adapter, as in the base."""
+        return sorted({NAME.fullmatch(name)["layer"] for name in self.tensors})
+
+    def scaling(self, layer: str) -> float:
+        """By what B A is multiplied in a layer: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(patterns, layer), self.config["lora_alpha"])
+        rank = len(self.tensors[f"base_model.model.{layer}.lora_A.weight"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def lora_config(self, trainable: bool) -> LoraConfig:
+        """The settings for peft. Targets given as an expression become the names of the layers that have tensors."""
+        kept = {key: self.config[key] for key in CHECKED - {"bias", "init_lora_weights"} if self.config.get(key)}
+        if not isinstance(kept["target_modules"], list) or self.config.get("exclude_modules"):
+            kept = {key: value for key, value in kept.items() if not key.startswith("layers_")}
+            kept["target_modules"] = self.layers()
+        return LoraConfig(**kept, task_type="CAUSAL_LM", inference_mode=not trainable)
+
+    def check_base(self, here: Mapping[str, Any]) -> None:
+        """Refuse a base that is not the one of the note; say so where there is no note.
+
+        Args:
+            here: `base_note` of the base that the adapter shall go on.
+
+        Raises:
+            ValueError: it was trained on another base; names the difference.
+        """
+        if self.note is None:
+            print(f"{self.name}/ has no {NOTE}: whether it belongs to this base and to which template was not checked")
+        elif difference := base_difference(self.note["base"], here):
+            raise ValueError(
+                f"The adapter in {self.name}/ was trained on another base: {difference}. Load the base it was trained "
+                "on, or train again."
+            )
+
+
+def read_adapter(folder: str | Path) -> AdapterFiles:
+    """Read and check the files of an adapter; nothing is put on a model.
+
+    Raises:
+        FileNotFoundError: there is no adapter in `folder`.
+        ValueError: a file is damaged, a setting is not one that this project handles, or the tensors are not those of
+            a LoRA adapter; names the file, the setting or the tensor.
+    """
+    folder = Path(folder).expanduser().absolute()
+    with alone(folder / KEY):
+        with suppress(OSError):  # a folder that cannot be written: `current` knows where the files are
+            finish(folder, KEY)
+        if not current(folder, KEY, TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
+            raise FileNotFoundError(
+                f"{folder.name}/ has its tensors in adapter_model.bin, as peft of 2023 wrote them: import_2023(base, "
+                f"{str(folder / 'adapter_model.bin')!r}) reads that file, save_adapter writes it in today's form."
+            )
+        if missing := [name for name in (CONFIG, TENSORS) if not current(folder, KEY, name).is_file()]:
+            raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves one.")
+        config = _read_json(folder, CONFIG)
+        _check_config(config, f"{folder.name}/{CONFIG}")
+        try:
+            tensors = load_file(current(folder, KEY, TENSORS))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(damaged(folder / TENSORS, error)) from error
+        note = _read_json(folder, NOTE) if current(folder, KEY, NOTE).is_file() else None
+    if note is not None and not (isinstance(note.get("base"), dict) and {"template", "base"} <= set(note)):
+        raise ValueError(damaged(folder / NOTE, "it lacks the template or the base"))
+    if note is not None and not isinstance(note["base"].get("fingerprint"), str):
+        raise ValueError(damaged(folder / NOTE, "it lacks the base's fingerprint"))
+    _check_tensors(tensors, config, f"{folder.name}/{TENSORS}")
+    return AdapterFiles(folder.name, config, tensors, note)
+
+
+def damaged(path: Path, reason: object) -> str:
+    """The sentence about a file that cannot be read."""
+    return f"{path.parent.name}/{path.name} is damaged ({reason}): save the adapter again, or copy it again."
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(current(folder, KEY, name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(damaged(folder / name, error)) from error
+    if not isinstance(found, dict):
+        raise ValueError(damaged(folder / name, f"it holds {type(found).__name__}, not settings by name"))
+    return found
+
+
+def is_number(value: Any, low: float = 0.0) -> bool:
+    """Whether a setting is a finite number above `low`; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > low
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    def refuse(key: str, advice: str) -> None:
+        raise ValueError(f"{where} says {key}={config.get(key)!r}: {advice}")
+
+    if config.get("peft_type") != "LORA":
+        refuse("peft_type", "only LORA is handled here; load it with peft itself")
+    other = "this changes more than adding (alpha / r) B A, and is not handled here; load it with peft itself"
+    for key, value in config.items():
+        if key not in FREE | CHECKED and value not in (None, False, 0, "", [], {}):
+            default = LoraConfig.__dataclass_fields__.get(key)
+            if default is None or value != default.default:
+                refuse(key, other)
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool | str | None) or start not in HARMLESS_STARTS:
+        refuse("init_lora_weights", "the base was changed before training, so that the adapter fits no plain base")
+    if config.get("bias", "none") != "none":
+        refuse("bias", "trained biases are not handled here")
+    if not isinstance(config.get("r"), int) or not is_number(config["r"]):
+        refuse("r", "the rank must be a whole number from 1 on")
+    if not is_number(config.get("lora_alpha")):
+        refuse("lora_alpha", "it must be a number above 0")
+    if not is_number(config.get("lora_dropout", 0.0), -1e-9) or config.get("lora_dropout", 0.0) >= 1:
+        refuse("lora_dropout", "it must be a number from 0 on and below 1")
+    if not isinstance(config.get("use_rslora", False), bool):
+        refuse("use_rslora", "it must be true or false")
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_plain, patterns)):
+            refuse(key, "it must map names of layers to numbers; expressions are not handled here")
+        if not all(is_number(value) and (not whole or isinstance(value, int)) for value in patterns.values()):
+            refuse(key, "its values must be numbers above 0" + (", and whole" if whole else ""))
+    targets = config.get("target_modules")
+    if not (isinstance(targets, str) or (isinstance(targets, list) and targets and all(map(_is_plain, targets)))):
+        refuse("target_modules", "it must be a list of names of layers")
+    chosen, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    numbers = [chosen] if not isinstance(chosen, list) else chosen
+    if chosen is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        refuse("layers_to_transform", "it must be a list of whole numbers")
+    if pattern is not None and not all(map(_is_plain, pattern if isinstance(pattern, list) else [pattern])):
+        refuse("layers_pattern", "it must be a name")
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and PLAIN_NAME.fullmatch(name) is not None
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
+    ranks = config.get("rank_pattern") or {}
+    if not tensors:
+        raise ValueError(
+            f"{where} holds no tensor: the training saved nothing. Train again, and save with save_adapter."
+        )
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{where} holds {name}, which is no lora_A or lora_B: it is no plain LoRA adapter")
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or tensor.dim() != 2:
+            text = f"{where} holds {name} as {tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{text}: it must be a matrix of 16, 32 or 64 bit floating point numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity: its training diverged. Take an earlier one.")
+        stem, side = name[: -len("A.weight")], match["side"]
+        if (other := f"{stem}{'B' if side == 'A' else 'A'}.weight") not in tensors:
+            raise ValueError(f"{where} holds {name} without {other.rpartition('.lora_')[2]}: it was not written whole")
+        rank = ranks.get(get_pattern_key(ranks, match["layer"]), config["r"])
+        if (found := tensor.shape[0 if side == "A" else 1]) != rank:
+            raise ValueError(
+                f"{where}: {name} has rank {found}, {CONFIG} says {rank}: these files do not belong together"
+            )

@@ -1,0 +1,69 @@
+"""The parts of the rehearsal that need no GPU: the stand-in for the hub, the copy of the project, the disguise, the table."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import as_t4, rehearsal
+from glmhelpers.weights import download_weights
+
+
+def test_a_copied_project_downloads_from_the_loopback_hub_by_default(grown, tmp_path, monkeypatch):
+    rehearsal.copy_project(grown, tmp_path)
+    assert not list((tmp_path / "thuglm").glob("*.bin"))
+    assert (tmp_path / "notebooks" / "01_download_weights.ipynb").is_file()
+    server = rehearsal.serve(grown)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    try:
+        report = download_weights(tmp_path / "thuglm", progress=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert report.ok
+    for path in grown.glob("*.bin"):
+        assert (tmp_path / "thuglm" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_gpu_looks_like_a_t4(monkeypatch):
+    real = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, multi_processor_count=132)
+    shares, switched = {}, []
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda device=None: real,
+        "get_device_name": lambda device=None: real.name,
+        "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
+        "set_per_process_memory_fraction": lambda share, device: shares.update({device: share}),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("enable_flash_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, switched.append)
+    as_t4.disguise()
+    assert torch.cuda.get_device_name(1) == torch.cuda.get_device_properties(1).name == "Tesla T4"
+    assert torch.cuda.get_device_properties(0).total_memory == as_t4.CAP == 14.75 * 2**30
+    assert torch.cuda.get_device_properties(0).multi_processor_count == 132
+    assert torch.cuda.mem_get_info(0) == (as_t4.CAP - 10 * 2**30, as_t4.CAP)
+    assert shares == pytest.approx({0: 14.75 / 80, 1: 14.75 / 80})
+    assert switched == [False, False]
+
+
+def test_where_no_group_can_be_made_it_is_said(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(rehearsal.Path, "mkdir", refuse)
+    assert rehearsal.limit_host(10**9) == "not limited: no control group can be made here (Permission denied)"
+
+
+def test_table_says_what_failed():
+    rows = [
+        {"gpus": 2, "notebook": "04", "seconds": 9.6, "host": "not limited", "ok": True, "host_bytes": 5e9}
+        | {"peak_bytes": [2**30, 2**31], "predicted_peak_bytes": [2**30]},
+        {"gpus": 1, "notebook": "05", "seconds": 1.0, "host": "its process was killed", "ok": False},
+    ]
+    first, second = rehearsal.table(rows).splitlines()[2:]
+    assert first == "| 2 | 04 | 10 | 1.00 | 1.00, 2.00 | 5.0, not limited | passed |"
+    assert second == "| 1 | 05 | 1 | - | - | 0.0, its process was killed | FAILED |"
