@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.random_checkpoint import CONFIGS, make_config  # noqa: E402
-from glmhelpers.devicemap.placement import device_of, expand_device_map, part_names  # noqa: E402
+from glmhelpers.devicemap.placement import Placement, device_of, part_names  # noqa: E402
 from glmhelpers.inference.decoder import Decoder  # noqa: E402
 from thuglm import ChatGLMForConditionalGeneration  # noqa: E402
 
@@ -128,7 +128,7 @@ def random_model(config: Any, gpus: int, dtype: torch.dtype) -> ChatGLMForCondit
     """
     parts = part_names(config.num_layers)
     places = {part: (number * gpus // len(parts) if gpus else "cpu") for number, part in enumerate(parts)}
-    places = expand_device_map(config.num_layers, places)
+    places = Placement.of(places, config.num_layers)
     with torch.device("meta"):
         net = ChatGLMForConditionalGeneration(config)
     net.config.tie_word_embeddings = False
@@ -143,7 +143,7 @@ def random_model(config: Any, gpus: int, dtype: torch.dtype) -> ChatGLMForCondit
         setattr(net.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     net.all_tied_weights_keys = {}
     net.lm_head.weight.data[config.eos_token_id] = 0
-    return net.place(places).eval()
+    return net.place(places.map).eval()
 
 
 def with_adapter(net: nn.Module) -> nn.Module:

@@ -27,9 +27,9 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.random_checkpoint import make_config, write_checkpoint  # noqa: E402
 from benchmarks.train_step import update  # noqa: E402
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.lora.attach import attach_lora  # noqa: E402
 from glmhelpers.lora.quantized import BITS, load_quantized, stored_bytes, why_not  # noqa: E402
-from glmhelpers.training.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.training.measure import random_batch  # noqa: E402
 from glmhelpers.training.memory_plan import predict_training  # noqa: E402
 from glmhelpers.training.pipeline import run_step  # noqa: E402

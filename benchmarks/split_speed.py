@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks.split_machine import SIZES, Machine, line
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.plan import plan_device_map
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.training.step_recorder import StepRecorder, idle_shares

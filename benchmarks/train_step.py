@@ -36,7 +36,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glmhelpers.cost_model.sizes import Shape
 from glmhelpers.cost_model.stages import is_checkpointed
 from glmhelpers.devicemap.placement import part_names
 from glmhelpers.devicemap.plan import plan_device_map
@@ -291,7 +290,7 @@ def print_profile(one_step) -> None:
 
 def marked_blocks(config: ChatGLMConfig, case: Case) -> list[bool]:
     """For each block of the model, whether this case checkpoints it."""
-    return is_checkpointed(Shape.of(config), _checkpointed(case.checkpointed, config.num_layers))
+    return is_checkpointed(config.num_layers, _checkpointed(case.checkpointed, config.num_layers))
 
 
 def _checkpointed(text: str | tuple[int, ...], layers: int) -> str | int | tuple[int, ...]:

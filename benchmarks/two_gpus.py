@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks.split_machine import CAP, SIZES, Machine, line  # noqa: E402
 from benchmarks.split_speed import overlap, planned  # noqa: E402
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.devicemap.placement import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map  # noqa: E402
 from glmhelpers.inference.decoder import Decoder  # noqa: E402
@@ -44,7 +45,6 @@ from glmhelpers.lora.adapter import load_adapter, save_adapter  # noqa: E402
 from glmhelpers.lora.attach import attach_lora  # noqa: E402
 from glmhelpers.lora.proof import prove  # noqa: E402
 from glmhelpers.tokens.collate import RightPadCollator  # noqa: E402
-from glmhelpers.training.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.training.finetune import train, training_arguments  # noqa: E402
 from glmhelpers.training.measure import random_batch  # noqa: E402
 from glmhelpers.training.pipeline import run_step  # noqa: E402

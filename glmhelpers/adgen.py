@@ -24,9 +24,7 @@ from glmhelpers.lora.adapter import save_adapter
 from glmhelpers.lora.attach import attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_file
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.finetune import train, training_arguments
-from glmhelpers.training.memory_plan import training_plan
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from thuglm.prompt import process_response
 
@@ -138,11 +136,9 @@ def repeat(run: Any, folder: str | Path, seed: int = 0, **changes: Any) -> tuple
     print(f"train: {learnt}\ndev:   {asked}")
     dataset, settings = encode_file(learnt.path, tokenizer), {**TRAINING, **changes}
     longest = -(-max(dataset["length"]) // 8) * 8
-    plan = training_plan(run, config, settings["per_device_train_batch_size"], longest)
+    plan = run.plan(config, settings["per_device_train_batch_size"], longest)
     places = plan.device_map if plan else run.device_map(config)
     model = attach_lora(ChatGLMForConditionalGeneration.from_pretrained(run.folder, dtype=run.dtype, device_map=places))
-    if plan:
-        checkpoint_only(model, plan.checkpointed_layers)
     arguments = training_arguments(run.output / "adgen_checkpoints", on_gpu=run.devices != ["cpu"], **settings)
     train(model, dataset, RightPadCollator(tokenizer), arguments, plan=plan)
     save_adapter(model, run.output / "adgen", settings={"data": "ADGEN", **settings})

@@ -20,15 +20,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glmhelpers.attached import find_adapter, find_real_weights
 from glmhelpers.utils import folders
 from glmhelpers.utils.environment import (
     SUPPORTED,
     Check,
-    GiB,
-    Gpu,
+    InstalledGPU,
     check_gpus,
     check_versions,
     find_project,
@@ -40,12 +39,15 @@ from glmhelpers.utils.environment import (
 )
 from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.markdown import markdown_table
+from glmhelpers.utils.units import GIB
+
+if TYPE_CHECKING:
+    from glmhelpers.devicemap.plan import Plan
 
 __all__ = [
     "SUPPORTED",
     "Check",
-    "GiB",
-    "Gpu",
+    "InstalledGPU",
     "Preflight",
     "Run",
     "check_versions",
@@ -63,7 +65,7 @@ __all__ = [
     "short",
 ]
 
-REAL_GPU_BYTES = 14 * GiB
+REAL_GPU_BYTES = 14 * GIB
 """GPU memory below which "auto" does not try the real model: 12.35 GB of weights and room to work."""
 
 
@@ -73,7 +75,7 @@ class Preflight:
 
     machine: str
     project: Path
-    gpus: list[Gpu]
+    gpus: list[InstalledGPU]
     ram_free_bytes: int
     disk_free_bytes: int
     checks: list[Check] = field(repr=False)
@@ -136,11 +138,11 @@ def preflight() -> Preflight:
         check_gpus(gpus, machine),
         Check(
             "RAM",
-            ram >= GiB,
-            f"{ram / GiB:.0f} GiB free",
+            ram >= GIB,
+            f"{ram / GIB:.0f} GiB free",
             "restart other kernels on this machine: 1 GiB is needed",
         ),
-        Check("disk", disk >= GiB // 4, f"{disk / GiB:.0f} GiB free", "delete old outputs: 256 MiB are needed"),
+        Check("disk", disk >= GIB // 4, f"{disk / GIB:.0f} GiB free", "delete old outputs: 256 MiB are needed"),
     ]
     if versions.ok:
         checks.append(_check_files(project))
@@ -164,21 +166,39 @@ class Run:
     reason: str = ""
     wants_download: bool = False
 
+    def plan(self, config: Any, batch_size: int = 4, seq_length: int = 1024, **settings: Any) -> "Plan | None":
+        """The best plan for this run's GPUs, or None on the CPU, where there is nothing to plan.
+
+        Args:
+            config: a ChatGLMConfig.
+            batch_size: rows in a step.
+            seq_length: tokens in the longest row.
+            settings: as for `plan_device_map`: objective, lora_rank, base_bits ...
+
+        Raises:
+            DoesNotFit: no plan fits; says which single change would help.
+        """
+        if self.devices == ["cpu"]:
+            return None
+        from glmhelpers.cost_model.gpus import known_gpu
+        from glmhelpers.devicemap.plan import plan_device_map
+
+        here = {gpu.index: known_gpu(gpu.name, gpu.total_bytes) for gpu in list_gpus()}
+        indices = sorted(int(index) for index in self.devices)
+        settings = {"dtype": str(self.dtype).removeprefix("torch."), **settings}
+        cards = [here[index] for index in indices]
+        return plan_device_map(config, cards, batch_size, seq_length, devices=indices, **settings)
+
     def device_map(self, config: Any) -> dict[str, int | str]:
         """Module name -> device for every part of the model, as `from_pretrained(device_map=)` takes it.
 
         Args:
-            config: a ChatGLMConfig; one device needs only its `num_layers`, the planner reads the rest.
+            config: a ChatGLMConfig; one device needs only its `num_layers`, `plan` reads the rest.
         """
-        if len(self.devices) == 1:
-            from glmhelpers.devicemap.placement import part_names
+        from glmhelpers.devicemap.placement import Placement
 
-            return dict.fromkeys(part_names(config.num_layers), self.devices[0])
-        from glmhelpers.devicemap.plan import plan_device_map
-
-        sizes = {gpu.index: gpu.total_bytes for gpu in list_gpus()}
-        plan = plan_device_map(config, gpus=[sizes[index] for index in self.devices if isinstance(index, int)])
-        return {name: self.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
+        where = self.devices[0] if len(self.devices) == 1 else self.plan(config)
+        return Placement.of(where, config.num_layers).map
 
     def __str__(self) -> str:
         model = "tiny ChatGLM" if self.is_tiny else "ChatGLM-6B"
@@ -229,7 +249,7 @@ def choose(
             reason = (
                 "the real weights are not here"
                 if enough
-                else f"the real model wants {REAL_GPU_BYTES // GiB} GiB of GPU"
+                else f"the real model wants {REAL_GPU_BYTES // GIB} GiB of GPU"
             )
     elif weights == "real":
         real = find_real_weights(project, say=print)
@@ -283,7 +303,7 @@ def _fetch(project: Path, source: str | Path) -> Path:
     return folder
 
 
-def _read_devices(devices: str | Sequence[int | str], gpus: list[Gpu]) -> list[int | str]:
+def _read_devices(devices: str | Sequence[int | str], gpus: list[InstalledGPU]) -> list[int | str]:
     if devices == "auto":
         return [*(gpu.index for gpu in gpus)] or ["cpu"]
     given = devices.split(",") if isinstance(devices, str) else list(devices)
@@ -292,9 +312,7 @@ def _read_devices(devices: str | Sequence[int | str], gpus: list[Gpu]) -> list[i
     try:
         wanted: list[int | str] = [int(str(device).removeprefix("cuda:")) for device in given]
     except ValueError as error:
-        raise ValueError(
-            f"devices {given} cannot be read: use 'auto', 'cpu' or GPU numbers such as [0, 1]"
-        ) from error
+        raise ValueError(f"devices {given} cannot be read: use 'auto', 'cpu' or GPU numbers such as [0, 1]") from error
     for index in wanted:
         if index not in [gpu.index for gpu in gpus]:
             raise ValueError(

@@ -361,7 +361,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         remove_hook_from_module(self, recurse=True)
         modules = dict(self.named_modules())
-        for name, device in device_map.items():
+        # The longest name wins, as everywhere.
+        for name, device in sorted(device_map.items(), key=lambda item: len(item[0])):
             if name not in modules:
                 raise KeyError(
                     f"device_map names {name!r}, which this model does not have; its parts are "

@@ -4,7 +4,7 @@
     make("qkv", 96)        total 128   peak 128
     drop("normed")         total 96    peak 128
 
-`blockmemory` keeps one for each way to run a block.
+`block_memory` keeps one for each way to run a block.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,8 @@
-"""What one block needs while it is run again and then differentiated.
+"""Activation memory of one block: what it keeps, and what it needs while it is recomputed and differentiated.
 
-A checkpointed block keeps only its input. When its turn comes in the backward pass it is run again, now keeping
-what autograd needs, and then undone from its end. Memory climbs, then falls:
+Under activation checkpointing a block keeps only its input. When its turn comes in the backward pass, it runs forward
+again, this time keeping what autograd needs; then its gradients are computed, last layer first. Memory climbs, then
+falls:
 
     bytes
       |       LoRA in float32
@@ -14,12 +15,12 @@ what autograd needs, and then undone from its end. Memory climbs, then falls:
        LayerNorm  QKV  attention  MLP | MLP  attention  QKV
                run again              |     backward
 
-This file is a ledger: each line puts down a tensor when it is made and crosses it out when nothing refers to it any
-more, in the order of `thuglm.modeling_chatglm` and of peft's LoRA layer. The highest total is the working set.
-tests/test_memory_formula.py runs the real model on tensors without data and finds the same bytes.
+The code below keeps a ledger: `make` when a tensor comes into being, `drop` when nothing refers to it any more, in the
+order of `thuglm.modeling_chatglm` and of the LoRA layer. The highest total is the working set.
+tests/cost_model/test_memory_formula.py runs the real model on tensors without data and finds the same bytes.
 
-Block 0 of the model is a little cheaper than the others: the embeddings that it receives need no gradient, so up to its
-first adapter autograd keeps nothing, and its backward pass ends there.
+Block 0 of the model needs a little less: its input, the embeddings, needs no gradient. So autograd keeps nothing up to
+its first adapter, and its backward pass ends there.
 
 Unit of the comments: U = hidden states of one micro-batch = rows * length * hidden * bytes of an element.
 """

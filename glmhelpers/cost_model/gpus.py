@@ -7,7 +7,8 @@
 `memory` is what PyTorch reports as the device's total, which is less than the number on the box: a T4 of
 "16 GB" has 15,360 MiB, of which the driver and error correction keep 256 MiB. Peak rates are the vendors'
 datasheet figures for dense float16; `matrix_share` and `memory_share` say which part of them a training step
-reaches. Those two are estimates, except on the H100, where they were measured (see `step_time`).
+reaches. On the H100 they were measured (see `step_time`). All others are estimates that nobody has measured. The T4's
+0.38 decides every second promised for a T4 and has no source: it was set by hand, without a T4 at hand.
 """
 
 import re

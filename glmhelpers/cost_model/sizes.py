@@ -1,4 +1,4 @@
-"""Sizes of the model and settings of a run: the two inputs of every formula in `memory` and `timemodel`.
+"""Sizes of the model and settings of a run: the two inputs of every formula in `step_memory` and `step_time`.
 
     Shape    what the model is      layers, hidden, heads, inner, vocab        from the config
     Setting  what is done with it   batch, length, micro-batches, LoRA, dtype  from the reader
@@ -9,12 +9,20 @@ Both are small frozen records, so that results can be cached on them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from typing import Any
+
+from glmhelpers.utils.units import shown
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """Linear layers of one block, in the order in which a token meets them; the names that peft matches."""
+
+MOST = 10**9
+"""Largest batch, length, rank ... that is taken for meant: products of a few of them stay within a float's range."""
+
+MOST_LAYERS = 1000
 
 BYTES_PER_WEIGHT = {16: 2.0, 32: 4.0, 8: 1.0, 4: 0.5}
 
@@ -50,11 +58,12 @@ class Shape:
             return config
         known = config if isinstance(config, Mapping) else vars(config)
         keys = ("num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size")
-        sizes = [known[key] if key in known else getattr(config, key, None) for key in keys]
+        sizes: list[Any] = [known[key] if key in known else getattr(config, key, None) for key in keys]
         sizes.append(known.get("max_sequence_length", 2048))
         for key, size in zip((*keys, "max_sequence_length"), sizes, strict=True):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"config.{key} is {size!r}; a positive whole number is needed to size the model")
+            most = MOST_LAYERS if key == "num_layers" else MOST
+            if not _is_whole(size, 1, most):
+                raise ValueError(f"config.{key} is {shown(size)}; a whole number from 1 to {most} is needed")
         return cls(*sizes)
 
     def linear(self, name: str) -> tuple[int, int]:
@@ -123,19 +132,15 @@ class Setting:
         Raises:
             ValueError: a value is out of range; the message names it.
         """
-        for name in ("batch_size", "seq_length", "micro_batches", "loss_chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        least = dict.fromkeys(("batch_size", "seq_length", "micro_batches", "loss_chunk"), 1)
+        for name, low in (least | {"lora_rank": 0, "kv_length": 0}).items():
+            if not _is_whole(value := getattr(self, name), low, MOST):
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number from {low} to {MOST:,}")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.micro_batches} equal micro-batches; "
                 f"choose one of {divisors(self.batch_size)}"
             )
-        for name in ("lora_rank", "kv_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, 0 or more")
         unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
         if unknown:
             raise ValueError(f"unknown LoRA target {unknown[0]!r}; choose from {', '.join(LORA_TARGETS)}")
@@ -144,7 +149,9 @@ class Setting:
         if self.base_bits not in BYTES_PER_WEIGHT:
             raise ValueError(f"base_bits is {self.base_bits}; choose 16, 8 or 4")
         if not 0 <= self.label_share <= 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError("label_share and lora_dropout are parts of one: 0 to 1")
+            raise ValueError(
+                f"label_share is {self.label_share!r}, lora_dropout {self.lora_dropout!r}: parts of one, 0 to 1"
+            )
 
     @property
     def element(self) -> int:
@@ -172,6 +179,10 @@ class Setting:
         return self.lora_targets if self.lora_rank else ()
 
 
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def as_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
     """LoRA targets from one name or several."""
     return (targets,) if isinstance(targets, str) else tuple(targets)
@@ -179,4 +190,5 @@ def as_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
 
 def divisors(number: int) -> list[int]:
     """All whole numbers that divide `number`, ascending: the possible numbers of micro-batches of a batch."""
-    return [part for part in range(1, number + 1) if number % part == 0]
+    small = [part for part in range(1, isqrt(number) + 1) if number % part == 0]
+    return small + [number // part for part in reversed(small) if part * part != number]

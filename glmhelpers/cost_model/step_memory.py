@@ -24,12 +24,13 @@ All sizes are bytes; GiB = 2**30 bytes. Nothing here needs torch.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import ceil
 from typing import Any
 
 from glmhelpers.cost_model.block_memory import block_cost
-from glmhelpers.cost_model.gpus import GPU, find_gpus
+from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpus
+from glmhelpers.cost_model.placement import Placement
 from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, as_targets
 from glmhelpers.cost_model.stages import Stage, find_stages
 from glmhelpers.utils.units import GIB, MIB
@@ -53,6 +54,10 @@ TERMS = {
 
 OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
 """What a card holds beyond the tensors; not in `peak_bytes`."""
+
+
+SLACK_AT_LEAST = 40 * MIB
+"""Bytes of slack on every GPU: two of the allocator's 20 MiB buffers."""
 
 
 def weight_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
@@ -166,51 +171,57 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
 def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
-    All micro-batches run forward before one backward pass over their sum, which undoes the last micro-batch first: at
-    its last block everything saved is still there. Each finished block gives back its input and leaves gradients. The
-    next micro-batch finds less saved, but all gradients: that is the peak where the adapter is large and U small. None
-    after it can be.
+    All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
+    everything saved is still there: the usual peak. Each block that is done frees its input and adds the gradients of
+    its adapter. The second micro-batch to be undone starts with less saved and with all gradients: the peak where the
+    adapter is large and the batch small. From then on memory only falls.
     """
-    unit, batches = hidden_bytes(shape, setting), setting.micro_batches
-    places = range(len(stage.blocks))
-    costs = [block_cost(shape, setting, stage.first and place == 0) for place in places]
+    unit, batches, marks, count = hidden_bytes(shape, setting), setting.micro_batches, stage.blocks, len(stage.blocks)
+    cost, cost_of_first = block_cost(shape, setting), block_cost(shape, setting, stage.first)
     # The input of each block is kept to run the block again, or for the gradient of the input: block 0's needs none.
-    needs_input = [stage.blocks[place] or place > 0 or not stage.first for place in places]
-    kept = [0 if stage.blocks[place] else costs[place].saved for place in places]
-    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if places else 0
+    spared = int(stage.first and not marks[0]) if marks else 0
+
+    def saved(blocks: int) -> int:
+        """What the first `blocks` blocks keep, those that are not checkpointed."""
+        plain = marks[:blocks].count(False)
+        return cost.saved * plain + (cost_of_first.saved - cost.saved) * (plain > 0 and not marks[0])
+
+    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if marks else 0
     loss = loss_kept_bytes(shape, setting) if stage.head else 0
     transfer = 0 if stage.head else unit
-    full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * sum(needs_input) * batches}
-    full["activations"] = sum(kept) * batches
+    full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
+    full["activations"] = saved(count) * batches
 
     moments = [("optimizer step", {"adam": 2 * lora, "masks": 0, "gradients": lora, "block": 2 * lora})]
     if stage.head:
         now = loss * batches + loss_working_bytes(shape, setting)
         moments.append(("loss of the last micro-batch", {**full, "loss": now}))
-    if places:
-        running = costs[-1].forward if stage.blocks[-1] else costs[-1].keeping - costs[-1].saved
+    if marks:
+        last = cost_of_first if count == 1 else cost
+        running = last.forward if marks[-1] else last.keeping - last.saved
         # On the first GPU visible pairs (bool), positions (2 x int64) and embeddings live as long as the forward pass.
         pairs, positions = setting.rows * setting.seq_length**2, 16 * setting.tokens
-        running += stage.first * (pairs + positions + unit * (not needs_input[0]))
+        running += stage.first * (pairs + positions + unit * spared)
         moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
-    gradients, inputs, activations = 0, full["inputs"], full["activations"]
-    for done, place in product(range(min(batches, 2)), reversed(places)):
-        working = costs[place].again if stage.blocks[place] else costs[place].undo
+    # From one block to the next of its kind every term grows or shrinks by the same bytes: the worst is at an end.
+    ends = {0, 1, count - 1} | {
+        p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)
+    }
+    turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
+    for done, place in product(range(min(batches, 2)), turns):
+        left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
-            "gradients": gradients,
-            "masks": masks * (batches - done),
-            "inputs": inputs,
-            "activations": activations,
-            "block": working - transfer,
-            "loss": loss * (batches - done - 1),
+            "gradients": lora // count * (count if done else count - 1 - place),
+            "masks": masks * (left + 1),
+            "inputs": unit * ((count - spared) * left + place + 1 - spared),
+            "activations": saved(count) * left + saved(place + 1),
+            "block": (here.again if marks[place] else here.undo) - transfer,
+            "loss": loss * left,
             "transfer": transfer,
         }
-        name = f"backward of its block {place + 1} of {len(places)}"
+        name = f"backward of its block {place + 1} of {count}"
         moments.append((f"{name}, second micro-batch" if done else name, moment))
-        gradients += 0 if done else lora // len(places)
-        inputs -= unit * needs_input[place]
-        activations -= kept[place]
     return moments
 
 
@@ -234,7 +245,7 @@ def slack_bytes(terms: Mapping[str, int]) -> int:
     to spare the allocator keeps more (`reserved_bytes` less `peak_bytes` in benchmarks/results/, 58 to 849 MiB);
     before it runs out it gives whole free pieces back, so what is needed is less than that.
     """
-    return 40 * MIB + (terms["block"] + terms["loss"] + terms["cache"]) // 10
+    return SLACK_AT_LEAST + (terms["block"] + terms["loss"] + terms["cache"]) // 10
 
 
 @dataclass(frozen=True)
@@ -287,7 +298,7 @@ class Prediction:
 
 def predict(
     config: Any,
-    device_map: Mapping[str, Any],
+    device_map: Any,
     batch_size: int,
     seq_length: int,
     *,
@@ -300,13 +311,13 @@ def predict(
 
     Args:
         config: ChatGLMConfig, or a dict with its keys.
-        device_map: module name -> GPU index or "cpu".
+        device_map: any form that `Placement.of` reads: module name -> GPU index or "cpu", a plan, a placed model.
         batch_size: rows in one optimizer step.
         seq_length: tokens in a row.
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
         tied: embedding and head are one tensor where they are on the same GPU.
-        settings: further fields of `shapes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
+        settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
             base_bits, loss_chunk, label_share, training, kv_length.
 
     Returns:
@@ -316,16 +327,13 @@ def predict(
     if "lora_targets" in settings:
         settings["lora_targets"] = as_targets(settings["lora_targets"])
     setting = Setting(batch_size, seq_length, **settings)
-    stages = find_stages(shape, device_map, checkpointed, tied)
-    known = find_gpus(list(gpus)) if gpus else [find_gpus("T4")[0]] * (1 + max([0, *map(_index, stages)]))
-    cards = tuple(known[_index(device)] for device in stages)
+    known = find_gpus(list(gpus)) if gpus else None
+    placement = Placement.of(device_map, shape.layers, len(known) if known else None)
+    stages = find_stages(placement, checkpointed, tied)
+    cards = tuple(known[device if isinstance(device, int) else 0] if known else CATALOGUE["T4"] for device in stages)
     results = [
         stage_terms(shape, setting, stage, card.gemm_workspace if device != "cpu" else 0)
         for (device, stage), card in zip(stages.items(), cards, strict=True)
     ]
     breakdown = [dict(terms) for _, terms in results]
     return Prediction(tuple(stages), cards, breakdown, [moment for moment, _ in results], setting)
-
-
-def _index(device: int | str) -> int:
-    return device if isinstance(device, int) else 0

@@ -1,12 +1,13 @@
-"""How long a training step takes, and who works when.
+"""How long a training step takes: the pipeline (GPipe fill-drain), its bubble, and who works when.
 
     one batch                          four micro-batches
     GPU 0  FFFF........BBBB            GPU 0  FFFF.....BBBB
     GPU 1  ....FFFFBBBB....            GPU 1  .FFFFBBBBB...
            ---------------> time              -----------> time
 
-All micro-batches run forward, then one backward pass over their sum undoes them, the last one first. With stages of
-f and b seconds a micro-batch, M equal micro-batches pass a pipeline in (sum of f) + (M - 1) * (largest f), and back in
+All micro-batches run forward (the pipeline fills), then one backward pass over their sum undoes them, the last one
+first (it drains). The time in which a GPU waits for the others is the bubble; more micro-batches make it smaller. With
+stages of f and b seconds a micro-batch, M equal micro-batches pass in (sum of f) + (M - 1) * (largest f), and back in
 the same form with b. `schedule` simulates the same step event by event; tests compare the two.
 
 Work of one block, forward, on T tokens of length L (multiply and add count as two operations):
@@ -40,7 +41,8 @@ from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import hidden_bytes, label_rows
 
 ATTENTION_SHARE = 0.11
-"""Part of the matrix rate that the memory-efficient attention kernel reaches (measured: 8.7 TFLOP in 80 ms)."""
+"""Part of the matrix rate that the memory-efficient attention kernel reaches. From one H100 (8.7 TFLOP in 80 ms of 989
+TFLOP/s); taken over for every other card, the T4 too, where it has not been measured."""
 
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
 """Bytes moved by elementwise work in one block without LoRA, in units of its hidden states: forward two LayerNorms 4,
@@ -98,7 +100,7 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
     operations = 4 * setting.tokens * setting.seq_length * shape.hidden
     attention = operations / (gpu.matrix_rate * ATTENTION_SHARE)
     unit = hidden_bytes(shape, setting) / (gpu.bandwidth * gpu.memory_share)
-    forward, backward = ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD
+    forward, backward = float(ELEMENTWISE_FORWARD), float(ELEMENTWISE_BACKWARD)
     ahead_in, ahead_out, back_in, back_out = FUSED_LORA if setting.fused else PEFT_LORA
     for name in setting.adapters:
         inputs, outputs = (width / shape.hidden for width in shape.linear(name))
@@ -177,7 +179,7 @@ def step_seconds(times: Sequence[StageTime], micro_batches: int) -> float:
 
 
 def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0) -> list[Task]:
-    """Every piece of work of one step, in order of its start; the last one's end is the step's time.
+    """Every piece of work of one step (GPipe fill-drain), in order of its start; the last one's end is the step's time.
 
     A GPU does one thing at a time; a micro-batch goes forward through all stages and, once all are through, back. Where
     the CPU is the slowest part of a pass, each of its pieces is drawn longer: its kernels wait for their start.
@@ -200,7 +202,7 @@ def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0)
 
 
 def busy_share(tasks: Sequence[Task]) -> float:
-    """Part of the GPUs' time in which they work, 0 to 1, from second 0 to the end of the last task.
+    """Part of the GPUs' time in which they work, 0 to 1, from second 0 to the end of the last task; the rest is bubble.
 
     Args:
         tasks: from `schedule`, at least one; GPUs are counted from 0 to the highest that has a task.

@@ -1,20 +1,20 @@
 """Device map: which block lies on which GPU, planned, checked, applied.
 
-plan.py       the plan a user sees            placement.py  where each part lies, read everywhere
-search.py     the best of all cuts            check.py      what is wrong with a map made by hand
+plan.py       the plan a user sees            placement.py  a map against GPUs and model
+search.py     the best of all cuts            bounds.py     what no plan can be better than
+activation_checkpointing.py  run again       devices.py    streams, and where tensors have to be
 """
 
-from glmhelpers.devicemap.check import DeviceMapError, check_device_map, part_names
-from glmhelpers.devicemap.placement import check_placement, expand_device_map
+from glmhelpers.devicemap.placement import DeviceMapError, Placement, check_device_map, check_placement, part_names
 from glmhelpers.devicemap.plan import DoesNotFit, Plan, largest_batch, longest_length, plan_device_map
 
 __all__ = [
     "DeviceMapError",
     "DoesNotFit",
+    "Placement",
     "Plan",
     "check_device_map",
     "check_placement",
-    "expand_device_map",
     "largest_batch",
     "longest_length",
     "part_names",

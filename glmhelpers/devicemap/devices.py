@@ -7,6 +7,7 @@ default stream    --own_streams()-> one side stream a GPU                 so tha
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ def first_device(model: nn.Module) -> torch.device:
 
 def head_device(model: nn.Module) -> torch.device | None:
     """Device of `lm_head`, where the loss is made; None for a model without one."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
     return None if head is None else head.weight.device
 
 

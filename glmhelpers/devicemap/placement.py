@@ -1,7 +1,8 @@
-"""Where every part of the model belongs, and whether it is there.
+"""A placement against the machine and against the model.
 
 {"transformer": 0, "lm_head": 1}   what a person writes
-      |  expand_device_map         the longest name that fits wins
+      |  Placement.of              every part -> device, or every fault in words (cost_model/placement.py)
+      |  check_device_map          the same, against the GPUs there are
       v
 {"transformer.word_embeddings": 0, "transformer.layers.0": 0, ..., "lm_head": 1}
       |  check_placement           after loading: device, dtype, nothing left without memory ("meta")
@@ -9,78 +10,63 @@
 silence, or the first parameter that is wrong
 """
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from glmhelpers.devicemap.check import part_names
+from glmhelpers.cost_model.gpus import find_gpus
+from glmhelpers.cost_model.placement import DeviceMapError, Label, Placement, part_names
+from glmhelpers.cost_model.sizes import Shape
 
-Device = int | str | torch.device
+__all__ = [
+    "DeviceMapError",
+    "Placement",
+    "as_device",
+    "check_device_map",
+    "check_filled",
+    "check_placement",
+    "device_of",
+    "part_names",
+]
 
 
-def expand_device_map(num_layers: int, device_map: Mapping[str, Device] | Device | None) -> dict[str, Device]:
-    """Part name -> device, for every part.
+def check_device_map(config: Any, device_map: Any, gpus: Any = None) -> dict[Label, list[int]]:
+    """Refuse a device map that would not work.
 
     Args:
-        num_layers: number of blocks.
-        device_map: names or beginnings of names ("transformer.layers", "" for all) -> device; or one device for
-            everything; None: the CPU.
+        config: ChatGLMConfig, or a dict with its keys.
+        device_map: module name -> GPU index, "cuda:0", or "cpu"; or another form that `Placement.of` reads.
+        gpus: the GPUs there are, as for plan_device_map; None: any index is accepted.
+
+    Returns:
+        Device -> its blocks, in order.
 
     Raises:
-        ValueError: a part has no device, a name fits no part, or a device cannot be read.
+        DeviceMapError: with every fault found.
     """
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise ValueError(f"device_map={device_map!r} is not planned here: pass a dict, such as run.device_map(config)")
-    if not isinstance(device_map, Mapping):
-        device_map = {"": "cpu" if device_map is None else device_map}
-    parts, used, expanded = part_names(num_layers), set(), {}
-    for part in parts:
-        fitting = [name for name in device_map if not name or part == name or part.startswith(f"{name}.")]
-        if not fitting:
-            raise ValueError(f"the device map has no device for {part}: add it")
-        expanded[part] = device_map[max(fitting, key=len)]
-        used.update(fitting)
-    if unused := [name for name in device_map if name not in used]:
-        raise ValueError(f"the device map names {unused[0]!r}, the model has {parts[0]} ... {parts[-1]}")
-    for part, device in expanded.items():
-        as_device(device, part)
-    return expanded
+    count = None if gpus is None else len(find_gpus(gpus))
+    return Placement.of(device_map, Shape.of(config).layers, count).blocks
 
 
-def as_device(device: Device, part: str = "the model") -> torch.device:
-    """A torch.device; 0 is cuda:0.
-
-    Raises:
-        ValueError: it is no device, or a GPU that is not there; the message names `part`.
-    """
-    try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the device map sends {part} to {device!r}, which is no device: use 0, 1 or 'cpu'") from error
-    if found.type == "cuda":
-        found = torch.device("cuda", found.index or 0)
-        if found.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"the device map sends {part} to {found}, this machine has {torch.cuda.device_count()} GPUs"
-            )
-    return found
+def as_device(label: Label) -> torch.device:
+    """The torch.device of a label; 0 is cuda:0."""
+    return torch.device("cuda", label) if isinstance(label, int) else torch.device(label)
 
 
-def device_of(name: str, expanded: Mapping[str, Device]) -> torch.device | None:
-    """Device of a parameter or buffer by its full name, or None if the map does not place it."""
-    for part, device in expanded.items():
-        if name.startswith(f"{part}."):
-            return as_device(device, part)
-    return None
+def device_of(name: str, placement: Placement) -> torch.device | None:
+    """Device of a parameter or buffer by its full name, or None if the placement does not say."""
+    pieces = name.split(".")
+    parts = (".".join(pieces[:count]) for count in range(len(pieces), 0, -1))
+    return next((as_device(placement.map[part]) for part in parts if part in placement.map), None)
 
 
-def check_placement(model: nn.Module, expanded: Mapping[str, Device], dtype: torch.dtype) -> int:
+def check_placement(model: PreTrainedModel, placement: Placement, dtype: torch.dtype) -> int:
     """Assert that every parameter has memory, is on its device and of `dtype`; buffers must have memory.
 
     Args:
         model: a ChatGLMForConditionalGeneration.
-        expanded: part name -> device, as `expand_device_map` gives it.
+        placement: where its parts should be.
         dtype: of all parameters.
 
     Returns:
@@ -92,7 +78,7 @@ def check_placement(model: nn.Module, expanded: Mapping[str, Device], dtype: tor
     check_filled(model)
     count = len(list(model.named_buffers()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        wanted = device_of(name, expanded)
+        wanted = device_of(name, placement)
         if wanted is not None and parameter.device != wanted:
             raise RuntimeError(f"{name} is on {parameter.device}, the device map says {wanted}")
         if parameter.dtype != dtype:
@@ -101,7 +87,7 @@ def check_placement(model: nn.Module, expanded: Mapping[str, Device], dtype: tor
     return count
 
 
-def check_filled(model: nn.Module) -> None:
+def check_filled(model: PreTrainedModel) -> None:
     """Assert that no parameter and no buffer is left without memory.
 
     Raises:

@@ -5,9 +5,9 @@
                                            cut
 
 A plan is: where the cuts are (GPUs in ascending order; one may stay empty), where the embedding lives, into how many
-micro-batches the batch is cut, and which blocks need no checkpointing because memory is left over.
+micro-batches the batch is cut, and which blocks need no activation checkpointing because memory is left over.
 
-    "speed"    of all plans that fit, the one whose step takes the shortest time (`timemodel`)
+    "speed"    of all plans that fit, the one whose step takes the shortest time (`cost_model.step_time`)
     "memory"   every block checkpointed, a small loss chunk; of all plans, the one whose largest peak is smallest; of
                equals, the fastest
 
@@ -16,30 +16,24 @@ the head is there. The search walks the GPUs in order and keeps, for each number
 plans that no other beats in everything that counts. That is exact; tests compare it with trying every cut.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
 from glmhelpers.cost_model.gpus import GPU, find_gpus
-from glmhelpers.cost_model.sizes import Setting, Shape, as_targets, divisors
+from glmhelpers.cost_model.sizes import Setting, Shape, as_targets
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, slack_bytes, stage_terms
-from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds
-from glmhelpers.devicemap.check import DeviceMapError, check_device_map
-from glmhelpers.devicemap.search import Found, Room, Search
+from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.devicemap.placement import Label, Placement, part_names
+from glmhelpers.devicemap.search import Room, Search, variants
 from glmhelpers.utils.units import GIB, parse_size
-
-__all__ = [
-    "DeviceMapError",
-    "DoesNotFit",
-    "Plan",
-    "check_device_map",
-    "largest_batch",
-    "longest_length",
-    "plan_device_map",
-]
-
 
 SMALL_LOSS_CHUNK = 128
 """Token positions whose logits exist at a time in plans for the least memory: a quarter of the model's default."""
@@ -63,32 +57,79 @@ class Plan:
     """One way to spread the model, with what it will hold and how long a step will take.
 
     Attributes:
-        device_map: module name -> GPU index, or "cpu" for the embedding; as `from_pretrained` takes it.
-        micro_batches: parts into which the batch is cut.
-        checkpointed_layers: blocks that are run again in the backward pass.
-        embedding: "first" (GPU of block 0), "tied" (shared with the head on the last GPU) or "cpu".
-        seconds: predicted time of a step; an estimate for comparing plans.
-        objective: what the plan is best at.
+        shape, setting: the model and how it is run, with the number of micro-batches.
+        stages: what each GPU holds.
         gpus: the GPUs it is for.
+        devices: their indices on the machine.
         usable_bytes: for each GPU, its memory less the reserve, 0 if the reserve is larger.
-        shape, setting, stages: what the prediction was made from; one Stage for each GPU.
+        embedding: "first" (GPU of block 0), "tied" (shared with the head on the last GPU) or "cpu".
+        objective: what the plan is best at.
     """
 
-    device_map: dict[str, int | str]
-    micro_batches: int
-    checkpointed_layers: list[int]
-    embedding: str
-    seconds: float
-    objective: str
-    gpus: list[GPU]
-    usable_bytes: list[int]
     shape: Shape
     setting: Setting
-    stages: list[Stage]
+    stages: Sequence[Stage]
+    gpus: Sequence[GPU]
+    devices: Sequence[int]
+    usable_bytes: Sequence[int]
+    embedding: str
+    objective: str
+
+    @cached_property
+    def device_map(self) -> dict[str, Label]:
+        """Module name -> GPU index, or "cpu" for the embedding; as `from_pretrained` takes it."""
+        used = [(device, stage) for device, stage in zip(self.devices, self.stages, strict=True) if stage != Stage()]
+        homes: dict[str, Label] = {"first": used[0][0], "tied": used[-1][0], "cpu": "cpu"}
+        blocks = [device for device, stage in used for _ in stage.blocks]
+        places = [homes[self.embedding], *blocks, homes["tied"], homes["tied"]]
+        return dict(zip(part_names(self.shape.layers), places, strict=True))
+
+    @property
+    def micro_batches(self) -> int:
+        """Parts into which the batch is cut."""
+        return self.setting.micro_batches
+
+    @property
+    def checkpointed_layers(self) -> list[int]:
+        """Blocks under activation checkpointing: run again in the backward pass."""
+        marks = [mark for stage in self.stages for mark in stage.blocks]
+        return [block for block, checkpointed in enumerate(marks) if checkpointed]
+
+    @cached_property
+    def seconds(self) -> float:
+        """Predicted time of a step; an estimate for comparing plans."""
+        return self._lookup_seconds + step_seconds(self.stage_times, self.micro_batches)
+
+    def apply(self, model: PreTrainedModel | PeftModel) -> list[str]:
+        """Put every part of the model on its device and checkpoint the plan's blocks and no others.
+
+        A part that is there already stays; a second call changes nothing.
+
+        Args:
+            model: a ChatGLM, or a PeftModel around one. After `attach_lora`, since peft changes what is checkpointed.
+
+        Returns:
+            what had to be changed, in words; nothing if the plan had been applied.
+
+        Raises:
+            ValueError: the plan is for a model of another size, or for a GPU that is not here.
+        """
+        net: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if (found := Shape.of(net.config)) != self.shape:
+            raise ValueError(f"the plan is for another model: it was made for {self.shape}, this one is {found}")
+        wanted, changes = Placement.of(self, self.shape.layers, torch.cuda.device_count()), []
+        if Placement.of(net) != wanted:
+            net.place(wanted.map)
+            changes.append(f"the model was moved to its devices ({', '.join(map(str, wanted.devices))})")
+        marked = [block for block, module in enumerate(net.transformer.layers) if module.gradient_checkpointing]
+        checkpoint_only(model, self.checkpointed_layers)
+        if marked != self.checkpointed_layers:
+            changes.append(f"{len(self.checkpointed_layers)} blocks are checkpointed, where {len(marked)} were")
+        return changes
 
     @cached_property
     def breakdown(self) -> list[dict[str, int]]:
-        """For each GPU, bytes by term (keys of memory.TERMS) at its worst moment; the sum is the peak."""
+        """For each GPU, bytes by term (keys of step_memory.TERMS) at its worst moment; the sum is the peak."""
         return [
             dict(stage_terms(self.shape, self.setting, stage, gpu.gemm_workspace)[1])
             if stage != Stage()
@@ -131,25 +172,28 @@ class Plan:
 
     @property
     def stage_times(self) -> list[StageTime]:
-        """Seconds of each used GPU for one micro-batch, in order: the input of timemodel.schedule."""
+        """Seconds of each used GPU for one micro-batch, in order: the input of step_time.schedule."""
         used = [(stage, gpu) for stage, gpu in zip(self.stages, self.gpus, strict=True) if stage != Stage()]
         return [stage_seconds(self.shape, self.setting, stage, gpu) for stage, gpu in used]
 
     @property
     def schedule(self) -> list[Task]:
-        """Who works when in one step, by the time model; the last end is `seconds`. For plots_map.draw_schedule."""
-        times = self.stage_times
-        lookup = lookup_seconds(self.shape, self.setting, self.embedding, len(times), self.gpus[0])
-        return schedule(times, self.micro_batches, lookup)
+        """Who works when in one step, by the time model; the last end is `seconds`. For plots.draw_schedule."""
+        return schedule(self.stage_times, self.micro_batches, self._lookup_seconds)
+
+    @property
+    def _lookup_seconds(self) -> float:
+        return lookup_seconds(self.shape, self.setting, self.embedding, len(self.stage_times), self.gpus[0])
 
     @property
     def prediction(self) -> Prediction:
         """The same breakdown as a Prediction, for the GPUs that hold something."""
+        cards = dict(zip(self.devices, self.gpus, strict=True))
         return predict(
             self.shape,
             self.device_map,
             checkpointed=self.checkpointed_layers,
-            gpus=self.gpus,
+            gpus=[cards.get(index, self.gpus[0]) for index in range(max(self.devices) + 1)],
             **{name: getattr(self.setting, name) for name in Setting.__dataclass_fields__},
         )
 
@@ -163,13 +207,15 @@ class Plan:
             f"{'es' * (self.micro_batches > 1)}, embedding {_WHERE[self.embedding]}, "
             f"{known.get(marked, f'{marked} of {layers} blocks')} checkpointed, about {self.seconds:.3g} s a step"
         ]
-        rows = zip(self.gpus, self.blocks, self.stages, self.peak_bytes, self.total_bytes, strict=True)
-        for index, (gpu, blocks, stage, peak, total) in enumerate(rows):
+        facts = (self.devices, self.gpus, self.blocks, self.stages, self.peak_bytes, self.total_bytes)
+        for (index, gpu, blocks, stage, peak, total), usable in zip(
+            zip(*facts, strict=True), self.usable_bytes, strict=True
+        ):
             what = f"blocks {blocks[0]}-{blocks[-1]}" if blocks else "no block"
             what += ", norm, head" if stage.head else ""
             lines.append(
                 f"  GPU {index} ({gpu.name}): {what}: peak {peak / GIB:.2f} GiB, "
-                f"{total / GIB:.2f} with slack and context, of {self.usable_bytes[index] / GIB:.2f} GiB"
+                f"{total / GIB:.2f} with slack and context, of {usable / GIB:.2f} GiB"
             )
         return "\n".join(lines)
 
@@ -188,6 +234,7 @@ def plan_device_map(
     checkpointed: str = "auto",
     embedding: str | None = None,
     reserve: int | str | Sequence[int | str] = 0,
+    devices: Sequence[int] | None = None,
     **settings: Any,
 ) -> Plan:
     """The best plan for these GPUs.
@@ -202,7 +249,8 @@ def plan_device_map(
         checkpointed: "auto" (blocks may go without where memory is left), "all" or "none".
         embedding: "first", "tied" or "cpu", or None to choose.
         reserve: memory to keep free on every GPU, or one size for each.
-        settings: further fields of shapes.Setting, such as lora_rank, base_bits, loss_chunk (SMALL_LOSS_CHUNK
+        devices: index of each GPU on its machine, ascending; by default 0, 1, ...
+        settings: further fields of `sizes.Setting`, such as lora_rank, base_bits, loss_chunk (SMALL_LOSS_CHUNK
             by default when the objective is "memory"), training.
 
     Returns:
@@ -218,10 +266,13 @@ def plan_device_map(
         settings.setdefault("loss_chunk", SMALL_LOSS_CHUNK)
     room, setting = _room_and_setting(config, gpus, reserve, batch_size, seq_length, micro_batches, settings)
     search = Search(room, objective, checkpointed, embedding)
-    found = search.best(_variants(setting, micro_batches))
+    found = search.best(variants(setting, micro_batches))
     if found is None:
         raise _does_not_fit(room, setting, micro_batches, checkpointed, embedding)
-    return _plan(room, found, objective)
+    numbers = range(len(room.gpus)) if devices is None else devices
+    if len(numbers) != len(room.gpus) or sorted(set(numbers)) != list(numbers):
+        raise ValueError(f"devices={devices!r}: give the index of each of the {len(room.gpus)} GPUs, ascending")
+    return Plan(room.shape, found.setting, found.stages, room.gpus, numbers, room.usable, found.embedding, objective)
 
 
 def largest_batch(
@@ -237,7 +288,7 @@ def largest_batch(
     search = Search(room, "memory", "all", None)
 
     def fits(batch: int) -> bool:
-        return search.fits(replace(setting, batch_size=batch, micro_batches=batch if setting.training else 1))
+        return search.fits([replace(setting, batch_size=batch, micro_batches=batch if setting.training else 1)])
 
     return _last_that(fits, 1, limit)
 
@@ -256,7 +307,7 @@ def longest_length(
     parts = batch_size if setting.training else 1
 
     def fits(eights: int) -> bool:
-        return search.fits(replace(setting, seq_length=8 * eights, micro_batches=parts))
+        return search.fits([replace(setting, seq_length=8 * eights, micro_batches=parts)])
 
     return 8 * _last_that(fits, 1, (limit or room.shape.max_length) // 8)
 
@@ -285,43 +336,6 @@ def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> 
     return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
 
 
-def _variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
-    """The setting with every number of micro-batches that may be chosen."""
-    fixed = micro_batches or (None if setting.training else 1)
-    parts: Iterable[int] = [fixed] if fixed else divisors(setting.batch_size)
-    return [replace(setting, micro_batches=part) for part in parts]
-
-
-def _plan(room: Room, found: Found, objective: str) -> Plan:
-    device_map: dict[str, int | str] = {}
-    marks: list[bool] = []
-    for index, stage in enumerate(found.stages):
-        for _ in stage.blocks:
-            device_map[f"transformer.layers.{len(device_map)}"] = index
-        marks += stage.blocks
-    head = next(index for index, stage in enumerate(found.stages) if stage.head)
-    first = next(index for index, stage in enumerate(found.stages) if stage != Stage())
-    place = {"first": first, "tied": head, "cpu": "cpu"}[found.embedding]
-    return Plan(
-        device_map={
-            "transformer.word_embeddings": place,
-            **device_map,
-            "transformer.final_layernorm": head,
-            "lm_head": head,
-        },
-        micro_batches=found.setting.micro_batches,
-        checkpointed_layers=[block for block, checkpointed in enumerate(marks) if checkpointed],
-        embedding=found.embedding,
-        seconds=found.seconds,
-        objective=objective,
-        gpus=list(room.gpus),
-        usable_bytes=list(room.usable),
-        shape=room.shape,
-        setting=found.setting,
-        stages=list(found.stages),
-    )
-
-
 def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> DoesNotFit:
     """Name the GPUs that are short in the attempt that lacks least, and every single change that would help."""
     parts = micro_batches or (setting.batch_size if setting.training else 1)
@@ -331,8 +345,7 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
     changes: dict[str, Any] = {}
 
     def works(changed: Setting, other: Search = search, parts: int | None = micro_batches) -> bool:
-        # The more parts, the less memory: the likeliest first.
-        return any(other.fits(variant) for variant in reversed(_variants(changed, parts)))
+        return other.fits(variants(changed, parts))
 
     step = micro_batches or 1
     many = _last_that(
@@ -346,9 +359,9 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
     if checkpointed == "none" and works(setting, Search(room, "memory", "all", embedding)):
         changes["checkpointed"] = "all"
     if micro_batches is not None:
-        better = [v.micro_batches for v in _variants(setting, None) if search.fits(v)]
+        better = next((v.micro_batches for v in variants(setting, None) if search.fits([v])), None)
         if better:
-            changes["micro_batches"] = better[0]
+            changes["micro_batches"] = better
     for bits in (8, 4):
         if bits < setting.base_bits and works(replace(setting, base_bits=bits)):
             changes["base_bits"] = bits

@@ -3,52 +3,50 @@
     GPU      0            1            2
     units    0..u         u..v         v..N+1        (block 0, block 1, ..., norm + head)
 
-    partial plan = (forward: sum and slowest stage, backward: the same, seconds of launches, largest peak)
+    partial plan      the GPUs up to here: forward and backward seconds, their sum and the slowest stage, launches
+    rest              the least that each of these can be behind it: five small tables, made from the end
+    incumbent         the best whole plan known; the first comes from following only the most promising ones
 
-A partial plan that is not better than another one in any of those can never end better, and is dropped.
+Branch and bound: a partial plan is dropped if another one is not worse in anything that counts for what comes, or if
+it is slower than the incumbent even with the best conceivable rest. Whole settings (numbers of micro-batches) are
+dropped by the same rule (`bounds`).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from glmhelpers.cost_model.block_memory import block_cost
-from glmhelpers.cost_model.gpus import GPU
-from glmhelpers.cost_model.sizes import Setting, Shape
+from glmhelpers.cost_model.sizes import Setting, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import slack_bytes, stage_terms
-from glmhelpers.cost_model.step_time import StageTime, combine, lookup_seconds, pass_seconds, stage_seconds
+from glmhelpers.cost_model.step_memory import slack_bytes, stage_terms, weight_bytes
+from glmhelpers.cost_model.step_time import LAUNCH, StageTime, lookup_seconds, pass_seconds, stage_seconds
+from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Room, stage_flags
 
-EMBEDDINGS = ("first", "tied", "cpu")
-"""Places for the embedding, the preferred one first where plans are equal."""
+BEAM = 3
+"""Partial plans a state in the first, quick pass, which gives the search its first incumbent."""
 
-
-@dataclass(frozen=True)
-class Room:
-    """The model and the GPUs: sizes, cards, and bytes that may be used on each card."""
-
-    shape: Shape
-    gpus: tuple[GPU, ...]
-    usable: tuple[int, ...]
+SAME = 1e-9
+"""Seconds within which two plans are equally fast: sums of floats differ in their last digits."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best plan: one Stage for each GPU, and what it costs."""
+    """The best plan: one Stage for each GPU, and the seconds of a step."""
 
     setting: Setting
     embedding: str
     stages: tuple[Stage, ...]
     seconds: float
-    peak: int
 
     @property
-    def used(self) -> int:
-        """GPUs that hold something."""
-        return sum(stage != Stage() for stage in self.stages)
+    def rank(self) -> tuple[float, int, int, int]:
+        """What the best plan has least of. A GPU that makes nothing faster is left free."""
+        used = sum(stage != Stage() for stage in self.stages)
+        return round(self.seconds, 9), used, self.setting.micro_batches, EMBEDDINGS.index(self.embedding)
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """One stage on one GPU: what it holds and how long it works."""
 
     stage: Stage
@@ -56,28 +54,48 @@ class _Piece:
     peak: int
 
 
-_NO_TIME = StageTime(0.0, 0.0)
+class _Partial(NamedTuple):
+    """The GPUs so far: seconds of all stages, of the slowest one, of the host's launches for the backward pass."""
 
-
-@dataclass(frozen=True)
-class _Partial:
-    total: StageTime = _NO_TIME
-    slowest: StageTime = _NO_TIME
-    peak: int = 0
-    stages: tuple[Stage, ...] = ()
+    forward: float = 0.0
+    backward: float = 0.0
+    slow_forward: float = 0.0
+    slow_backward: float = 0.0
+    launch: float = 0.0
     used: int = 0
+    stages: tuple[Stage, ...] = ()
 
     def beats(self, other: "_Partial") -> bool:
         """Not worse in anything that counts for what is still to come."""
         return (
-            self.total.forward <= other.total.forward
-            and self.total.backward <= other.total.backward
-            and self.slowest.forward <= other.slowest.forward
-            and self.slowest.backward <= other.slowest.backward
-            and self.total.launch_backward <= other.total.launch_backward
-            and self.peak <= other.peak
+            self.forward <= other.forward
+            and self.backward <= other.backward
+            and self.slow_forward <= other.slow_forward
+            and self.slow_backward <= other.slow_backward
+            and self.launch <= other.launch
             and (self.used == other.used or min(self.used, other.used) > 1)
         )
+
+    def with_stage(self, stage: Stage, time: StageTime) -> "_Partial":
+        """One GPU more."""
+        return _Partial(
+            self.forward + time.forward,
+            self.backward + time.backward,
+            max(self.slow_forward, time.forward),
+            max(self.slow_backward, time.backward),
+            self.launch + time.launch_backward,
+            self.used + 1,
+            (*self.stages, stage),
+        )
+
+
+NOTHING, ONE_BLOCK = _Partial(), Stage.of(1)
+
+
+def variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
+    """The setting with every number of micro-batches that may be chosen, ascending."""
+    fixed = micro_batches or (None if setting.training else 1)
+    return [replace(setting, micro_batches=part) for part in ([fixed] if fixed else divisors(setting.batch_size))]
 
 
 class Search:
@@ -98,144 +116,189 @@ class Search:
         self.room, self.objective = room, objective
         self.checkpointed = "all" if objective == "memory" and checkpointed == "auto" else checkpointed
         self.embeddings = (embedding,) if embedding else EMBEDDINGS
+        self.bounds = Bounds(room, self.checkpointed, self.embeddings)
+        self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
+        self._option = lru_cache(maxsize=None)(self._find_option)
 
-    def best(self, settings: Iterable[Setting]) -> Found | None:
+    def best(self, settings: list[Setting]) -> Found | None:
         """The best plan over all settings and all places of the embedding, or None if nothing fits."""
-        settings = list(settings)
-        ceiling = None
+        ceiling: int | None = None
+        settings = self.bounds.that_may_fit(settings)
         if self.objective == "memory":
-            peaks = [self._walk(setting, place, None, "peak") for setting in settings for place in self.embeddings]
-            ceiling = min((found.peak for found in peaks if found), default=None)
+            for setting in reversed(settings):  # the more parts, the less memory
+                peaks = [self._least_peak(setting, place, ceiling) for place in self.embeddings]
+                ceiling = min((peak for peak in [*peaks, ceiling] if peak is not None), default=None)
             if ceiling is None:
                 return None
-        best = None
-        for setting in settings:
+        best: Found | None = None
+        for least, setting in sorted(((self.bounds.least_seconds(s), s) for s in settings), key=lambda pair: pair[0]):
+            if best is not None and least > best.seconds + SAME:
+                break
             for place in self.embeddings:
-                found = self._walk(setting, place, ceiling, "time", best)
-                if found and (best is None or _rank(found.seconds, found.used) < _rank(best.seconds, best.used)):
-                    best = found
+                best = self._walk(setting, place, ceiling, best) or best
         return best
 
-    def fits(self, setting: Setting) -> bool:
-        """Does any plan with this setting fit?"""
-        return any(self._walk(setting, place, None, "peak") for place in self.embeddings)
+    def fits(self, settings: list[Setting]) -> bool:
+        """Does any plan with one of these settings fit?"""
+        return any(
+            self._least_peak(setting, place, None) is not None
+            for setting in reversed(self.bounds.that_may_fit(settings))
+            for place in self.embeddings
+        )
 
     def shortage(self, setting: Setting) -> list[int]:
         """Bytes that each GPU lacks in the plan whose largest lack is smallest."""
-        best: tuple[int, list[int]] | None = None
-        for place in self.embeddings:
-            lack = self._least_lack(setting, place)
-            if best is None or max(lack) < max(best[1]):
-                best = (max(lack), lack)
-        return best[1]
+        return min((self._least_lack(setting, place) for place in self.embeddings), key=max)
 
-    def _piece(self, setting: Setting, gpu: int, stage: Stage) -> _Piece | None:
-        """The stage on this GPU, or None if it is too large."""
+    def _total(self, setting: Setting, gpu: int, stage: Stage) -> int:
+        """Bytes that the stage needs of this GPU."""
         card = self.room.gpus[gpu]
         _, terms = stage_terms(self.room.shape, setting, stage, card.gemm_workspace)
-        peak = sum(terms.values())
-        if peak + slack_bytes(terms) + card.context > self.room.usable[gpu]:
-            return None
-        return _Piece(stage, stage_seconds(self.room.shape, setting, stage, card), peak)
+        return sum(terms.values()) + slack_bytes(terms) + card.context
 
-    def _option(self, setting: Setting, gpu: int, count: int, flags: dict[str, bool]) -> _Piece | None:
+    def _find_option(self, setting: Setting, gpu: int, count: int, flags: tuple[bool, ...]) -> _Piece | None:
         """The fastest stage of `count` blocks that fits: as few checkpointed blocks as there is memory for."""
-        if self.checkpointed != "auto" or not setting.training:
-            return self._piece(setting, gpu, Stage.of(count, count if self.checkpointed == "none" else 0, **flags))
-        plain = Stage.of(count, 0, **flags)
-        _, terms = stage_terms(self.room.shape, setting, plain, self.room.gpus[gpu].gemm_workspace)
-        rest = self.room.usable[gpu] - sum(terms.values()) + terms["block"] + terms["loss"]
-        each = block_cost(self.room.shape, setting).saved * setting.micro_batches
-        for kept in range(max(0, min(count, rest // each + 1)), -1, -1):
-            if piece := self._piece(setting, gpu, Stage.of(count, kept, **flags)):
-                return piece
+        shape, card = self.room.shape, self.room.gpus[gpu]
+        kept = count if self.checkpointed == "none" else 0
+        if self.checkpointed == "auto" and setting.training:
+            _, terms = stage_terms(shape, setting, Stage.of(count, 0, *flags), card.gemm_workspace)
+            rest = self.room.usable[gpu] - sum(terms.values()) + terms["block"] + terms["loss"]
+            kept = max(0, min(count, rest // (block_cost(shape, setting).saved * setting.micro_batches) + 1))
+        for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
+            stage = Stage.of(count, number, *flags)
+            if self._total(setting, gpu, stage) <= self.room.usable[gpu]:
+                peak = sum(stage_terms(shape, setting, stage, card.gemm_workspace)[1].values())
+                return _Piece(stage, stage_seconds(shape, setting, stage, card), peak)
         return None
 
-    def _flags(self, place: str, first: bool, head: bool) -> dict[str, bool]:
-        here = (place == "first" and first) or (place == "tied" and head)
-        return {"embedding": here, "head": head, "shared": here and head, "first": first}
+    def _moves(self, setting: Setting, gpu: int, place: str, limit: float = float("inf")) -> dict[int, list]:
+        """Units placed so far -> (units placed behind it, piece) for every stage that this GPU can take.
 
-    def _walk(
-        self, setting: Setting, place: str, ceiling: int | None, count_what: str, known: Found | None = None
-    ) -> Found | None:
-        """The best plan with this setting and this place of the embedding.
-
-        `count_what`: "time" (a peak above `ceiling` is refused) or "peak" (time does not matter).
-        `known`: a plan that must be beaten; partial plans that cannot are dropped.
+        `limit`: seconds that a step may take; a stage that is too slow for that on its own is left out.
         """
-        room, parts = self.room, setting.micro_batches
-        units, last = room.shape.layers + 1, len(room.gpus) - 1
-        options: dict[tuple, _Piece | None] = {}
-        states: dict[int, list[_Partial]] = {0: [_Partial()]}
+        alike, layers = self.bounds.alike[gpu], self.room.shape.layers
+        most = self.room.usable[gpu] // weight_bytes(self.room.shape, setting, ONE_BLOCK)
 
-        def seconds(partial: _Partial) -> float:
-            start = lookup_seconds(room.shape, setting, place, partial.used, room.gpus[0])
-            return start + pass_seconds(partial.total, partial.slowest, parts)
+        def pieces(first: bool, head: bool) -> dict[int, _Piece]:
+            found = {}
+            for count in range(1 - head, min(most, layers) + 1):
+                if setting.micro_batches * sum(self.bounds.least_time(setting, alike, count)) > limit + SAME:
+                    break
+                if piece := self._option(setting, alike, count, stage_flags(place, first, head)):
+                    found[count] = piece
+            return found
 
-        for gpu in range(len(room.gpus)):
-            grown: dict[int, list[_Partial]] = {}
-            # Of equally good plans the first one stays: one that is complete rather than one that goes on behind an
-            # empty GPU, and last one that has not begun.
-            for done, partials in sorted(states.items(), key=lambda state: (state[0] == 0, state[0] < units, state[0])):
-                for end in range(units if gpu == last else done, units + 1):
-                    if end == done:
-                        for partial in partials:
-                            _keep(grown.setdefault(end, []), replace(partial, stages=(*partial.stages, Stage())))
-                        continue
-                    head = end == units
-                    key = (room.gpus[gpu], room.usable[gpu], end - done - head, done == 0, head)
-                    if key not in options:
-                        flags = self._flags(place, done == 0, head)
-                        options[key] = self._option(setting, gpu, end - done - head, flags)
-                    piece = options[key]
-                    if piece is None or (ceiling is not None and piece.peak > ceiling):
-                        continue
+        def moves(done: int, inner: dict[int, _Piece], ends: dict[int, _Piece]) -> list[tuple[int, _Piece]]:
+            on = [(done + count, piece) for count, piece in inner.items() if done + count <= layers and gpu < self.last]
+            return [*on, (self.units, ends[layers - done])] if layers - done in ends else on
+
+        inner, ends = pieces(False, False), pieces(False, True)
+        found = {done: moves(done, inner, ends) for done in range(1, self.units)}
+        return {0: moves(0, pieces(True, False), pieces(True, True)), **found}
+
+    def _least_peak(self, setting: Setting, place: str, limit: int | None) -> int | None:
+        """The least largest peak of any plan, or None if none fits or all are above `limit`."""
+        least = {0: 0}
+        for gpu in range(self.last + 1):
+            grown = dict(least)
+            moves = self._moves(setting, gpu, place)
+            for done, peak in least.items():
+                for end, piece in moves.get(done, []):
+                    new = max(peak, piece.peak)
+                    if (limit is None or new <= limit) and (end not in grown or new < grown[end]):
+                        grown[end] = new
+            least = grown
+        return least.get(self.units)
+
+    def _walk(self, setting: Setting, place: str, ceiling: int | None, known: Found | None) -> Found | None:
+        """The best plan with this setting and this place of the embedding, or None if `known` is as good."""
+        room, parts, gpus = self.room, setting.micro_batches, range(self.last + 1)
+        limit = known.seconds if known else float("inf")
+        moves = [self._moves(setting, gpu, place, limit) for gpu in gpus]
+        if ceiling is not None:
+            moves = [
+                {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
+            ]
+        rests = self._rests(moves)
+        launches = (room.shape.layers + 1) * LAUNCH
+        lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
+
+        def seconds(partial: _Partial, rest: _Partial = NOTHING) -> float:
+            total = StageTime(
+                partial.forward + rest.forward, partial.backward + rest.backward, launches, partial.launch + rest.launch
+            )
+            slow = StageTime(
+                max(partial.slow_forward, rest.slow_forward), max(partial.slow_backward, rest.slow_backward)
+            )
+            return lookup[min(max(partial.used, 1), 2)] + pass_seconds(total, slow, parts)
+
+        def walk(beam: int | None) -> list[_Partial]:
+            states: dict[int, list[_Partial]] = {0: [_Partial()]}
+            for gpu in gpus:
+                grown: dict[int, list[_Partial]] = {}
+                # Of equally good plans the first one stays: one that is complete rather than one that goes on behind an
+                # empty GPU, and last one that has not begun.
+                for done, partials in sorted(states.items(), key=lambda s: (s[0] == 0, s[0] < self.units, s[0])):
                     for partial in partials:
-                        new = _add(partial, piece, count_what == "time")
-                        if known is None or count_what == "peak" or seconds(new) < known.seconds:
-                            _keep(grown.setdefault(end, []), new)
-            states = grown
-        ends = states.get(units, [])
-        if not ends:
+                        stay = partial._replace(stages=(*partial.stages, Stage()))
+                        ends = [(done, stay)] if done in rests[gpu + 1] else []
+                        for end, piece in moves[gpu].get(done, []):
+                            if end in rests[gpu + 1]:
+                                ends.append((end, partial.with_stage(piece.stage, piece.time)))
+                        for end, new in ends:
+                            if seconds(new, rests[gpu + 1][end]) <= limit + SAME:
+                                _keep(grown.setdefault(end, []), new)
+                if beam:
+                    for end, partials in grown.items():
+                        rest = rests[gpu + 1][end]
+                        grown[end] = sorted(partials, key=lambda partial: seconds(partial, rest))[:beam]
+                states = grown
+            return states.get(self.units, [])
+
+        if 0 not in rests[0]:
             return None
-        best = min(ends, key=lambda p: _rank(p.peak if count_what == "peak" else seconds(p), p.used))
-        return Found(setting, place, best.stages, seconds(best), best.peak)
+        limit = min([limit, *map(seconds, walk(BEAM))])
+        found = [Found(setting, place, partial.stages, seconds(partial)) for partial in walk(None)]
+        best = min(found, key=lambda plan: plan.rank, default=None)
+        return best if best and (known is None or best.rank < known.rank) else None
+
+    def _rests(self, moves: list[dict[int, list]]) -> list[dict[int, _Partial]]:
+        """For each GPU and number of units placed before it: the least of each number from there to the end."""
+        rests = [{self.units: NOTHING}]
+        for ways in reversed(moves):
+            behind, here = rests[0], dict(rests[0])
+            for done, pieces in ways.items():
+                ends = [
+                    (time.forward + rest.forward, time.backward + rest.backward,
+                     max(time.forward, rest.slow_forward), max(time.backward, rest.slow_backward),
+                     time.launch_backward + rest.launch)
+                    for end, (_, time, _) in pieces if (rest := behind.get(end))
+                ]  # fmt: skip
+                if done in behind:
+                    ends.append(behind[done][:5])
+                if ends:
+                    here[done] = _Partial(*map(min, zip(*ends, strict=True)))
+            rests.insert(0, here)
+        return rests
 
     def _least_lack(self, setting: Setting, place: str) -> list[int]:
         """Bytes short on each GPU, for the cuts whose largest shortage is smallest."""
-        room, kept = self.room, self.checkpointed == "none"
-        units = room.shape.layers + 1
+        room, none = self.room, self.checkpointed == "none"
         states: dict[int, list[int]] = {0: []}
-        for gpu in range(len(room.gpus)):
-            card, grown = room.gpus[gpu], {}
+        for gpu in range(self.last + 1):
+            grown: dict[int, list[int]] = {}
             for done, lacks in states.items():
-                for end in range(done, units + 1):
-                    head = end == units and end > done
-                    count = end - done - head
-                    stage = Stage.of(count, count * kept, **self._flags(place, done == 0 and end > 0, head))
-                    _, terms = stage_terms(room.shape, setting, stage, card.gemm_workspace)
-                    lack = 0
+                for end in range(done, self.units + 1):
+                    lack, head = 0, end == self.units
                     if end > done:
-                        total = sum(terms.values()) + slack_bytes(terms) + card.context
-                        lack = max(0, total - room.usable[gpu])
+                        count = end - done - head
+                        stage = Stage.of(count, count * none, *stage_flags(place, done == 0, head))
+                        lack = max(0, self._total(setting, gpu, stage) - room.usable[gpu])
                     new = [*lacks, lack]
                     if end not in grown or max(new) < max(grown[end]):
                         grown[end] = new
             states = grown
-        return states[units]
-
-
-def _rank(amount: float, used: int) -> tuple[float, int]:
-    """What the best plan has least of. A GPU that makes nothing faster is left free; sums of floats that differ in the
-    last digits are the same time."""
-    return round(amount, 9), used
-
-
-def _add(partial: _Partial, piece: _Piece, timed: bool) -> _Partial:
-    stages, used = (*partial.stages, piece.stage), partial.used + 1
-    if not timed:
-        return replace(partial, peak=max(partial.peak, piece.peak), stages=stages, used=used)
-    return _Partial(combine(sum, partial.total, piece.time), combine(max, partial.slowest, piece.time), 0, stages, used)
+        return states[self.units]
 
 
 def _keep(partials: list[_Partial], new: _Partial) -> None:

@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from glmhelpers.devicemap.devices import side_stream
+from glmhelpers.devicemap.placement import Placement, as_device
 from glmhelpers.utils.types import Model
 from thuglm.modeling_chatglm import (
     MASKED_SCORE,
@@ -127,7 +128,7 @@ class FixedCache:
         return found
 
 
-class Stage:
+class DecodingStage:
     """Neighbouring parts of the model on one device: their counters, their fixed input, and a graph per bucket."""
 
     def __init__(self, net: Model, parts: list[str], device: torch.device, cache: FixedCache):
@@ -218,7 +219,7 @@ class Decoder:
             raise TypeError(f"Decoder needs a ChatGLMForConditionalGeneration, got {type(self.net).__name__}")
         self.use_graphs = graphs
         self.cache: FixedCache | None = None
-        self.stages: list[Stage] = []
+        self.stages: list[DecodingStage] = []
 
     @property
     def recorded(self) -> int:
@@ -313,7 +314,7 @@ class Decoder:
         if self.cache is None or self.cache.batch != batch or self.cache.capacity < bucket or self._moved():
             self.forget()  # the old buffers must be gone before the new ones come
             self.cache = FixedCache(self.net, batch, bucket)
-            self.stages = [Stage(self.net, *where, self.cache) for where in stage_parts(self.net)]
+            self.stages = [DecodingStage(self.net, *where, self.cache) for where in stage_parts(self.net)]
         self.cache.bucket = bucket
         if not self.use_graphs or all(stage.device.type != "cuda" for stage in self.stages):
             return None
@@ -361,11 +362,10 @@ class Decoder:
 
 def stage_parts(net: Model) -> list[tuple[list[str], torch.device]]:
     """The parts of the model in order ("embedding", "0", "1", ..., "norm", "head"), grouped by device."""
-    body = net.transformer
-    places = [("embedding", body.word_embeddings.weight.device)]
-    places += [(str(number), block.input_layernorm.weight.device) for number, block in enumerate(body.layers)]
-    places += [("norm", body.final_layernorm.weight.device), ("head", net.lm_head.weight.device)]
-    return [([part for part, _ in run], device) for device, run in groupby(places, key=lambda place: place[1])]
+    parts = ["embedding", *map(str, range(net.config.num_layers)), "norm", "head"]
+    places = zip(parts, Placement.of(net).map.values(), strict=True)
+    runs = groupby(places, key=lambda place: place[1])
+    return [([part for part, _ in run], as_device(label)) for label, run in runs]
 
 
 def state_of(net: Model) -> tuple:

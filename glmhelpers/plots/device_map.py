@@ -150,7 +150,7 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
     """Who works when: one row for each GPU, one bar for each micro-batch, forward light and backward hatched.
 
     Args:
-        tasks: from timemodel.schedule.
+        tasks: from step_time.schedule.
         axes: where to draw.
         until: right end of the axis in seconds, to compare two schedules.
         title: what it is, before the numbers.

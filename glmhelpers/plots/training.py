@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from glmhelpers.utils.units import GIB
+
 
 def plot_loss(log: Sequence[Mapping[str, float]]) -> Axes:
     """Training loss (and evaluation loss, if any) against the step."""
@@ -42,7 +44,7 @@ def plot_progress(points: Sequence[Mapping[str, Any]], title: str = "") -> Figur
     figure, row = plt.subplots(1, 1 + bool(devices), figsize=(7.5 if devices else 5, 2.8), squeeze=False)
     _draw_losses(row[0, 0], points)
     for number, name in enumerate(devices):
-        known = [(point["step"], point["memory"][name] / 2**30) for point in points if name in point.get("memory", {})]
+        known = [(point["step"], point["memory"][name] / GIB) for point in points if name in point.get("memory", {})]
         row[0, 1].plot(*zip(*known, strict=True), "os^vD"[number % 5] + "-", label=name, markersize=4)
     if devices:
         row[0, 1].set(xlabel="step", ylabel="peak (GiB)", ylim=(0, None))

@@ -5,12 +5,12 @@ train(...)        a step of        micro-batches, all GPUs       what keeps a ru
                   the Trainer      at work at once
 """
 
-from glmhelpers.training.activation_checkpointing import checkpoint_only
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.guards import TrainingStoppedError, refuse_many_processes
 from glmhelpers.training.measure import measured_peaks, parameter_bytes, predict_case
-from glmhelpers.training.memory_plan import predict_training, training_plan
+from glmhelpers.training.memory_plan import predict_training
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.training.progress import Watch
 from glmhelpers.training.step_recorder import StepRecorder, idle_shares
@@ -32,5 +32,4 @@ __all__ = [
     "run_step",
     "train",
     "training_arguments",
-    "training_plan",
 ]

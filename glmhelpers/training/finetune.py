@@ -27,7 +27,7 @@ from glmhelpers.lora.attach import adapter_weights, check_adapter, count_paramet
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
 from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
-from glmhelpers.training.memory_plan import explain_out_of_memory
+from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
 from glmhelpers.training.progress import EveryMinutes, Watch
 from glmhelpers.training.trainer import GLMTrainer
 
@@ -91,7 +91,7 @@ def train(
         collator: makes a batch of some rows, see `RightPadCollator`.
         args: from `training_arguments`. Other settings, rows or another base make another run.
         eval_dataset: encoded rows for the evaluation loss.
-        plan: takes the next two from a plan.
+        plan: applied where it is not yet (see `Plan.apply`); the next two are taken from it.
         micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
             dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
         loss_chunk: rows of logits alive at once; changes no result.
@@ -102,8 +102,8 @@ def train(
     Raises:
         TrainingStoppedError: the loss is no number or 0, every step is skipped, or a batch has no label
             (`NoLabelsError`, which is a ValueError too).
-        ValueError: nothing is trainable, there are no rows, or no number in the adapter; a setting that a run which is
-            taken up again cannot honour.
+        ValueError: the plan is for another model, adapter or batch; nothing is trainable, there are no rows, or no
+            number in the adapter; a setting that a run which is taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
     """
@@ -115,6 +115,9 @@ def train(
             "loads one to train on with."
         )
     if plan is not None:
+        refuse_plan(plan, model, args.per_device_train_batch_size)
+        for change in plan.apply(model):
+            print(f"[NOTE] the plan had not been applied: {change}")
         micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
     refuse_settings(args)
     refuse_rows(dataset, "to train on")

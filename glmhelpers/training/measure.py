@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from glmhelpers.cost_model.step_memory import predict
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.placement import part_names
 from glmhelpers.lora.layer import fuse_lora
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.utils.types import Model
 

@@ -1,19 +1,19 @@
 """What fits on the GPUs of this machine: a plan before training, an explanation if the memory runs out all the same.
 
-run, config, batch, length ──► training_plan ──► device map, micro-batches, blocks to checkpoint, loss chunk
-                                                          │
+run.plan(config, batch, length) ──► device map, micro-batches, blocks to checkpoint, loss chunk
+                                          │
 "CUDA out of memory. GPU 1 has ..." ──► explain_out_of_memory: which GPU, predicted and measured for this batch,
                                         who else uses the card, the nearest plan that fits
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
 
-from glmhelpers.cost_model.gpus import gpu_here, gpus_here, known_gpu
+from glmhelpers.cost_model.gpus import gpus_here, known_gpu
 from glmhelpers.cost_model.sizes import Setting
 from glmhelpers.cost_model.step_memory import Prediction, predict
 from glmhelpers.devicemap.plan import DoesNotFit, Plan, plan_device_map
@@ -43,34 +43,26 @@ class CardState:
     """What other processes hold, and the driver."""
 
 
-def training_plan(run: Any, config: Any, batch_size: int, seq_length: int, **settings: Any) -> Plan | None:
-    """The best plan for the GPUs of `run`, or None where it runs on the CPU.
-
-    Args:
-        run: from `runtime.choose`.
-        config: ChatGLMConfig.
-        batch_size: rows in a step.
-        seq_length: tokens in the longest row.
-        settings: as for `plan_device_map`: objective, lora_rank, base_bits ...
+def refuse_plan(plan: Plan, model: PeftModel, batch_size: int) -> None:
+    """Refuse a plan that was made for another model, adapter or batch.
 
     Raises:
-        DoesNotFit: no plan fits; says which single change would help.
+        ValueError: says what the plan is for and what is here.
     """
-    if run.devices == ["cpu"]:
-        return None
-    plan = plan_device_map(
-        config,
-        gpus=[gpu_here(index) for index in run.devices],
-        batch_size=batch_size,
-        seq_length=seq_length,
-        **settings,
-    )
-    places = {name: run.devices[at] if isinstance(at, int) else at for name, at in plan.device_map.items()}
-    return replace(plan, device_map=places)
+    here = {"batch_size": batch_size, **model_settings(model)}
+    planned = {name: getattr(plan.setting, name) for name in here}
+    planned["lora_targets"] = tuple(sorted(planned["lora_targets"]))
+    planned["base_bits"] = min(planned["base_bits"], 16)  # 32 bits are the base's own dtype too
+    if wrong := [
+        f"{name} is {planned[name]!r} in the plan and {here[name]!r} here"
+        for name in here
+        if planned[name] != here[name]
+    ]:
+        raise ValueError(f"this plan belongs to another training: {'; '.join(wrong)}. Plan again, as in run.plan(...)")
 
 
 def predict_training(
-    model: nn.Module, batch_size: int, seq_length: int, micro_batches: int = 1, **settings: Any
+    model: PeftModel, batch_size: int, seq_length: int, micro_batches: int = 1, **settings: Any
 ) -> Prediction:
     """What each device will hold while this very model is trained: its placement, adapter, dtype, checkpointed blocks.
 
@@ -79,12 +71,12 @@ def predict_training(
         batch_size: rows in a batch; if they cannot be cut evenly, the next larger number that can.
         seq_length: tokens in the longest row.
         micro_batches: parts of the batch.
-        settings: more fields of `shapes.Setting`, such as loss_chunk.
+        settings: more fields of `sizes.Setting`, such as loss_chunk.
     """
     whole = -(-batch_size // micro_batches) * micro_batches
     gpus = gpus_here()
     how = {"checkpointed": checkpointed(model), "micro_batches": micro_batches, **model_settings(model), **settings}
-    return predict(model.config, placement(model), whole, seq_length, gpus=gpus or None, **how)
+    return predict(model.config, model, whole, seq_length, gpus=gpus or None, **how)
 
 
 def explain_out_of_memory(trainer: Any, error: str) -> str:
@@ -149,10 +141,10 @@ def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: s
     told = {name: wanted[name] for name in _OF_THE_MODEL if wanted[name] != getattr(Setting, name)}
     told |= {"reserve": wanted["reserve"]} if max(wanted["reserve"]) > GIB // 4 else {}
     more = "".join(f", {name}={value!r}" for name, value in {"objective": objective, **told}.items())
-    call = f"training_plan(run, config, {plan.setting.batch_size}, {setting.seq_length}{more})"
+    call = f"run.plan(config, {plan.setting.batch_size}, {setting.seq_length}{more})"
     return (
         f"{change}:\n{plan}\nTo use it: plan = {call}; load the model again with device_map=plan.device_map, "
-        "attach_lora, checkpoint_only(model, plan.checkpointed_layers), train(..., plan=plan), which takes "
+        "attach_lora, train(..., plan=plan), which applies it and takes "
         f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk} from it."
     )
 
@@ -169,7 +161,7 @@ def card_states() -> list[CardState]:
 
 
 def model_settings(model: Model) -> dict[str, Any]:
-    """The fields of `shapes.Setting` that a PeftModel itself decides: LoRA, dtype, bits of the base."""
+    """The fields of `sizes.Setting` that a PeftModel itself decides: LoRA, dtype, bits of the base."""
     adapter = model.peft_config[model.active_adapter]
     norm = next(parameter for name, parameter in model.named_parameters() if "input_layernorm" in name)
     return {
@@ -179,17 +171,6 @@ def model_settings(model: Model) -> dict[str, Any]:
         "dtype": str(norm.dtype).removeprefix("torch."),
         "base_bits": base_bits(model),
     }
-
-
-def placement(model: nn.Module) -> dict[str, int | str]:
-    """Part name -> GPU index or "cpu", as the parameters lie."""
-    places: dict[str, int | str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = name.removeprefix("base_model.model.")
-        part = ".".join(plain.split(".")[: 3 if plain.startswith("transformer.layers.") else 2])
-        part = "lm_head" if plain.startswith("lm_head") else part
-        places[part] = parameter.device.index or 0 if parameter.device.type == "cuda" else "cpu"
-    return places
 
 
 def checkpointed(model: Model) -> list[int]:

@@ -22,8 +22,7 @@ from packaging.version import Version
 
 from glmhelpers.utils import folders
 from glmhelpers.utils.folders import cloud_tops, find_folders
-
-GiB = 2**30
+from glmhelpers.utils.units import GIB
 
 SUPPORTED = {
     "torch": ("2.11", None),
@@ -110,7 +109,7 @@ def short(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class InstalledGPU:
     """One GPU as torch numbers it; sizes in bytes."""
 
     index: int
@@ -144,14 +143,14 @@ def free_ram_bytes() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
-def list_gpus() -> list[Gpu]:
+def list_gpus() -> list[InstalledGPU]:
     """The CUDA devices torch can use, with free and total bytes; empty without CUDA."""
     import torch
 
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        gpus.append(Gpu(index, torch.cuda.get_device_name(index), free, total))
+        gpus.append(InstalledGPU(index, torch.cuda.get_device_name(index), free, total))
     return gpus
 
 
@@ -191,11 +190,11 @@ def check_versions(installed: dict[str, str] | None = None) -> Check:
     return Check("versions", not wrong, ", ".join(found), advice.strip())
 
 
-def check_gpus(gpus: list[Gpu], machine: str) -> Check:
+def check_gpus(gpus: list[InstalledGPU], machine: str) -> Check:
     """Say which GPUs torch can use; a GPU that only the driver sees is a failure, none at all is not."""
     if gpus:
         found = "; ".join(
-            f"{gpu.index} {gpu.name}, {gpu.free_bytes / GiB:.1f} of {gpu.total_bytes / GiB:.1f} GiB free"
+            f"{gpu.index} {gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free"
             for gpu in gpus
         )
         return Check("GPUs", True, found)

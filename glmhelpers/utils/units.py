@@ -38,6 +38,9 @@ def clock(seconds: float) -> str:
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
+MOST_BYTES = 2**60
+"""No GPU and no disk has more; beyond it, numbers of bytes leave the range of a float."""
+
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -48,13 +51,20 @@ def parse_size(size: int | float | str) -> int:
     """Bytes of a size given as a number of bytes or in words ("15GiB", "500 MB").
 
     Raises:
-        ValueError: the text is no size, or the size is negative.
+        ValueError: the text is no size, or the size is negative, infinite or beyond MOST_BYTES.
     """
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         if not match:
             raise ValueError(f"{size!r} is no memory size; write it as '15GiB', '800 MiB', '16 GB' or in bytes")
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-    if not isinstance(size, int | float) or isinstance(size, bool) or not size >= 0:
-        raise ValueError(f"{size!r} is no memory size: it must be a number of bytes, zero or more")
+        size = float(match[1]) * _UNITS[match[2].lower()]
+    if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size <= MOST_BYTES:
+        raise ValueError(f"{shown(size)} is no memory size: it must be a number of bytes, zero or more, at most 2**60")
     return int(size)
+
+
+def shown(value: object) -> str:
+    """A value as it was given, for a message; of a whole number without end, how long it is."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)

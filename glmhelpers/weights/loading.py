@@ -22,14 +22,13 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from glmhelpers.devicemap.placement import (
-    Device,
-    as_device,
+    Placement,
     check_filled,
     check_placement,
     device_of,
-    expand_device_map,
 )
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
@@ -88,16 +87,16 @@ class LoadReport:
 
 def load_model(
     folder: str | Path,
-    device_map: dict[str, Device] | Device | None = None,
+    device_map: Any = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
     workers: int | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A ChatGLMForConditionalGeneration from a checkpoint folder, in evaluation mode, ready to run.
 
     Args:
         folder: config.json and shards (.bin or .safetensors).
-        device_map: part name or beginning of one -> device, or one device for all; None: the CPU.
+        device_map: part name or beginning of one -> device, or one device for all; None: the CPU. Or a plan.
         dtype: of every parameter, LayerNorms too; None: that of config.json.
         progress: print one line for each shard: seconds, MB/s, memory of the host and of each GPU.
         workers: reading threads; None: one a core, at most 4.
@@ -120,23 +119,23 @@ def load_model(
     config = ChatGLMConfig.from_pretrained(folder)
     dtype = dtype or getattr(torch, str(config.dtype).removeprefix("torch."), None) or torch.float16
     assert dtype is not None
-    expanded = expand_device_map(config.num_layers, device_map)
+    placement = Placement.of(device_map, config.num_layers, torch.cuda.device_count())
     with torch.device("meta"):
         model: Model = ChatGLMForConditionalGeneration(config)
     shards = choose_entries(headers, model)
     report = LoadReport(psutil.Process().memory_info().rss)
-    gpus = sorted({index for device in expanded.values() if (index := as_device(device).index) is not None})
+    gpus = [device for device in placement.devices if isinstance(device, int)]
     with BlockReader(workers, pinned=bool(gpus)) as reader:
         for path, entries in shards.items():
-            report.shards.append(_load_shard(model, path, entries, expanded, dtype, reader, gpus))
+            report.shards.append(_load_shard(model, path, entries, placement, dtype, reader, gpus))
             if progress:
                 print(report.memory_line(report.shards[-1]))
     model.tie_weights()
     check_filled(model)
-    model.place(expanded)
+    model.place(placement.map)
     model.config.dtype = dtype
     model.name_or_path = model.config.name_or_path = str(folder)
-    report.tensors = check_placement(model, expanded, dtype)
+    report.tensors = check_placement(model, placement, dtype)
     report.seconds = time.perf_counter() - started
     model.load_report = report
     if progress:
@@ -181,17 +180,17 @@ def _advice(folder: Path) -> str:
 
 
 def _load_shard(
-    model: nn.Module,
+    model: PreTrainedModel,
     path: Path,
     entries: dict[str, Entry],
-    expanded: dict[str, Device],
+    placement: Placement,
     dtype: torch.dtype,
     reader: BlockReader,
     gpus: list[int],
 ) -> ShardTime:
     started, targets = time.perf_counter(), []
     for name, entry in entries.items():
-        target = torch.empty(entry.shape, dtype=dtype, device=device_of(name, expanded))
+        target = torch.empty(entry.shape, dtype=dtype, device=device_of(name, placement))
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(target, requires_grad=target.is_floating_point()))
         targets.append((entry, target))

@@ -10,9 +10,8 @@ from typing import Any
 from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu
 from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.devicemap.check import part_names
+from glmhelpers.devicemap.bounds import EMBEDDINGS
 from glmhelpers.devicemap.plan import Plan, plan_device_map
-from glmhelpers.devicemap.search import EMBEDDINGS
 
 MAX_BATCH, MAX_GPUS, LENGTH_STEP = 128, 4, 64
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -30,7 +29,7 @@ class Explored:
         cuts: count - 1 ascending numbers; blocks cuts[i-1] to cuts[i] - 1 are on GPU i.
         checkpointed: how many blocks are checkpointed; those without are the last ones of the GPUs, in turn.
         embedding: "first", "tied" or "cpu".
-        others: as in shapes.Setting.
+        others: as in sizes.Setting.
     """
 
     shape: Shape
@@ -164,34 +163,20 @@ class Explored:
         )  # fmt: skip
         skipped, last = set(self.skipped_blocks), self.count - 1
         first = next(number for number, blocks in enumerate(self.blocks) if blocks)
-        place = {"first": first, "tied": last, "cpu": "cpu"}[self.embedding]
+        home = {"first": first, "tied": last, "cpu": None}[self.embedding]
         stages = [
             Stage(
                 tuple(block not in skipped for block in blocks),
-                embedding=place == number,
+                embedding=number == home,
                 head=number == last,
-                shared=place == number == last,
-                first=first == number,
+                shared=number == home == last,
+                first=number == first,
             )
             for number, blocks in enumerate(self.blocks)
         ]
-        names = part_names(self.shape.layers)
-        places = [number for number, blocks in enumerate(self.blocks) for _ in blocks]
-        card = find_gpu(self.gpu)
-        plan = Plan(
-            device_map=dict(zip(names, [place, *places, last, last], strict=True)),
-            micro_batches=self.micro_batches,
-            checkpointed_layers=[block for block in range(self.shape.layers) if block not in skipped],
-            embedding=self.embedding,
-            seconds=0.0,
-            objective="by hand",
-            gpus=[card] * self.count,
-            usable_bytes=[card.memory] * self.count,
-            shape=self.shape,
-            setting=setting,
-            stages=stages,
-        )
-        return replace(plan, seconds=max(task.end for task in plan.schedule))
+        card, count = find_gpu(self.gpu), self.count
+        cards, rooms = [card] * count, [card.memory] * count
+        return Plan(self.shape, setting, stages, cards, range(count), rooms, self.embedding, "by hand")
 
 
 SETTINGS = (

@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from glmhelpers import memory
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu, find_gpus, gpus_here
+from glmhelpers.cost_model.placement import Placement
 from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.cost_model.stages import find_stages, is_checkpointed
 from glmhelpers.cost_model.step_memory import TERMS, Stage, predict, stage_terms
+from glmhelpers.devicemap.activation_checkpointing import recompute
 from glmhelpers.devicemap.placement import part_names
 from glmhelpers.lora.layer import fuse_lora
-from glmhelpers.training.activation_checkpointing import recompute
 from glmhelpers.training.measure import predict_case
 from glmhelpers.utils.units import GIB, parse_size
 from tests.helpers.storage_tracker import StorageTracker, as_on_a_gpu
@@ -294,15 +295,14 @@ def test_generation_holds_a_cache_and_no_training_terms():
 
 
 def test_which_blocks_are_checkpointed():
-    shape = Shape.of(MIDDLE)
-    assert is_checkpointed(shape, "all") == [True] * 4
-    assert is_checkpointed(shape, "none") == [False] * 4
-    assert is_checkpointed(shape, 1) == [True, False, False, False]
-    assert is_checkpointed(shape, [3]) == [False, False, False, True]
+    assert is_checkpointed(4, "all") == [True] * 4
+    assert is_checkpointed(4, "none") == [False] * 4
+    assert is_checkpointed(4, 1) == [True, False, False, False]
+    assert is_checkpointed(4, [3]) == [False, False, False, True]
     with pytest.raises(ValueError, match="block 4"):
-        is_checkpointed(shape, [4])
+        is_checkpointed(4, [4])
     with pytest.raises(ValueError, match="'half'"):
-        is_checkpointed(shape, "half")
+        is_checkpointed(4, "half")
 
 
 def test_stages_of_a_map():
@@ -312,7 +312,7 @@ def test_stages_of_a_map():
         "transformer.final_layernorm": 1,
         "lm_head": torch.device("cuda:1"),
     }
-    stages = find_stages(Shape.of(MIDDLE), places)
+    stages = find_stages(Placement.of(places, 4))
     assert stages == {0: Stage((True, True), first=True), 1: Stage((True, True), head=True)}
 
 

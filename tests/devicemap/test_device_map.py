@@ -11,14 +11,8 @@ from glmhelpers.cost_model.gpus import find_gpus
 from glmhelpers.cost_model.sizes import Setting, Shape, divisors
 from glmhelpers.cost_model.step_memory import Stage, predict, slack_bytes, stage_terms
 from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, schedule, stage_seconds, step_seconds
-from glmhelpers.devicemap.plan import (
-    DeviceMapError,
-    DoesNotFit,
-    check_device_map,
-    largest_batch,
-    longest_length,
-    plan_device_map,
-)
+from glmhelpers.devicemap.placement import DeviceMapError, check_device_map
+from glmhelpers.devicemap.plan import DoesNotFit, largest_batch, longest_length, plan_device_map
 from glmhelpers.utils.units import GIB
 
 PUBLISHED = {
@@ -330,3 +324,70 @@ def test_no_empty_gpu_stands_before_or_between_others():
     for cards, parts in ((["T4"] * 3, 1), (["T4"] * 4, 1), (["T4"] * 3, 4), (["A100"] * 3, 1)):
         held = [bool(blocks) for blocks in plan_device_map(PUBLISHED, cards, 4, 1024, micro_batches=parts).blocks]
         assert held == sorted(held, reverse=True)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"gpus": INF}, "inf is no memory size"),
+        ({"gpus": ["T4", float("nan")]}, "nan is no memory size"),
+        ({"gpus": 10**400}, "a number of 1329 bits is no memory size"),
+        ({"gpus": "9" * 400 + "GiB"}, "is no memory size"),
+        ({"reserve": INF}, "inf is no memory size"),
+        ({"batch_size": 10**9 + 1}, "batch_size is 1000000001"),
+        ({"batch_size": 10**400}, "batch_size is a number of 1329 bits"),
+        ({"batch_size": INF}, "batch_size is inf"),
+        ({"seq_length": INF}, "seq_length is inf"),
+        ({"seq_length": 10**300}, "seq_length is a number of"),
+        ({"lora_rank": 10**30}, "lora_rank is 1000000"),
+        ({"kv_length": -1}, "kv_length is -1"),
+        ({"loss_chunk": INF}, "loss_chunk is inf"),
+        ({"label_share": INF}, "label_share is inf"),
+        ({"label_share": float("nan")}, "label_share is nan"),
+        ({"config": {**PUBLISHED, "num_layers": 10**6}}, "num_layers is 1000000"),
+        ({"config": {**PUBLISHED, "vocab_size": 10**400}}, "vocab_size is a number of"),
+    ],
+)
+def test_absurd_sizes_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        plan_device_map(**{"config": PUBLISHED, **arguments})
+
+
+@pytest.mark.parametrize("batch", [10**9, 735134400, 10**9 - 63])
+def test_any_batch_gets_an_answer(batch):
+    """735,134,400 has more divisors (1,344) than any smaller number."""
+    with pytest.raises(DoesNotFit) as caught:
+        plan_device_map(PUBLISHED, ["T4", "15GiB", "L4"], batch, 1024)
+    rows = caught.value.changes["batch_size"]
+    assert plan_device_map(PUBLISHED, ["T4", "15GiB", "L4"], rows, 1024).fits
+    # One block's weights fit, and its tokens are a few: what fits is fast to find, too.
+    plan = plan_device_map({**TINY, "num_layers": 1}, ["A100", "H200"], batch // 1000, 1)
+    assert plan.fits
+
+
+def test_many_unequal_gpus():
+    """Sixteen GPUs, each with one way to be full: the plan equals trying every cut for the six units there are."""
+    gpus = ["1.3GiB", "300MiB"] * 2 + [f"{1.2 + 0.2 * number:.1f}GiB" for number in range(5)] + ["300MiB"] * 7
+    used = [gpu for gpu in gpus if gpu != "300MiB"]
+    for objective in ("speed", "memory"):
+        config = {**SMALL, "num_layers": 3}
+        best = try_everything(config, used, 2, 64, objective)
+        assert plan_device_map(config, gpus, 2, 64, objective).seconds == pytest.approx(best[-1], rel=1e-12)
+
+
+@given(st.integers(1, 10**9))
+@settings(max_examples=60, deadline=None)
+def test_divisors_are_complete(number):
+    found = divisors(number)
+    assert found == sorted(set(found))
+    assert all(number % part == 0 for part in found)
+    left, count, prime = number, 1, 2
+    while prime * prime <= left:
+        power = 0
+        while left % prime == 0:
+            left, power = left // prime, power + 1
+        count, prime = count * (power + 1), prime + 1
+    assert len(found) == count * (1 + (left > 1))

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmhelpers.cost_model.step_memory import predict
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.plan import plan_device_map
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.measure import parameter_bytes, prepare, random_batch
 from glmhelpers.weights.loading import load_model
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration

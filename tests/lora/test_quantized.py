@@ -5,13 +5,13 @@ import weakref
 import pytest
 import torch
 
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.lora import quantized
 from glmhelpers.lora.attach import attach_lora
 from glmhelpers.lora.fingerprint import base_checksum
 from glmhelpers.lora.quantized import load_quantized, stored_bytes, why_not
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.memory_plan import model_settings, predict_training

@@ -187,7 +187,7 @@ def test_a_download_from_a_folder_too_high_names_the_right_one(tmp_path):
 def test_wanted_weights_are_fetched_again_and_the_road_is_said(root, monkeypatch, capsys):
     from glmhelpers import runtime
 
-    two = [runtime.Gpu(index, "Tesla T4", 15 * 2**30, 15 * 2**30) for index in range(2)]
+    two = [runtime.InstalledGPU(index, "Tesla T4", 15 * 2**30, 15 * 2**30) for index in range(2)]
     monkeypatch.setattr(runtime, "list_gpus", lambda: two)
     monkeypatch.setattr(runtime, "find_real_weights", lambda *_, **__: None)
     monkeypatch.setattr(folders, "ROOT", root)

@@ -12,7 +12,7 @@ from glmhelpers.devicemap.placement import part_names
 from glmhelpers.utils import environment as machine
 
 ROOT = Path(__file__).resolve().parents[2]
-GiB = 2**30
+GiB = 2**30  # counted a second time, on purpose
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,8 @@ def gpus(monkeypatch):
 
     def pretend(*gib: float) -> None:
         found = [
-            runtime.Gpu(index, "Tesla T4", int(0.97 * size * GiB), int(size * GiB)) for index, size in enumerate(gib)
+            runtime.InstalledGPU(index, "Tesla T4", int(0.97 * size * GiB), int(size * GiB))
+            for index, size in enumerate(gib)
         ]
         monkeypatch.setattr(runtime, "list_gpus", lambda: found)
 
@@ -118,7 +119,7 @@ def test_versions_against_the_window(changes, ok, words):
 
 
 def test_gpu_lines(monkeypatch):
-    two = [runtime.Gpu(index, "Tesla T4", 14 * GiB, 15 * GiB) for index in range(2)]
+    two = [runtime.InstalledGPU(index, "Tesla T4", 14 * GiB, 15 * GiB) for index in range(2)]
     assert "0 Tesla T4, 14.0 of 15.0 GiB free; 1 Tesla T4" in str(machine.check_gpus(two, "Kaggle"))
     monkeypatch.setattr(machine, "_driver_sees_gpu", lambda: False)
     assert "T4 x2" in str(machine.check_gpus([], "Kaggle"))
@@ -283,6 +284,25 @@ def test_device_map_of_two_gpus_covers_every_part(gpus):
     found = run.device_map(ChatGLMConfig())
     assert list(found) == part_names(28)
     assert {found[f"transformer.layers.{number}"] for number in range(28)} == {0, 1}
+
+
+def test_the_plan_is_for_the_gpus_of_the_run_and_names_them_as_torch_does(monkeypatch):
+    """GPUs 1 and 3 of a machine: the plan counts them 0 and 1, the device map must not."""
+    from glmhelpers.devicemap import plan_device_map
+    from thuglm import ChatGLMConfig
+
+    names = ["Tesla T4", "Another", "Tesla T4", "Tesla T4"]
+    cards = [runtime.InstalledGPU(at, name, 9 * GiB, int(size * GiB)) for at, (name, size) in
+             enumerate(zip(names, (14.75, 20, 14.75, 14.75), strict=True))]  # fmt: skip
+    monkeypatch.setattr(runtime, "list_gpus", lambda: cards)
+    run, config = runtime.choose("tiny", [1, 3]), ChatGLMConfig()
+    found = run.plan(config, 4, 1024, objective="memory", lora_rank=4)
+    plain = plan_device_map(config, ["20GiB", "T4"], 4, 1024, objective="memory", lora_rank=4)
+    assert found.peak_bytes == plain.peak_bytes == found.prediction.peak_bytes
+    assert found.device_map == {name: {0: 1, 1: 3}[at] for name, at in plain.device_map.items()}
+    assert "GPU 3 (T4): blocks" in str(found)
+    assert run.device_map(config) == run.plan(config).device_map
+    assert runtime.choose("tiny", "cpu").plan(config) is None
 
 
 # ---- results ----

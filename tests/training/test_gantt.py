@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glmhelpers.cost_model.step_time import StageTime, schedule
-from glmhelpers.training.activation_checkpointing import checkpoint_only
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.training.step_recorder import StepRecorder, idle_shares
 from tests.helpers.reference import fresh_model

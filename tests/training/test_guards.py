@@ -2,7 +2,6 @@
 
 import math
 import sys
-import types
 import weakref
 from dataclasses import replace
 
@@ -191,7 +190,7 @@ def test_out_of_memory_names_the_gpu_the_figures_and_a_plan_that_fits():
     assert f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk}" in text
     assert plan.fits
     assert str(plan) in text
-    assert "plan = training_plan(run, config, 32, 1024, objective='speed');" in text
+    assert "plan = run.plan(config, 32, 1024, objective='speed');" in text
 
 
 def test_out_of_memory_of_a_batch_that_no_plan_fits_says_how_many_rows_do():
@@ -204,7 +203,7 @@ def test_out_of_memory_of_a_batch_that_no_plan_fits_says_how_many_rows_do():
 def test_out_of_memory_beside_another_process_says_so():
     _, _, text = explained(4, 1024, others=6 * GIB)
     assert "6.00 GiB are held by other processes (nvidia-smi)" in text
-    assert f"training_plan(run, config, 4, 1024, objective='memory', reserve=[0, {6 * GIB}])" in text
+    assert f"run.plan(config, 4, 1024, objective='memory', reserve=[0, {6 * GIB}])" in text
 
 
 def test_the_call_that_makes_the_plan_keeps_the_adapter_and_the_base():
@@ -295,31 +294,7 @@ def test_cards_are_known_by_the_names_their_drivers_give(name, gib, known):
         assert gpu == replace(CATALOGUE[known], memory=gpu.memory)
 
 
-def test_the_plan_is_for_the_gpus_of_the_run_and_names_them_as_torch_does(monkeypatch):
-    """GPUs 1 and 3 of a machine: the plan counts them 0 and 1, the device map must not."""
-    sizes = {1: 20 * GIB, 3: T4}
-
-    def properties(index):
-        return types.SimpleNamespace(name="Tesla T4" if index == 3 else "Another", total_memory=sizes[index])
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    config = ChatGLMConfig()
-    found = fit.training_plan(types.SimpleNamespace(devices=[1, 3]), config, 4, 1024, objective="memory", lora_rank=4)
-    plain = plan_device_map(config, ["20GiB", "T4"], 4, 1024, objective="memory", lora_rank=4)
-    assert found.peak_bytes == plain.peak_bytes
-    assert found.device_map == {name: {0: 1, 1: 3}[at] for name, at in plain.device_map.items()}
-    assert fit.training_plan(types.SimpleNamespace(devices=["cpu"]), config, 4, 1024) is None
-
-
 def test_the_explanation_reads_the_model_itself():
     model = attach_lora(fresh_model(), r=4, dropout=0.2)
     assert fit.model_settings(model) == {**SETTINGS, "lora_rank": 4, "lora_dropout": 0.2, "dtype": "float32"}
-    places = fit.placement(model)
-    assert places == dict.fromkeys(places, "cpu")
-    assert set(places) == {
-        "transformer.word_embeddings",
-        *(f"transformer.layers.{i}" for i in range(4)),
-        "transformer.final_layernorm",
-        "lm_head",
-    }
     assert fit.checkpointed(model) == []

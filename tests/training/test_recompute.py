@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from glmhelpers.training.activation_checkpointing import checkpoint_only, recompute
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only, recompute
 from glmhelpers.training.pipeline import run_step
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch

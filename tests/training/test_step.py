@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.devices import head_device
 from glmhelpers.lora.layer import FusedLoraLinear, fuse_lora
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.pipeline import look_up, run_step, split_batch
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.lora.adapter import load_adapter, save_adapter
 from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.lora.fingerprint import base_checksum, fingerprint, tensor_sums
 from glmhelpers.lora.proof import prove
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.guards import NoLabelsError

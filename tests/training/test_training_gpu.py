@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.lora.attach import attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.training import trainer
-from glmhelpers.training.activation_checkpointing import checkpoint_only
 from glmhelpers.training.checkpoint_manager import checkpoints
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.progress import Watch

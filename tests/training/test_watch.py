@@ -11,7 +11,7 @@ from glmhelpers.cost_model.step_memory import predict
 from glmhelpers.lora.attach import attach_lora
 from glmhelpers.plots.training import plot_progress
 from glmhelpers.training import progress as watch
-from glmhelpers.training.memory_plan import checkpointed, model_settings, placement
+from glmhelpers.training.memory_plan import checkpointed, model_settings
 from glmhelpers.training.progress import Watch, in_live_notebook, predicted_peaks
 from glmhelpers.utils.units import clock, memory_size
 from tests.helpers.reference import fresh_model
@@ -178,7 +178,7 @@ def test_times_and_sizes_are_readable():
 def test_the_prediction_for_a_model_on_the_cpu():
     model = attach_lora(fresh_model())
     settings = model_settings(model)
-    prediction = predict(model.config, placement(model), 4, 24, checkpointed=checkpointed(model), **settings)
+    prediction = predict(model.config, model, 4, 24, checkpointed=checkpointed(model), **settings)
     (size,) = predicted_peaks(prediction).values()
     parameters = sum(p.numel() * 4 for p in model.parameters())
     assert size > parameters

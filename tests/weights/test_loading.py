@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glmhelpers.devicemap.placement import check_placement, expand_device_map, part_names
+from glmhelpers.devicemap.placement import DeviceMapError, Placement, check_placement, part_names
 from glmhelpers.weights import convert, loading, reading
 from glmhelpers.weights.convert import convert_to_safetensors
 from glmhelpers.weights.download import download_weights
@@ -188,59 +188,38 @@ def test_part_names_are_modules_of_the_model(folder):
 
 def test_check_placement_names_the_first_offender(folder):
     model = load_model(folder, progress=False)
-    expanded = expand_device_map(4, "cpu")
-    assert check_placement(model, expanded, torch.float16) == 1 + 4 * 12 + 2 + 1 + 1
+    placement = Placement.of("cpu", 4)
+    assert check_placement(model, placement, torch.float16) == 1 + 4 * 12 + 2 + 1 + 1
     name = "transformer.layers.2.attention.dense.bias"
     # "meta" stands for the other device: this machine may have no GPU.
     with pytest.raises(
         RuntimeError, match=r"transformer.layers.2.input_layernorm.weight is on cpu, the device map says meta"
     ):
-        check_placement(model, expanded | {"transformer.layers.2": "meta"}, torch.float16)
+        check_placement(model, Placement({**placement.map, "transformer.layers.2": "meta"}), torch.float16)
     with pytest.raises(RuntimeError, match=r"word_embeddings.weight is torch.float16, torch.float32 was asked for"):
-        check_placement(model, expanded, torch.float32)
+        check_placement(model, placement, torch.float32)
     model.transformer.layers[2].attention.dense.bias = torch.nn.Parameter(torch.empty(64, device="meta"))
     with pytest.raises(RuntimeError, match=f"{name} is still on meta"):
-        check_placement(model, expanded, torch.float16)
+        check_placement(model, placement, torch.float16)
     model = load_model(folder, progress=False)
     model.transformer.rotary_emb.to("meta")
     with pytest.raises(RuntimeError, match=r"buffer transformer.rotary_emb.inv_freq is still on meta"):
-        check_placement(model, expanded, torch.float16)
-
-
-PREFIXES = ["", "transformer", "transformer.layers", *part_names(12)]
-
-
-@QUIET
-@given(st.dictionaries(st.sampled_from(PREFIXES), st.sampled_from(["cpu", "meta"])))
-def test_expanding_a_device_map(device_map):
-    # Brute force: walk up from the part to the root, and take the first name that the map has.
-    wanted, used = {}, set()
-    for part in part_names(12):
-        pieces = part.split(".")
-        ways = [".".join(pieces[:count]) for count in range(len(pieces), -1, -1)]
-        used.update(way for way in ways if way in device_map)
-        wanted[part] = next((device_map[way] for way in ways if way in device_map), None)
-    if None in wanted.values():
-        with pytest.raises(ValueError, match="has no device for"):
-            expand_device_map(12, device_map)
-    else:
-        assert expand_device_map(12, device_map) == wanted
-        assert used == set(device_map)
+        check_placement(model, placement, torch.float16)
 
 
 @pytest.mark.parametrize(
     ("device_map", "words"),
     [
-        ({"transformer": "cpu"}, "no device for lm_head"),
-        ({"": "cpu", "transformer.layers.9": "cpu"}, r"names 'transformer.layers.9'"),
-        ({"": "graphics"}, "'graphics', which is no device"),
-        (99, "cuda:99, this machine has"),
+        ({"transformer": "cpu"}, "lm_head is on no GPU: add it"),
+        ({"": "cpu", "transformer.layers.9": "cpu"}, "blocks 0 to 3, not block 9"),
+        ({"": "graphics"}, "'graphics' is no device"),
+        (99, "the model is sent to GPU 99, which does not exist"),
         ("auto", "is not planned here"),
     ],
 )
-def test_device_maps_that_cannot_be(device_map, words):
-    with pytest.raises(ValueError, match=words):
-        expand_device_map(4, device_map)
+def test_device_maps_that_cannot_be(folder, device_map, words):
+    with pytest.raises(DeviceMapError, match=words):
+        load_model(folder, device_map, progress=False)
 
 
 # ---- bytes ----

@@ -16,7 +16,7 @@ from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE
 from glmhelpers.cost_model.sizes import LORA_TARGETS
 from glmhelpers.cost_model.step_memory import OUTSIDE, TERMS
-from glmhelpers.devicemap.plan import check_device_map, plan_device_map
+from glmhelpers.devicemap import check_device_map, plan_device_map
 from glmhelpers.plots import device_map as plots_map
 from glmhelpers.plots import style as plots
 from glmhelpers.utils.units import GIB

@@ -12,6 +12,7 @@ feeds it: each block is checkpointed for each micro-batch, and both GPUs' backwa
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ class _Run:
     """One block of one micro-batch, from its forward pass to its backward pass."""
 
     def __init__(self, function: Callable, hidden: Tensor, others: tuple):
-        self.call: tuple[Callable, Tensor, tuple] | None = (function, hidden, others)
+        self.inputs: tuple[Callable, Tensor, tuple] | None = (function, hidden, others)
         self.count = 0
-        self.kept: list[Tensor | None] = []
+        self.kept: list[Tensor | None] | None = None
         self.device = hidden.device
         self.random = self._random_state()
 
@@ -50,41 +51,42 @@ class _Run:
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of a number, which is then forgotten."""
-        if self.call is not None:
-            self.run_again(*self.call)
-        tensor, self.kept[number] = self.kept[number], None
+        kept = self.run_again() if self.kept is None else self.kept
+        tensor, kept[number] = kept[number], None
         if tensor is None:
             raise RuntimeError(
                 "backward ran twice through a checkpointed block: call it once, on the sum of the losses (see run_step)"
             )
         return tensor
 
-    def collect(self, tensor: Tensor) -> Tensor:
-        """In the second run: the next tensor."""
-        tensor = tensor.detach()
-        self.kept.append(tensor)
-        if len(self.kept) == self.count:
-            raise _AllThere
-        return tensor
+    def run_again(self) -> list[Tensor | None]:
+        """Run the block a second time and collect all tensors."""
+        assert self.inputs is not None
+        (function, first, others), now = self.inputs, self._random_state()
+        kept: list[Tensor | None] = []
 
-    def run_again(self, function: Callable, given: Tensor, others: tuple) -> None:
-        """Collect all tensors."""
-        now = self._random_state()
+        def collect(tensor: Tensor) -> Tensor:
+            kept.append(tensor.detach())
+            if len(kept) == self.count:
+                raise _AllThere
+            return tensor.detach()
+
         self._set_random_state(self.random)
-        hidden = given.detach().requires_grad_(given.requires_grad)
+        hidden = first.detach().requires_grad_(first.requires_grad)
         try:
-            with torch.enable_grad(), saved_tensors_hooks(self.collect, lambda tensor: tensor):
+            with torch.enable_grad(), saved_tensors_hooks(collect, lambda tensor: tensor):
                 function(hidden, *others)
         except _AllThere:
             pass
         finally:
             self._set_random_state(now)
-        if len(self.kept) != self.count:
+        if len(kept) != self.count:
             raise RuntimeError(
-                f"a checkpointed block kept {self.count} tensors when it ran first and {len(self.kept)} when it ran "
+                f"a checkpointed block kept {self.count} tensors when it ran first and {len(kept)} when it ran "
                 "again: something in it depends on more than its inputs and the random state"
             )
-        self.call = None
+        self.kept, self.inputs = kept, None
+        return kept
 
 
 def recompute(function: Callable, hidden: Tensor, *others):
@@ -108,16 +110,17 @@ def checkpoint_only(model: Model, layers: Iterable[int]) -> None:
         layers: indices of the blocks that are run again in the backward pass.
     """
     wanted = set(layers)
-    blocks = next(
-        module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
-    )
+    lists: Iterable[Any] = (getattr(module, "layers", None) for module in model.modules())
+    blocks = next(layers for layers in lists if isinstance(layers, nn.ModuleList))
     if wrong := sorted(wanted - set(range(len(blocks)))):
         raise ValueError(f"cannot checkpoint block {wrong[0]}: the model has blocks 0 to {len(blocks) - 1}")
     # transformers and peft let the embeddings require a gradient for the sake of reentrant checkpointing. Here it would
     # keep every micro-batch's embeddings, and compute and send a gradient that nobody wants.
     for module in model.modules():
-        if hasattr(module, "disable_input_require_grads"):
-            module.disable_input_require_grads()
+        stop: Any = getattr(module, "disable_input_require_grads", None)
+        if stop:
+            stop()
+    block: Any
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index in wanted
         block._gradient_checkpointing_func = recompute
