@@ -45,6 +45,7 @@ test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports >build/imports.txt || { cat build/imports.txt; exit 1; }
+	.venv/bin/mypy
 	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 test-oldest: .venv-oldest/.installed .venv-lab3/.installed

@@ -24,9 +24,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
-        grad = torch.empty_like(hidden) if needs_grad else None
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk):
             rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
             keep = targets != IGNORE_INDEX
@@ -34,15 +33,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = F.log_softmax(F.linear(rows, weight), dim=-1, dtype=torch.float32)
             at_target = log_probs.gather(1, targets)
             total -= (at_target.squeeze(1) * keep).sum()
-            if needs_grad:
+            if grad is not None:
                 probs = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=weight.dtype))
                 # p - 1 from the float32 number: where the model is sure, float16 cannot tell p from 1.
                 probs.scatter_(1, targets, torch.expm1(at_target).to(probs.dtype))
                 # Left as the gradient of the *sum*: divided by the number of labels it could underflow in float16.
                 torch.mm(probs, weight, out=grad[start : start + chunk])
                 grad[start : start + chunk].mul_(keep.unsqueeze(1))
+                del probs
             # Freed here, or the next chunk's logits would be allocated while these are alive.
-            log_probs = probs = None
+            del log_probs
         ctx.save_for_backward(grad)
         return total
 

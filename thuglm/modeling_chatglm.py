@@ -36,6 +36,7 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.width = config.head_dim // 2
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)
 
     def frequencies(self) -> Tensor:
@@ -210,7 +212,8 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., head_dim] -> the quarters that rotate together, each [..., 2, head_dim / 4]."""
-        return x.view(*x.shape[:-1], 2, 2, x.shape[-1] // 4).unbind(-2)
+        first, second = x.view(*x.shape[:-1], 2, 2, x.shape[-1] // 4).unbind(-2)
+        return first, second
 
     @staticmethod
     def split_and_rotate_(mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +224,8 @@ class _SplitAndRotate(torch.autograd.Function):
         rest = first * sin
         first.mul_(cos).addcmul_(second, sin, value=-1)
         torch.addcmul(rest, second, cos, out=second)
-        return mixed.unbind(3)
+        query, key, value = mixed.unbind(3)
+        return query, key, value
 
     @staticmethod
     def forward(ctx, mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,6 +322,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the two models below share: names, loading, placement."""
 
+    config: ChatGLMConfig
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -377,7 +382,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 head.to(device)
             else:
                 if head.weight is embedding.weight:
-                    head.weight = nn.Parameter(embedding.weight.detach().to(device), head.weight.requires_grad)
+                    head.weight = nn.Parameter(embedding.weight.detach().to(device), bool(head.weight.requires_grad))
                 self.config.tie_word_embeddings = False
                 self.all_tied_weights_keys = {}
                 head.to(device)
@@ -401,9 +406,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """The embedding."""
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.word_embeddings = value
+        self.word_embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -471,7 +476,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
             bias.masked_fill_(~visible, MASKED_SCORE)
         cos, sin = self.rotary_emb.to(device)(position_ids.to(device), hidden_states.dtype)
-        on_first = (bias, cos, sin)
+        on_first: tuple[Tensor | None, ...] = (bias, cos, sin)
         on_device = {device: on_first}
 
         all_hidden_states, all_attentions = [], []
@@ -493,7 +498,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
     def _device_of(self, layer: int, default: Tensor) -> torch.device:
-        return self.layers[layer].input_layernorm.weight.device if len(self.layers) else default.device
+        blocks: Any = self.layers  # whose items are mere modules to a type checker
+        return blocks[layer].input_layernorm.weight.device if len(blocks) else default.device
 
     def _visible(self, input_ids: Tensor, mask: Tensor | None, past: int | Tensor, kv_length: int, device):
         """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
@@ -560,9 +566,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """The embedding."""
         return self.transformer.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.transformer.word_embeddings = value
+        self.transformer.word_embeddings = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
@@ -681,7 +687,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
         # transformers takes 3-D positions for multimodal ones, whose rows lie along the second dimension.
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        parent: Any = super()
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if position_ids is not None:
             model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs

@@ -166,7 +166,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = text.replace(f"<|blank_{length}|>", " " * length)
         return text
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """Text -> pieces. The text around a special token is stripped, as the published tokenizer does."""
         special = set(self.all_special_tokens)
         parts = self.tokens_trie.split(text)

@@ -121,8 +121,8 @@ def _draw_costs(axes: Axes, lengths: Mapping[int, int], top: int, limits: tuple[
         axes.plot(grid, lost, line, color=COLORS[color], label=label)
     lines = ["examples dropped at limit"]
     for cost in limit_costs(lengths, limits):
-        lost = 100 * cost.dropped / examples
-        lines.append(f"{cost.limit}: {lost:.1f} %")
+        share = 100 * cost.dropped / examples
+        lines.append(f"{cost.limit}: {share:.1f} %")
         if cost.limit <= top:
             axes.plot(cost.limit, lost, "o", color=COLORS["vermillion"])
     axes.text(0.98, 0.62, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=9)
@@ -182,9 +182,9 @@ def draw_batch(batch: Mapping[str, torch.Tensor], config: Any, axes: Axes | None
     """
     rows, width = batch["input_ids"].shape
     axes = axes or plt.subplots(figsize=(9, 1.3 + 0.3 * rows))[1]
-    found = set()
+    found: set[str] = set()
     for row in range(rows):
-        kinds = _kinds(*(batch[name][row] for name in ("input_ids", "attention_mask", "labels")), config)
+        kinds = _kinds(batch["input_ids"][row], batch["attention_mask"][row], batch["labels"][row], config)
         found |= set(kinds)
         start = 0
         for place in range(1, width + 1):

@@ -106,7 +106,12 @@ def plot_top_p(probabilities: Mapping[str, Sequence[float]], top_p: float) -> Ax
         )
         axes.plot(kept, reached[min(kept, len(reached)) - 1], "o", color=line.get_color())
     axes.axhline(top_p, color=COLORS["grey"], linewidth=1)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "top"}
+    place: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "top",
+    }
     axes.annotate(f"top-p {top_p:g}", (1, top_p), (-2, -3), **place)
     axes.set(xscale="log", xlabel="tokens, the likeliest first", ylabel="share reached", ylim=(0, 1.03))
     axes.legend(loc="lower right")

@@ -99,7 +99,8 @@ def draw_shards(config: Any) -> Axes:
     shards = published_shards(config)
     _, axes = plt.subplots(figsize=(7.5, 0.36 * len(shards) + 1.1))
     for row, shapes in enumerate(shards):
-        start, parts = 0, {}
+        start = 0
+        parts: dict[str, int] = {}
         for name, shape in shapes.items():
             parts[part_of(name)] = parts.get(part_of(name), 0) + stored_bytes(name, shape)
         for part, size in parts.items():
@@ -114,7 +115,7 @@ def draw_shards(config: Any) -> Axes:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("GB (10⁹ bytes); numbers in the bars: block")
-    looks = {"embedding": EMBEDDING_LOOK, "blocks": BLOCK_LOOKS[0], "head": HEAD_LOOK}
+    looks: dict[str, dict[str, Any]] = {"embedding": EMBEDDING_LOOK, "blocks": BLOCK_LOOKS[0], "head": HEAD_LOOK}
     handles = [Patch(label=name, **look) for name, look in looks.items()]
     axes.legend(handles=handles, loc="lower right", ncols=3, bbox_to_anchor=(1, 1))
     return axes
@@ -134,7 +135,10 @@ def draw_mask(visible: np.ndarray, context: int, labels: Sequence[str]) -> Axes:
         for column in range(length):
             if visible[row, column]:
                 prompt = column < context
-                look = {"facecolor": COLORS["sky" if prompt else "orange"], "hatch": "" if prompt else "//"}
+                look: dict[str, Any] = {
+                    "facecolor": COLORS["sky" if prompt else "orange"],
+                    "hatch": "" if prompt else "//",
+                }
                 axes.add_patch(Rectangle((column, row), 1, 1, edgecolor="white", **look))
     axes.axhline(context, color=COLORS["black"], linewidth=1)
     axes.axvline(context, color=COLORS["black"], linewidth=1)
@@ -168,7 +172,7 @@ def draw_positions(position_ids: np.ndarray, context: int, labels: Sequence[str]
         for place, value in enumerate(values):
             # The numbers stand outside: after the stairs have crossed, those of row 1 are the upper ones.
             offset = (0, 6) if (value, -row) > (others[place], row - 1) else (0, -13)
-            look = {"textcoords": "offset points", "ha": "center", "color": color, "fontsize": 8}
+            look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": color, "fontsize": 8}
             axes.annotate(str(value), (place, value), offset, **look)
     axes.axvline(context - 0.5, color=COLORS["black"], linewidth=1)
     axes.set_xticks(range(length), labels, rotation=90)

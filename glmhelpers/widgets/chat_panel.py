@@ -153,10 +153,14 @@ class ChatPanel:
         self._say("")
         self._show()
 
+    def _send_late(self) -> None:
+        if self._expected.is_set():
+            self._send()
+
     def _entered(self) -> None:
         """Enter was pressed. The browser says so before it sends the text, unless that has not changed since."""
         self._expected.set()
-        late = threading.Timer(LATE_SECONDS, lambda: self._expected.is_set() and self._send())
+        late = threading.Timer(LATE_SECONDS, self._send_late)
         late.daemon = True
         late.start()
 

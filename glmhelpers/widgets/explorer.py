@@ -184,8 +184,8 @@ class Explorer:
         plan = self.plan
         names = [f"GPU {index} {gpu.name}" for index, gpu in enumerate(plan.gpus)]
         self.bars.value = bars_svg(plan.with_outside, names, plan.usable_bytes)
-        used = [name for name, terms in zip(names, plan.breakdown, strict=True) if any(terms.values())]
-        self.gantt.value = schedule_svg(plan.schedule, used)
+        busy = [name for name, terms in zip(names, plan.breakdown, strict=True) if any(terms.values())]
+        self.gantt.value = schedule_svg(plan.schedule, busy)
         self.text.value = f"<pre style='line-height:1.2'>{escape(compact_map(plan.device_map))}</pre>"
         pairs = zip(names, plan.total_bytes, plan.usable_bytes, strict=True)
         short = [f"{name} lacks {(total - usable) / GIB:.2f} GiB" for name, total, usable in pairs if total > usable]

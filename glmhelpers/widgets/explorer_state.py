@@ -80,8 +80,8 @@ class Explored:
         if "checkpointed" in wishes or "cuts" in wishes:
             state = replace(state, cuts=self._cuts(state.cuts, state.count), skipped=None)
         if state.batch_size % state.micro_batches:
-            possible = [part for part in divisors(state.batch_size) if part <= state.micro_batches]
-            state = replace(state, micro_batches=possible[-1])
+            even = [part for part in divisors(state.batch_size) if part <= state.micro_batches]
+            state = replace(state, micro_batches=even[-1])
         return state
 
     def limits(self) -> dict[str, tuple[int, int]]:
