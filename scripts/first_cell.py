@@ -21,9 +21,9 @@ os, runpy, subprocess = map(__import__, ("os", "runpy", "subprocess"))
 near, far = [".", "..", "../..", "../../..", "course"], [] if FORK else [*sorted(os.listdir()), "/kaggle"]
 [far.extend(f"{t}/{d}" for d in next(os.walk(t), (0, []))[1]) for n, t in enumerate(far) if t[0] == "/" and n < 5000]
 home = next((p for p in [*near, *far] if os.path.isfile(f"{p}/glmhelpers/first_cell.py")), "")
-clone = 'e=$(LC_ALL=C git clone -q --depth 1 -- "$0" "$1.$$" 2>&1 && mv -T "$1.$$" "$1" 2>&1) || echo "$e" | head -n1'
+clone = 'p=$1$$;e=$(LC_ALL=C git clone -q --depth 1 -- "$0" $p 2>&1 && mv -T $p $1 2>&1)||echo "$e"|head -1;rm -rf $p'
 if not home and (e := subprocess.run(["sh", "-c", clone, FORK, "course"], stdout=-1, text=True).stdout.strip()):
-    do = "install git" if "git: " in e else "Settings > Internet > On" if "unable" in e else "set FORK, your fork's URL"
+    do = "install git" if "git: " in e else "rename course" if "mv: " in e else "check FORK, Settings > Internet > On"
     raise type("Stop", (Exception,), {"_render_traceback_": lambda s: [f"Stop: {s}"]})(f"{do}, then run again ({e})")
 project, runtime, machine = runpy.run_path(f"{home or 'course'}/glmhelpers/first_cell.py")["start"]("NOTEBOOK", FORK)"""
 

@@ -12,7 +12,6 @@ common kinds of colour blindness. Colour is never the only sign: areas also carr
 from collections.abc import Sequence
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 
@@ -72,7 +71,7 @@ def use_style() -> None:
             "figure.dpi": 100,
             "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": cycler(color=[COLORS[name] for name in CYCLE]),
+            "axes.prop_cycle": mpl.rcsetup.cycler(color=[COLORS[name] for name in CYCLE]),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 11,

@@ -139,7 +139,8 @@ def test_a_clone_that_was_cut_off_is_made_anew(bare, working, tmp_path):
 def test_nothing_of_the_users_is_replaced_by_a_clone(bare, working, tmp_path):
     (working / "course").mkdir()
     (working / "course" / "notes").touch()
-    assert "Directory not empty" in stopped(run_cell(working, root=tmp_path, fork=bare.as_uri()))
+    said = stopped(run_cell(working, root=tmp_path, fork=bare.as_uri()))
+    assert said.startswith("rename course, then run again (mv: cannot move")
     assert [path.name for path in (working / "course").iterdir()] == ["notes"]
 
 
@@ -150,11 +151,19 @@ def test_a_fork_is_not_cloned_where_the_project_is(project):
 @pytest.mark.parametrize(
     ("fork", "said", "why"),
     [
-        ("", "set FORK, your fork's URL, then run again", "repository '' does not exist"),
-        ("no-such.git", "set FORK, your fork's URL, then run again", "repository 'no-such.git' does not exist"),
-        ("file:///no/such.git", "set FORK, your fork's URL, then run again", "does not appear to be a git repository"),
-        ("https://host.invalid/x.git", "Settings > Internet > On, then run again", "Could not resolve"),
-        ("http://127.0.0.1:9/x.git", "Settings > Internet > On, then run again", "Failed to connect"),
+        ("", "check FORK, Settings > Internet > On, then run again", "repository '' does not exist"),
+        (
+            "no-such.git",
+            "check FORK, Settings > Internet > On, then run again",
+            "repository 'no-such.git' does not exist",
+        ),
+        (
+            "file:///no/such.git",
+            "check FORK, Settings > Internet > On, then run again",
+            "does not appear to be a git repository",
+        ),
+        ("https://host.invalid/x.git", "check FORK, Settings > Internet > On, then run again", "Could not resolve"),
+        ("http://127.0.0.1:9/x.git", "check FORK, Settings > Internet > On, then run again", "Failed to connect"),
     ],
 )
 def test_without_the_project_one_sentence_says_how_to_get_it(working, tmp_path, fork, said, why):
@@ -178,7 +187,7 @@ def test_jupyter_shows_one_line_and_no_later_cell_runs(working, tmp_path):
         NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(working)}}).execute()
     (output,) = notebook.cells[0].outputs
     assert output.traceback == [
-        "Stop: set FORK, your fork's URL, then run again (fatal: repository 'no-such.git' does not exist)"
+        "Stop: check FORK, Settings > Internet > On, then run again (fatal: repository 'no-such.git' does not exist)"
     ]
     assert notebook.cells[1].outputs == []
 
