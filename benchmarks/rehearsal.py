@@ -40,7 +40,7 @@ from grow_checkpoint import TINY, grow  # noqa: E402
 
 from glmhelpers.utils.markdown import markdown_table  # noqa: E402
 
-COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.toml")
+COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.toml", "constraints.txt")
 PLACE = {"repo_id": "rehearsal/chatglm-6b", "revision": "0" * 40}
 HOST_GB = 12.7  # what a free Colab session has
 SMALL = {"hidden_size": 512, "heads": 8, "layers": 12, "inner_hidden_size": 512, "vocab_size": 2528}

@@ -71,7 +71,7 @@ def use_style() -> None:
             "figure.dpi": 100,
             "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": mpl.rcsetup.cycler(color=[COLORS[name] for name in CYCLE]),
+            "axes.prop_cycle": mpl.cycler(color=[COLORS[name] for name in CYCLE]),  # type: ignore[attr-defined]
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 11,
