@@ -110,7 +110,7 @@ def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dic
         HF_ENDPOINT=hub,
         HF_DATASETS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
-        PYTHONPATH=str(PROJECT / "benchmarks"),
+        PYTHONPATH=os.pathsep.join(filter(None, (str(PROJECT / "benchmarks"), os.environ.get("PYTHONPATH")))),
     )
     rows: list[dict[str, Any]] = []
     for path in sorted((project / "notebooks").glob("[0-9][0-9]_*.ipynb")):
