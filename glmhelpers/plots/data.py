@@ -124,7 +124,7 @@ def _draw_costs(axes: Axes, lengths: Mapping[int, int], top: int, limits: tuple[
         share = 100 * cost.dropped / examples
         lines.append(f"{cost.limit}: {share:.1f} %")
         if cost.limit <= top:
-            axes.plot(cost.limit, lost, "o", color=COLORS["vermillion"])
+            axes.plot(cost.limit, share, "o", color=COLORS["vermillion"])
     axes.text(0.98, 0.62, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=9)
     axes.set(xlabel="limit (tokens)", ylabel="lost (%)", title="What a limit costs", ylim=(-3, 103), xlim=(0, top))
     axes.legend(loc="upper right")
