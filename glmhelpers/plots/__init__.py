@@ -1,5 +1,6 @@
 """Figures of the course, all in one style: readable at 700 px, in print and for colour-blind readers."""
 
+from glmhelpers.plots.corpus import draw_corpus, draw_pieces
 from glmhelpers.plots.data import draw_batch, draw_example, draw_lengths, draw_report
 from glmhelpers.plots.device_map import (
     device_name,
@@ -27,6 +28,7 @@ __all__ = [
     "draw_batch",
     "draw_bounds",
     "draw_compared",
+    "draw_corpus",
     "draw_cut_curve",
     "draw_example",
     "draw_lengths",
@@ -36,6 +38,7 @@ __all__ = [
     "draw_mask",
     "draw_memory",
     "draw_parts",
+    "draw_pieces",
     "draw_plan",
     "draw_positions",
     "draw_report",
