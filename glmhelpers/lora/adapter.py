@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 
 from glmhelpers.lora.adapter_files import CONFIG, KEY, NOTE, TENSORS, read_adapter
-from glmhelpers.lora.attach import adapter_from, lora_b_norms, not_a_number
+from glmhelpers.lora.attach import adapter_from, lora_b_norms, not_a_number, refuse_second
 from glmhelpers.lora.fingerprint import base_note
 from glmhelpers.tokens.prompts import TEMPLATES
 from glmhelpers.utils.files import whole_files
@@ -79,8 +79,9 @@ def load_adapter(
         ValueError: a file is damaged, a tensor has no place or a place no tensor, the base has an adapter already, or
             the adapter was trained on another base or with another template; names the difference.
     """
+    refuse_second(base)
     files = read_adapter(folder)
-    files.check_base(base_note(base))
+    files.check_base(base_note(base), dict(base.named_modules()))
     if files.note is not None and template is not None and files.note["template"] != template:
         raise ValueError(
             f"The adapter in {files.name}/ was trained with the template {files.note['template']!r}, not {template!r}: "

@@ -13,7 +13,7 @@ is refused unless it is off (None, False, empty).
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from glmhelpers.cost_model.sizes import LORA_TARGETS
 from glmhelpers.lora.fingerprint import base_difference
 from glmhelpers.utils.files import alone, current, finish
 
@@ -37,6 +39,7 @@ ADAPTER_FILES = (CONFIG, TENSORS, NOTE)
 FREE = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_type"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "ensure_weight_tying"),
+    "merge_weights",  # peft 0.2
 }
 """Settings that change nothing of what is added to the matrices for which there are tensors."""
 
@@ -44,12 +47,20 @@ CHECKED = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "init_lora_weights", "bias"),
 }
-"""Settings with a rule of their own, see `_check_config`."""
+"""Settings with a rule of their own, see `check_config`."""
 
 HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base as it is."""
 
 NAME = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<side>[AB])\.weight")
+LAYER = re.compile(rf"transformer\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})")
+"""The layers on which an adapter is handled: not the head, which may be one tensor with the embedding."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+LARGEST = 1e9
+"""A larger rank or alpha is nonsense, and would not fit into memory or float32."""
+
 PLAIN_NAME = re.compile(r"\^?[\w.]+")
 """Names of layers; a longer expression could take for ever to match."""
 
@@ -89,14 +100,15 @@ class AdapterFiles:
             kept["target_modules"] = self.layers()
         return LoraConfig(**kept, task_type="CAUSAL_LM", inference_mode=not trainable)
 
-    def check_base(self, here: Mapping[str, Any]) -> None:
-        """Refuse a base that is not the one of the note; say so where there is no note.
+    def check_base(self, here: Mapping[str, Any], modules: Iterable[str]) -> None:
+        """Refuse a base that is not the one of the note, or has other layers; say so where there is no note.
 
         Args:
             here: `base_note` of the base that the adapter shall go on.
+            modules: names of that base's modules.
 
         Raises:
-            ValueError: it was trained on another base; names the difference.
+            ValueError: it was trained on another base, names the difference; or see `check_layers`.
         """
         if self.note is None:
             print(f"{self.name}/ has no {NOTE}: whether it belongs to this base and to which template was not checked")
@@ -104,6 +116,33 @@ class AdapterFiles:
             raise ValueError(
                 f"The adapter in {self.name}/ was trained on another base: {difference}. Load the base it was trained "
                 "on, or train again."
+            )
+        self.check_layers(modules)
+
+    def check_layers(self, modules: Iterable[str]) -> None:
+        """Refuse unless there are tensors for just the layers that the settings choose among a base's modules.
+
+        Settings that choose by an expression are not asked: it could take for ever to match.
+
+        Raises:
+            ValueError: names the first layer that has no tensors, or tensors that have no layer.
+        """
+        layers, modules, config = set(self.layers()), set(modules), self.lora_config(trainable=False)
+        chosen = {name for name in modules if check_target_module_exists(config, name)}
+        if foreign := sorted(name for name in layers if name not in modules or not LAYER.fullmatch(name)):
+            raise ValueError(
+                f"the adapter {self.name} changes {foreign[0]}, which is no linear layer in a block of this base: it "
+                "belongs to another model, or is not handled here; load it with peft itself"
+            )
+        if lacking := sorted(chosen - layers):
+            raise ValueError(
+                f"{self.name} lacks {2 * len(lacking)} of the adapter's {2 * len(chosen)} tensors, the first is "
+                f"base_model.model.{lacking[0]}.lora_A.weight: it was not written whole, or its settings were changed"
+            )
+        if extra := sorted(layers - chosen):
+            raise ValueError(
+                f"{self.name} holds tensors for {extra[0]} (and {len(extra) - 1} more layers), which its "
+                "target_modules or layers_to_transform leave out: its files do not belong together"
             )
 
 
@@ -126,18 +165,22 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
             )
         if missing := [name for name in (CONFIG, TENSORS) if not current(folder, KEY, name).is_file()]:
             raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves one.")
-        config = _read_json(folder, CONFIG)
-        _check_config(config, f"{folder.name}/{CONFIG}")
+        config = read_json(folder, CONFIG)
+        check_config(config, f"{folder.name}/{CONFIG}")
         try:
             tensors = load_file(current(folder, KEY, TENSORS))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise ValueError(damaged(folder / TENSORS, error)) from error
-        note = _read_json(folder, NOTE) if current(folder, KEY, NOTE).is_file() else None
-    if note is not None and not (isinstance(note.get("base"), dict) and {"template", "base"} <= set(note)):
-        raise ValueError(damaged(folder / NOTE, "it lacks the template or the base"))
-    if note is not None and not isinstance(note["base"].get("fingerprint"), str):
-        raise ValueError(damaged(folder / NOTE, "it lacks the base's fingerprint"))
-    _check_tensors(tensors, config, f"{folder.name}/{TENSORS}")
+        note = read_json(folder, NOTE) if current(folder, KEY, NOTE).is_file() else None
+    if note is not None:
+        base = note.get("base")
+        if not (isinstance(base, dict) and isinstance(note.get("template"), str)):
+            raise ValueError(damaged(folder / NOTE, "it lacks the template or the base"))
+        if not isinstance(base.get("fingerprint"), str):
+            raise ValueError(damaged(folder / NOTE, "it lacks the base's fingerprint"))
+        if not all(isinstance(base.get(key) or {}, dict) for key in ("sizes", "parts")):
+            raise ValueError(damaged(folder / NOTE, "the base's sizes or parts are not listed by name"))
+    check_tensors(tensors, config, f"{folder.name}/{TENSORS}")
     return AdapterFiles(folder.name, config, tensors, note)
 
 
@@ -146,7 +189,8 @@ def damaged(path: Path, reason: object) -> str:
     return f"{path.parent.name}/{path.name} is damaged ({reason}): save the adapter again, or copy it again."
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Settings by name from one of an adapter's files; a ValueError if it does not hold such."""
     try:
         found = json.loads(current(folder, KEY, name).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -157,11 +201,17 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def is_number(value: Any, low: float = 0.0) -> bool:
-    """Whether a setting is a finite number above `low`; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > low
+    """Whether a setting is a number above `low` and below LARGEST; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < LARGEST
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that are not plain LoRA's.
+
+    Raises:
+        ValueError: names `where` they stand, the setting, its value, and what to do.
+    """
+
     def refuse(key: str, advice: str) -> None:
         raise ValueError(f"{where} says {key}={config.get(key)!r}: {advice}")
 
@@ -181,7 +231,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     if not isinstance(config.get("r"), int) or not is_number(config["r"]):
         refuse("r", "the rank must be a whole number from 1 on")
     if not is_number(config.get("lora_alpha")):
-        refuse("lora_alpha", "it must be a number above 0")
+        refuse("lora_alpha", "it must be a number above 0, and below a billion")
     if not is_number(config.get("lora_dropout", 0.0), -1e-9) or config.get("lora_dropout", 0.0) >= 1:
         refuse("lora_dropout", "it must be a number from 0 on and below 1")
     if not isinstance(config.get("use_rslora", False), bool):
@@ -191,7 +241,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(patterns, dict) or not all(map(_is_plain, patterns)):
             refuse(key, "it must map names of layers to numbers; expressions are not handled here")
         if not all(is_number(value) and (not whole or isinstance(value, int)) for value in patterns.values()):
-            refuse(key, "its values must be numbers above 0" + (", and whole" if whole else ""))
+            refuse(key, "its values must be numbers above 0, and below a billion" + (", and whole" if whole else ""))
     targets = config.get("target_modules")
     if not (isinstance(targets, str) or (isinstance(targets, list) and targets and all(map(_is_plain, targets)))):
         refuse("target_modules", "it must be a list of names of layers")
@@ -207,7 +257,12 @@ def _is_plain(name: Any) -> bool:
     return isinstance(name, str) and PLAIN_NAME.fullmatch(name) is not None
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
+    """Refuse tensors that are not pairs of finite lora_A and lora_B of the settings' ranks.
+
+    Raises:
+        ValueError: names `where` they are, and the tensor.
+    """
     ranks = config.get("rank_pattern") or {}
     if not tensors:
         raise ValueError(
@@ -217,10 +272,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], whe
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{where} holds {name}, which is no lora_A or lora_B: it is no plain LoRA adapter")
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or tensor.dim() != 2:
+        if tensor.dtype not in FLOATS or tensor.dim() != 2:
             text = f"{where} holds {name} as {tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{text}: it must be a matrix of 16, 32 or 64 bit floating point numbers")
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or infinity: its training diverged. Take an earlier one.")
         stem, side = name[: -len("A.weight")], match["side"]
         if (other := f"{stem}{'B' if side == 'A' else 'A'}.weight") not in tensors:

@@ -16,16 +16,16 @@ Both do the same; on the right it is an ordinary adapter, so that is what such a
 the correction is multiplied by alpha / rank). Its number of parameters, 3,670,016 for r = 8, does not tell them apart.
 """
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmhelpers.lora.adapter_files import is_number
-from glmhelpers.lora.attach import adapter_from, lora_config
+from glmhelpers.lora.adapter_files import CONFIG, FLOATS, AdapterFiles, check_config, check_tensors, read_json
+from glmhelpers.lora.attach import adapter_from, refuse_second
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -41,37 +41,51 @@ def import_2023(base: nn.Module, path: str | Path, alpha: float | None = None, d
         dropout: for training on; the 2023 script's was 0.1.
 
     Raises:
-        ValueError: the file is no such adapter, does not fit this base, or contradicts the settings beside it; says
-            which tensor or setting, and why.
+        ValueError: the file is no such adapter, does not fit this base, or contradicts the settings beside it, or
+            these are not plain LoRA's; says which tensor or setting, and why.
     """
-    tensors = read_2023(path)
+    refuse_second(base)
     name = Path(path).name
-    tensors, rank, factor = _as_ordinary(tensors, base, name)
-    alpha = _alpha_beside(Path(path).parent, rank // factor, alpha)
-    targets = tuple(sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}))
-    return adapter_from(base, lora_config(rank, alpha * factor, dropout, targets), tensors, name).eval()
+    tensors, rank, factor = _as_ordinary(read_2023(path), base, name)
+    targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})
+    config = {"target_modules": targets, **_settings(Path(path).absolute().parent, rank, factor, alpha)}
+    check_tensors(tensors, config, name)
+    files = AdapterFiles(name, config, tensors, None)
+    files.check_layers(dict(base.named_modules()))
+    settings = files.lora_config(trainable=True)
+    settings.lora_dropout = dropout
+    return adapter_from(base, settings, tensors, name).eval()
 
 
-def _alpha_beside(folder: Path, rank: int, alpha: float | None) -> float:
-    """The alpha to use: what the caller says and what adapter_config.json beside the file says must agree."""
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        return 32 if alpha is None else alpha
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-        said, beside = found["lora_alpha"], found["r"]
-    except (ValueError, KeyError, TypeError) as error:
+def _settings(folder: Path, rank: int, factor: int, alpha: float | None) -> dict[str, Any]:
+    """adapter_config.json beside the file, else the 2023 script's; what the caller says must agree with it.
+
+    Args:
+        folder: where the file lies.
+        rank: of the ordinary adapter that it becomes.
+        factor: 2 for the form of two thirds, else 1: rank and alpha of the settings are multiplied by it.
+        alpha: what the caller says.
+    """
+    where, config = (
+        "import_2023",
+        {"peft_type": "LORA", "r": rank // factor, "lora_alpha": 32 if alpha is None else alpha},
+    )
+    if (folder / CONFIG).is_file():
+        where, config = f"{CONFIG} beside the file", read_json(folder, CONFIG)
+        if factor == 2 and config.get("enable_lora") == [True, False, True]:
+            del config["enable_lora"]
+    check_config({"target_modules": ["any"], **config}, where)
+    said = config["lora_alpha"]
+    if config["r"] != rank // factor:
         raise ValueError(
-            f"{config.name} beside the file has no lora_alpha and r ({error}): mend it or take it away"
-        ) from error
-    if not is_number(said) or beside != rank:
-        raise ValueError(
-            f"{config.name} beside the file says r={beside!r}, lora_alpha={said!r}, the file has rank {rank}: they do "
-            "not belong together. Take away the settings, and give alpha."
+            f"{where} says r={config['r']}, the file has rank {rank // factor}: they do not belong together. Take away "
+            "the settings, and give alpha."
         )
     if alpha is not None and alpha != said:
-        raise ValueError(f"alpha={alpha} was given, {config.name} beside the file says {said}: leave alpha out")
-    return said
+        raise ValueError(f"alpha={alpha} was given, {where} says {said}: leave alpha out")
+    if factor == 2 and (odd := [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]):
+        raise ValueError(f"{where} says {odd[0]}={config[odd[0]]!r}, which peft 0.2, that wrote the file, did not have")
+    return {**config, "r": rank, "lora_alpha": said * factor}
 
 
 def read_2023(path: str | Path) -> dict[str, Tensor]:
@@ -100,7 +114,7 @@ def read_2023(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} holds {key!r} ({type(tensor).__name__}), which is no LoRA tensor: what is it from?"
             )
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 2:
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 2:
             raise ValueError(
                 f"{name} holds {key} as {tensor.dtype} {list(tensor.shape)}, {tensor.layout}: it must be a matrix of "
                 "floating point numbers"

@@ -96,12 +96,17 @@ def lora_config(r: int, alpha: float, dropout: float, targets: tuple[str, ...]) 
     )
 
 
-def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
+def refuse_second(model: nn.Module) -> None:
+    """Raise a ValueError if the model has an adapter already."""
     if adapter_layers(model):
         raise ValueError(
             "This model has an adapter already, and a second one would be put around it. Load the base again, then "
             "attach or load the adapter that you want."
         )
+
+
+def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
+    refuse_second(model)
     with quiet_peft():
         adapted = get_peft_model(model, config)
     fuse_lora(adapted)

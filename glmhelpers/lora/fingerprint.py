@@ -70,7 +70,7 @@ def _samples(weights: Weights) -> Iterator[tuple[str, bytes]]:
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that tell one base from another: shape, and samples of every frozen 2-D weight.
 
-    Adapters, the dtype a base was loaded in, and where its parts lie do not change it.
+    Adapters, float16 or float32, and where its parts lie do not change it. bfloat16 does: it rounds the weights.
     """
     return _digest(_samples(_parameters(model)))
 
@@ -137,7 +137,7 @@ def base_difference(noted: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
 
 
 def _vectors(weights: Weights) -> str:
-    """16 hex digits of samples of norms and biases, whichever dtype they were loaded in."""
+    """16 hex digits of samples of norms and biases, the same in float16 and float32."""
     digest = hashlib.sha256()
     for name, shape, samples in sorted(weights, key=lambda weight: weight[0]):
         if len(shape) == 1:

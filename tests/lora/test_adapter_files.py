@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from glmhelpers.lora import attach_lora, export_adapter, export_merged, import_2023, load_adapter, save_adapter
-from glmhelpers.lora.adapter_files import CHECKED, FREE, read_adapter
+from glmhelpers.lora.adapter_files import CHECKED, FREE
 from glmhelpers.lora.export import Source
 from glmhelpers.lora.fingerprint import base_note, note_of
+from tests.helpers.adapters import change, drawn, state
 from tests.helpers.reference import CHECKPOINT, fresh_model, tokenizer
 
 # Settings that mean more than adding (alpha / r) B A, as of peft 0.21: refused unless they are off.
@@ -25,17 +24,6 @@ REFUSED = {
     *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
     "velora_config",
 }
-
-
-def drawn(seed=0, r=4, **more):
-    torch.manual_seed(seed)
-    model = get_peft_model(
-        fresh_model(), LoraConfig(r=r, task_type="CAUSAL_LM", **{"target_modules": ["query_key_value"], **more})
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +44,6 @@ def base_folder(tmp_path_factory) -> Path:
     for path in [*CHECKPOINT.iterdir(), *(CHECKPOINT.parent / "tokenizer").iterdir()]:
         (place / path.name).write_bytes(path.read_bytes())
     return place
-
-
-def change(folder, **settings):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
-def state(model):
-    """All that a refusal could leave changed."""
-    return (
-        {name: (type(module), len(module._forward_hooks)) for name, module in model.named_modules()},
-        {name: (parameter.requires_grad, parameter.data_ptr()) for name, parameter in model.named_parameters()},
-        hasattr(model, "peft_config"),
-    )
 
 
 def test_every_setting_of_peft_has_a_rule():
@@ -136,6 +110,16 @@ def test_what_is_plain_lora_loads_and_merges_as_peft_does(tmp_path, base_folder,
         ({"a_setting_of_2031": "on"}, "a_setting_of_2031='on'"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan: it must be a number above 0"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
+        ({"lora_alpha": 10**400}, "below a billion"),
+        ({"lora_alpha": 1e308}, "below a billion"),
+        ({"r": 10**400}, "the rank must be"),
+        ({"rank_pattern": {"dense": 10**12}}, "below a billion"),
+        ({"target_modules": ["query_key_value", "dense"]}, "lacks 8 of the adapter's 16 tensors"),
+        ({"target_modules": ["query_key_value", "word_embeddings"]}, "lacks 2 of the adapter's 10 tensors"),
+        ({"target_modules": ["query_key_value", "input_layernorm"]}, "lacks 8 of"),
+        ({"target_modules": ["query_key_value", "attention"]}, "lacks 8 of"),
+        ({"layers_to_transform": [0, 1]}, "which its target_modules or layers_to_transform leave out"),
+        ({"layers_to_transform": 10**30}, "leave out"),
         ({"lora_alpha": "16"}, "lora_alpha='16'"),
         ({"r": 0}, "r=0: the rank"),
         ({"r": True}, "r=True"),
@@ -155,11 +139,12 @@ def test_what_is_not_plain_lora_is_refused_at_every_door_and_leaves_no_trace(
     change(copy, **settings)
     base = fresh_model()
     before = state(base)
-    doors = (
+    doors = [
         lambda: load_adapter(base, copy),
         lambda: export_merged(base_folder, copy, tmp_path / "merged", progress=False),
-        lambda: export_adapter(copy, tmp_path / "packed.zip"),
-    )
+    ]
+    if not {"target_modules", "layers_to_transform"} & set(settings):  # packing asks for no base
+        doors.append(lambda: export_adapter(copy, tmp_path / "packed.zip"))
     for door in doors:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             door()
@@ -188,6 +173,34 @@ def test_tensors_that_are_no_pairs_of_matrices_are_refused_and_leave_no_trace(co
         load_adapter(base, copy)
     assert state(base) == before
     attach_lora(base)  # and another adapter can be put on it
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "transformer.word_embeddings", "transformer.layers.9.attention.dense"])
+def test_an_adapter_on_a_layer_that_is_not_handled_is_refused_at_both_doors(copy, base_folder, tmp_path, layer):
+    base = fresh_model()
+    before, width = state(base), base.config.hidden_size
+    stem = f"base_model.model.{layer}.lora_"
+    tensors = {f"{stem}A.weight": torch.ones(4, width), f"{stem}B.weight": torch.ones(base.config.vocab_size, 4)}
+    save_file(tensors, copy / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "adapter.bin")
+    change(copy, target_modules=[layer.rpartition(".")[2]])
+    for layout in ("safetensors", "published"):
+        with pytest.raises(ValueError, match=f"changes {layer}, which is no linear layer in a block"):
+            export_merged(base_folder, copy, tmp_path / "merged", layout, progress=False)
+    with pytest.raises(ValueError, match=f"changes {layer}, which is no linear layer in a block"):
+        load_adapter(base, copy)
+    with pytest.raises(ValueError, match="no linear layer"):
+        import_2023(base, tmp_path / "adapter.bin")
+    assert state(base) == before
+
+
+def test_a_layer_without_tensors_is_missed_at_both_doors(copy, base_folder, tmp_path):
+    path = copy / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "layers.2." not in name}, path)
+    with pytest.raises(ValueError, match=r"lacks 2 of the adapter's 8 tensors, the first is \S+layers\.2\."):
+        load_adapter(fresh_model(), copy)
+    with pytest.raises(ValueError, match=r"lacks 2 of the adapter's 8 tensors, the first is \S+layers\.2\."):
+        export_merged(base_folder, copy, tmp_path / "merged", progress=False)
 
 
 # The base
@@ -232,6 +245,23 @@ def test_another_norm_is_another_base_and_old_notes_still_load(tmp_path):
     load_adapter(base, folder)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"template": ["chatglm"]}, {"base": 3}, *({"base": b} for b in ({"sizes": [1]}, {"parts": "x"}))]
+)
+def test_a_damaged_note_is_called_damaged(tmp_path, changes):
+    model = attach_lora(fresh_model())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    path = save_adapter(model, tmp_path / "adapter") / "course.json"
+    note = json.loads(path.read_text())
+    if isinstance(changes.get("base"), dict):
+        changes = {"base": {**note["base"], "fingerprint": "another", **changes["base"]}}
+    path.write_text(json.dumps({**note, **changes}))
+    with pytest.raises(ValueError, match=r"course\.json is damaged"):
+        load_adapter(fresh_model(), tmp_path / "adapter")
+
+
 # Files of 2023
 
 
@@ -252,29 +282,52 @@ def test_a_file_of_2023_takes_its_alpha_from_the_settings_beside_it(tmp_path):
         load_adapter(fresh_model(), tmp_path)
 
 
-# Whatever stands in the settings
-
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text("abc.()*+", max_size=6), st.one_of(st.integers(-1, 9), st.floats(), st.text(max_size=3)), max_size=2),
-)  # fmt: skip
-KEYS = st.one_of(st.sampled_from(sorted(field.name for field in dataclasses.fields(LoraConfig))), st.text(max_size=6))
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 64}
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+@pytest.mark.parametrize(
+    ("beside", "given", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa': the base was changed"),
+        ({"use_dora": True}, {}, "use_dora=True"),
+        ({"bias": "all"}, {}, "bias='all'"),
+        ({"peft_type": "IA3"}, {}, "only LORA"),
+        ({"enable_lora": [True, False, True]}, {}, "enable_lora"),
+        ({"lora_alpha": 10**400}, {}, "lora_alpha=1000"),
+        ({"r": [4]}, {}, "the rank must be"),
+        ({"target_modules": ["dense"]}, {}, "leave out|lacks"),
+        (None, {"alpha": float("nan")}, "lora_alpha=nan"),
+        (None, {"alpha": -3}, "lora_alpha=-3"),
+        (None, {"alpha": "16"}, "lora_alpha='16'"),
+        (None, {"dropout": 7}, "dropout"),
+        (None, {"dtype": torch.float8_e4m3fn}, "must be a matrix of floating point numbers"),
+    ],
 )
-@given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
-def test_any_settings_are_read_or_refused_with_a_sentence(folder, tmp_path_factory, changes):
-    copy = tmp_path_factory.mktemp("any")
-    for path in folder.iterdir():
-        shutil.copy(path, copy)
-    change(copy, **changes)
-    try:
-        files = read_adapter(copy)
-    except ValueError as error:
-        if "adapter_config.json" not in str(error):
-            raise
-        return
-    assert all(files.scaling(layer) > 0 for layer in files.layers())
-    files.lora_config(trainable=False)
+def test_a_file_of_2023_is_held_to_the_same_list(tmp_path, beside, given, message):
+    dtype, base = given.pop("dtype", torch.float32), fresh_model()
+    before = state(base)
+    tensors = {name: tensor.to(dtype) for name, tensor in drawn().state_dict().items() if "lora_" in name}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    if beside is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**PLAIN, **beside}))
+    with pytest.raises(ValueError, match=message):
+        import_2023(base, tmp_path / "adapter_model.bin", **given)
+    assert state(base) == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"layers.1.attention.query_key_value": 3}},
+        {"target_modules": ["query_key_value", "dense"], "layers_to_transform": [1, 3]},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_file_of_2023_takes_all_settings_that_lie_beside_it(tmp_path, more):
+    model = drawn(**more)
+    model.save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    ids = tokenizer()(["你好"], return_tensors="pt")["input_ids"]
+    found = import_2023(fresh_model(), tmp_path / "adapter_model.bin")
+    torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=0)
