@@ -66,10 +66,8 @@ def _settings(folder: Path, rank: int, factor: int, alpha: float | None) -> dict
         factor: 2 for the form of two thirds, else 1: rank and alpha of the settings are multiplied by it.
         alpha: what the caller says.
     """
-    where, config = (
-        "import_2023",
-        {"peft_type": "LORA", "r": rank // factor, "lora_alpha": 32 if alpha is None else alpha},
-    )
+    where = "import_2023"
+    config: dict[str, Any] = {"peft_type": "LORA", "r": rank // factor, "lora_alpha": 32 if alpha is None else alpha}
     if (folder / CONFIG).is_file():
         where, config = f"{CONFIG} beside the file", read_json(folder, CONFIG)
         if factor == 2 and config.get("enable_lora") == [True, False, True]:

@@ -46,10 +46,9 @@ def draw_corpus(figures: Mapping[str, Any], lengths: Mapping[int, int], name: st
 
 
 def _draw_shares(axes: Axes, name: str, lengths: Mapping[int, int], corpora: Mapping[str, Any]) -> None:
-    rows = {"yours": (name, lengths)}
+    rows: dict[str, tuple[str, Mapping[int, int]]] = {"yours": (name, lengths)}
     for corpus, label in (("chinese", "real, its Chinese files"), ("all", "real, all files")):
-        counted = {int(length): count for length, count in corpora[corpus]["lengths"].items()}
-        rows[corpus] = (label, counted)
+        rows[corpus] = (label, {int(length): count for length, count in corpora[corpus]["lengths"].items()})
     longest = max(max(counted) for _, counted in rows.values())
     # Twelve columns for each doubling would show the noise, two hide the shape.
     edges = np.unique(np.round(2 ** np.arange(2, np.log2(longest) + 0.26, 0.25)))
