@@ -82,8 +82,7 @@ def draw_model(config: Any, token: str, states: Sequence[Any], guesses: Mapping[
         axes,
         f"Left, from top to bottom: {token}, embedding, blocks 0 to {last}, final norm, head; beside them the "
         f"token's vector as coloured strips, that spread by {spreads}; below the most likely next tokens: {says}."
-        f" Right, one block: norm, attention, plus {alpha:.2f} times the normed vector; norm, MLP, plus {alpha:.2f} times "
-        "the normed vector.",
+        f" Right, one block: norm, attention, plus {alpha:.2f} times the normed vector; norm, MLP, and the same again.",
     )
     return axes
 
@@ -159,7 +158,7 @@ def draw_mask(visible: np.ndarray, context: int, labels: Sequence[str]) -> Axes:
     for row in range(length):
         for column in range(length):
             kind = 0 if not visible[row, column] else 1 if column < context else 2
-            look = {"facecolor": looks[kind], "edgecolor": COLORS["light"] if kind == 0 else "white"}
+            look: dict[str, Any] = {"facecolor": looks[kind], "edgecolor": COLORS["light"] if kind == 0 else "white"}
             axes.add_patch(Rectangle((column, row), 1, 1, gid="seen" if kind else "unseen", **look))
     axes.axhline(context, color=COLORS["black"], linewidth=1.5)
     axes.axvline(context, color=COLORS["black"], linewidth=1.5)
@@ -206,8 +205,8 @@ def draw_positions(position_ids: np.ndarray, context: int, labels: Sequence[str]
             axes.annotate(str(value), (place, value), offset, **look)
     axes.axvline(context - 0.5, color=COLORS["black"], linewidth=1)
     top = int(position_ids.max())
-    for place, side, name in ((context - 0.6, "right", "prompt"), (context - 0.4, "left", "answer")):
-        axes.text(place, 1.25 * top + 1, name, ha=side, va="top", weight="bold")
+    for at, side, name in ((context - 0.6, "right", "prompt"), (context - 0.4, "left", "answer")):
+        axes.text(at, 1.25 * top + 1, name, ha=side, va="top", weight="bold")
     axes.set_xticks(range(length), labels, rotation=90)
     axes.set_yticks(range(0, top + 1, max(1, top // 4)))
     axes.set(ylabel="position", ylim=(-0.3 * top - 1, 1.3 * top + 1), xlim=(-0.7, length - 0.3))

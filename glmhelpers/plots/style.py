@@ -105,7 +105,8 @@ def describe(axes: Axes, text: str) -> None:
     """
     figure: Any = axes.figure
     figure.alternative_text = text
-    if (shell := get_ipython()) is None:
+    shell: Any = get_ipython()
+    if shell is None:
         return
     formatter = shell.display_formatter.formatters["image/png"]
     # The inline backend registers its own printer when the first figure is made, and again when its settings change.

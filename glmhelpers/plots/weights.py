@@ -176,7 +176,7 @@ def draw_loading(sizes: Sequence[int], limit: int, streamed: int, taken: int = 0
     axes.annotate(note, spot, (0, 5), textcoords="offset points", ha="right", bbox=box, fontsize=9)
     share = f"{killed} of {len(sizes)} files done, {100 * killed // len(sizes)} %"
     if killed < len(sizes):
-        axes.set_title(f"killed in file {killed + 1}: {share}")
+        axes.set_title(f"killed in file {killed + 1}: {share}", loc="left")
     axes.set_xticks(range(len(sizes)), [f"file {place + 1}" for place in range(len(sizes))])
     axes.set(ylabel="GiB of host memory", xlim=(-0.6, len(sizes) - 0.4), ylim=(0, 1.2 * max(max(peaks), limit) / GIB))
     axes.grid(axis="x", visible=False)

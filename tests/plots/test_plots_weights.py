@@ -48,10 +48,10 @@ def test_one_bar_of_the_right_length_for_each_file():
 
 def test_the_bar_that_passes_the_limit_is_the_one_that_kills():
     axes = plots_weights.draw_loading([2 * GIB, 3 * GIB, GIB], limit=6 * GIB, streamed=GIB // 16, taken=GIB // 2)
-    assert axes.get_title() == "killed in file 2: 1 of 3 files done, 33 %"
+    assert axes.get_title("left") == "killed in file 2: 1 of 3 files done, 33 %"
     heights = [max(bar.get_y() + bar.get_height() for bar in axes.patches[4 * place :][:4]) for place in range(3)]
     assert heights == [0.5 + 4, 0.5 + 2 + 6, 0.5 + 5 + 2]
-    assert plots_weights.draw_loading([GIB], limit=6 * GIB, streamed=0).get_title() == ""
+    assert plots_weights.draw_loading([GIB], limit=6 * GIB, streamed=0).get_title("left") == ""
 
 
 def test_markdown_table_keeps_text_as_text():
