@@ -6,7 +6,7 @@
 
 For each format, write the files. Then, with the page cache emptied of them ("cold", posix_fadvise) and filled ("warm"):
 read them plainly (one thread, 16 MiB at a time), and load in a fresh process, to the first GPU, and with the first half
-on the GPU and the rest on the CPU. At last sha256 of all files against plain reading. One JSON line each:
+on the GPU and the rest on the CPU; warm also by `from_pretrained` of transformers. At last sha256 of all files against plain reading. One JSON line each:
 
     seconds             the call of load_model;  ratio = seconds / plain_seconds in the same state of the cache
     rss_growth_bytes    largest resident memory during the call, less that of the process with torch imported and CUDA
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 BLOCK = 16 * 2**20
+LOADERS = ("load_model", "from_pretrained")
 
 
 def main() -> None:
@@ -46,9 +47,10 @@ def main() -> None:
     options.add_argument(
         "--load", metavar="PLACEMENT", help="load --folder in this process (used by the program itself)"
     )
+    options.add_argument("--loader", choices=LOADERS, default=LOADERS[0], help="with --load: which one")
     chosen = options.parse_args()
     if chosen.load:
-        print(json.dumps(load_here(chosen.folder, chosen.load, chosen.workers)), flush=True)
+        print(json.dumps(load_here(chosen.folder, chosen.load, chosen.workers, chosen.loader)), flush=True)
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=chosen.folder) as work:
@@ -78,13 +80,13 @@ def measure_format(folder: Path, chosen: argparse.Namespace, ending: str, deadli
         speed = round(count / plain[cache] / 1e6)
         yield {"step": "plain", "cache": cache, "cached_share": share, "seconds": plain[cache], "mb_per_s": speed}
     for placement in ("cuda:0", "half") if device != "cpu" else ("cpu",):
-        for cache in ("cold", "warm"):
-            what = {"step": "load", "placement": placement, "cache": cache}
+        for loader, cache in ((LOADERS[0], "cold"), (LOADERS[0], "warm"), (LOADERS[1], "warm")):
+            what = {"step": "load", "loader": loader, "placement": placement, "cache": cache}
             if time.perf_counter() > deadline:
                 yield what | {"skipped": "out of time: --budget-s"}
                 continue
             what["cached_share"] = set_cache(files, cache)
-            found = load_in_process(folder, placement, chosen.workers)
+            found = load_in_process(folder, placement, chosen.workers, loader)
             yield what | found | {"plain_seconds": plain[cache], "ratio": round(found["seconds"] / plain[cache], 2)}
     if time.perf_counter() > deadline:
         yield {"step": "verify", "skipped": "out of time: --budget-s"}
@@ -138,16 +140,16 @@ def cached_share(files: list[Path]) -> float | None:
     return round(hits / probes, 2)
 
 
-def load_in_process(folder: Path, placement: str, workers: int | None = None) -> dict:
+def load_in_process(folder: Path, placement: str, workers: int | None, loader: str) -> dict:
     """What `load_here` finds in a fresh process."""
-    command = [sys.executable, __file__, "--load", placement, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--load", placement, "--folder", str(folder), "--loader", loader]
     if workers:
         command += ["--workers", str(workers)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def load_here(folder: Path, placement: str, workers: int | None = None) -> dict:
+def load_here(folder: Path, placement: str, workers: int | None = None, loader: str = LOADERS[0]) -> dict:
     """Load, measure time and memory, and check that every tensor is what its name says."""
     import torch
 
@@ -157,7 +159,7 @@ def load_here(folder: Path, placement: str, workers: int | None = None) -> dict:
     from benchmarks.random_checkpoint import check_markers
     from glmhelpers.devicemap.check import part_names
     from glmhelpers.weights import load_model
-    from thuglm import ChatGLMConfig
+    from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
     names = part_names(ChatGLMConfig.from_pretrained(folder).num_layers)
     first = names[: 1 + (len(names) - 3) // 2]
@@ -165,22 +167,29 @@ def load_here(folder: Path, placement: str, workers: int | None = None) -> dict:
     imported = status_bytes("VmRSS")
     forget_peak()
     started = time.perf_counter()
-    model = load_model(folder, device_map, torch.float16, progress=False, workers=workers)
+    if loader == "load_model":
+        model = load_model(folder, device_map, torch.float16, progress=False, workers=workers)
+    else:
+        model = ChatGLMForConditionalGeneration.from_pretrained(folder, device_map=device_map, dtype=torch.float16)
     seconds, peak = since(started), peak_bytes()
     kept = sum(value.nbytes for value in model.parameters() if value.device.type == "cpu")
-    report = model.load_report
-    return {
+    found = {
         "seconds": seconds,
         "peak_rss_bytes": peak,
         "rss_growth_bytes": peak - before,
         "import_bytes": imported - before,
         "kept_on_cpu_bytes": kept,
         "rss_growth_less_kept_bytes": peak - before - kept,
-        "read_bytes": report.read_bytes,
-        "mb_per_s": round(report.read_bytes / seconds / 1e6),
-        "shards": [[shard.name, round(shard.seconds, 3), round(shard.speed / 1e6)] for shard in report.shards],
         "tensors_checked": check_markers(model),
     }
+    if loader == "load_model":
+        report = model.load_report
+        found |= {
+            "read_bytes": report.read_bytes,
+            "mb_per_s": round(report.read_bytes / seconds / 1e6),
+            "shards": [[shard.name, round(shard.seconds, 3), round(shard.speed / 1e6)] for shard in report.shards],
+        }
+    return found
 
 
 def status_bytes(key: str) -> int:

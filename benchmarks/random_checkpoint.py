@@ -57,8 +57,8 @@ def write_checkpoint(folder: Path, config: ChatGLMConfig, ending: str, device: s
     # A fresh random number for each of 6 billion would take minutes; disks and loaders do not see the repetition.
     noise = (torch.randn(2**24, device=device) * 0.02).half()
     paths, shards = [], published_shards(config)
+    prefix = "pytorch_model" if ending == "bin" else "model"
     for number, shapes in enumerate(shards, start=1):
-        prefix = "pytorch_model" if ending == "bin" else "model"
         paths.append(folder / f"{prefix}-{number:05d}-of-{len(shards):05d}.{ending}")
         tensors = {name: _make(name, shape, noise) for name, shape in shapes.items()}
         if ending == "bin":
@@ -66,6 +66,8 @@ def write_checkpoint(folder: Path, config: ChatGLMConfig, ending: str, device: s
             torch.save(tensors, paths[-1])
         else:
             save_file(tensors, paths[-1], metadata={"format": "pt"})
+    index = {name: path.name for path, shapes in zip(paths, shards, strict=True) for name in shapes}
+    (folder / f"{prefix}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return paths
 
 
