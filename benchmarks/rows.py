@@ -27,8 +27,9 @@ from train_step import ANY, Case, make_step  # puts the project on the path
 
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.training.trainer import SameOrderSampler
-from thuglm import ChatGLMConfig
+from thuglm import ChatGLMConfig, ChatGLMTokenizer
 
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
 POINTS = ((0.0, 10), (0.5, 59), (0.9, 143), (0.99, 290), (1.0, 1133))
 PROMPT_SHARE = 0.4
 WARM_UP = 3
@@ -62,7 +63,7 @@ def pad_to(batch: dict[str, torch.Tensor], length: int, pad: int) -> dict[str, t
 
 def make_batches(config: ChatGLMConfig, rows: list[dict], size: int, length: int, alike: bool) -> list[dict]:
     """All batches of one pass over the rows, in the order in which the course trains on them."""
-    collate = RightPadCollator(config.pad_token_id)
+    collate = RightPadCollator(ChatGLMTokenizer.from_pretrained(TINY))  # of another size, with the same <pad>
     order = list(SameOrderSampler(size, lengths=[len(row["input_ids"]) for row in rows])) if alike else range(len(rows))
     groups = [[rows[index] for index in order[start : start + size]] for start in range(0, len(rows), size)]
     batches = [collate(group) for group in groups]
@@ -120,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     config, device = ChatGLMConfig(), "cuda"
     if options.tiny:
-        config = ChatGLMConfig.from_pretrained(Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm")
+        config = ChatGLMConfig.from_pretrained(TINY)
         device = "cpu"
     elif not torch.cuda.is_available():
         raise SystemExit("no CUDA device: use --tiny for a small model on the CPU")

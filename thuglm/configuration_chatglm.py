@@ -17,6 +17,11 @@ V1_0_VOCAB_SIZE = 150528
 V1_0_FIRST_SPECIAL_ID = 150000
 
 
+def is_v1_0(vocab_size: int | None, bos_token_id: int | None = None) -> bool:
+    """Whether these sizes are those of the first release."""
+    return vocab_size == V1_0_VOCAB_SIZE or (bos_token_id or 0) >= V1_0_FIRST_SPECIAL_ID
+
+
 @strict
 class ChatGLMConfig(PreTrainedConfig):
     """Shape and special ids of a ChatGLM (first generation) model.
@@ -64,7 +69,7 @@ class ChatGLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        if self.vocab_size == V1_0_VOCAB_SIZE or (self.bos_token_id or 0) >= V1_0_FIRST_SPECIAL_ID:
+        if is_v1_0(self.vocab_size, self.bos_token_id):
             raise ValueError(
                 f"This is the config.json of ChatGLM-6B v1.0 (vocab_size {self.vocab_size}, bos_token_id "
                 f"{self.bos_token_id}): its ids and weights do not fit this code. Download v1.1 (vocab_size 130528, "

@@ -33,6 +33,8 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
 
+import difflib
+import inspect
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -390,6 +392,23 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return self
 
 
+IGNORED_KEYWORDS = frozenset({"cache_position", "is_first_iteration", "token_type_ids"})
+"""What transformers and peft hand to every model's forward and this one has no use for."""
+
+
+def refuse_unknown(keywords: dict[str, Any], forward: Callable) -> None:
+    """A misspelt keyword would train or answer without what it asks for.
+
+    Raises:
+        TypeError: a keyword with a value that `forward` does not know; its nearest names are given.
+    """
+    for name in sorted(name for name, value in keywords.items() if value is not None and name not in IGNORED_KEYWORDS):
+        known = [known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+        raise TypeError(f"forward got the keyword {name!r}, which this model does not know: {hint}")
+
+
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks and the final LayerNorm."""
 
@@ -421,8 +440,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks. Nothing in here waits for a GPU.
 
         Args:
@@ -432,14 +452,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: [B, 2, L]; derived from the ids if not given. Needed when the cache is not empty.
             inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
             cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
+            return_dict: False: a tuple of what is there, in the same order.
 
         Returns:
             `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
             the last, and `last_hidden_state`; `.attentions`, with `attn_implementation="eager"`.
 
         Raises:
+            TypeError: a keyword that nobody knows.
             ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
         """
+        refuse_unknown(kwargs, ChatGLMModel.forward)
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
         new = input_ids.shape[1]
@@ -490,12 +513,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states, weights = block(hidden_states, *on_device[device], past_key_values=past_key_values)
             all_attentions.append(weights)
         hidden_states = self.final_layernorm(hidden_states.to(self.final_layernorm.weight.device))
-        return BaseModelOutputWithPast(
+        outputs = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+        return outputs.to_tuple() if return_dict is False else outputs
 
     def _device_of(self, layer: int, default: Tensor) -> torch.device:
         blocks: Any = self.layers  # whose items are mere modules to a type checker
@@ -606,8 +630,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = DEFAULT_CHUNK,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
 
         Args:
@@ -627,6 +652,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             [B, L, V] on the last device, or None; `.past_key_values`, `.hidden_states`, `.attentions`. Labels that
             lie where `lm_head` does cost no copy between GPUs, and such a copy makes both of them wait.
         """
+        refuse_unknown(kwargs, ChatGLMForConditionalGeneration.forward)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -646,13 +672,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             home = input_ids.device if labels.device.type == "cpu" else labels.device
             loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(home)
-        return CausalLMOutputWithPast(
+        answer = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return answer.to_tuple() if return_dict is False else answer
 
     def _loss(self, hidden, labels, label_rows, num_items_in_batch, chunk) -> Tensor:
         targets = labels[:, 1:].reshape(-1)

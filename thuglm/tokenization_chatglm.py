@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizer
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
 LONGEST_BLANK = 80
-V1_0_IMAGE_TOKENS = 20000
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):

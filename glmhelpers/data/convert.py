@@ -1,7 +1,7 @@
 """From any Alpaca-like files to one JSON Lines file, with no row lost silently.
 
     files ──► readers ──► rows.clean_row ──► unfinished file ──► which rows go out again? ──► train.jsonl
-               |               |               (all valid rows)     duplicates, whole + parts    train.report.json
+               |               |               (all valid rows)     duplicates                   train.report.json
                v               v                                    |
             broken rows     no output, ...                          v
             └──────────────── counted in the report ────────────────┘
@@ -37,7 +37,7 @@ from glmhelpers.data.cleaning import (
     layout_hint,
     missing_columns,
 )
-from glmhelpers.data.dedupe import rows_in_parts
+from glmhelpers.data.dedupe import repeated
 from glmhelpers.data.files import ENDINGS, SourceFile, open_source, written_by_report
 from glmhelpers.data.json_recovery import Found, Notes
 from glmhelpers.data.readers import read_rows
@@ -111,8 +111,7 @@ def convert_alpaca(
         TypeError: the source is a dict, or a table of another library.
         ValueError: not one row is valid, and the message names each file and why; or `columns` names no column of ours.
 
-    A file that holds the rows of smaller files of the same source (the full English file beside its 18 parts) does
-    not count twice: its rows that are in the parts are left out of it.
+    Where one file holds the rows of others (a full file beside its parts), `dedupe` keeps each row once.
     """
     output = Path(output).expanduser()
     source = source.expanduser() if isinstance(source, Path) else source
@@ -288,19 +287,9 @@ def _choose(files: list[_Kept], dedupe: bool, drop_untranslated: bool) -> None:
         latin = np.frombuffer(bytes(kept.untranslated), dtype=bool)
         if drop_untranslated and latin.any() and latin.mean() < 0.5:
             kept.leave_out("untranslated", latin)
-    choose, reason = (_repeated, "duplicate") if dedupe else (rows_in_parts, "also in its parts")
-    for kept, rows in zip(files, choose(hashes, [kept.gone() for kept in files]), strict=True):
-        kept.leave_out(reason, rows)
-
-
-def _repeated(hashes: list[np.ndarray], out: list[np.ndarray]) -> list[np.ndarray]:
-    """For each file, which of its rows stand earlier, among those that are not out."""
-    present = np.flatnonzero(~np.concatenate(out))
-    repeated = np.zeros(sum(map(len, hashes)), bool)
-    _, first = np.unique(np.concatenate(hashes)[present], return_index=True)
-    repeated[present] = True
-    repeated[present[first]] = False
-    return np.split(repeated, np.cumsum([len(own) for own in hashes])[:-1])
+    if dedupe:
+        for kept, rows in zip(files, repeated(hashes, [kept.gone() for kept in files]), strict=True):
+            kept.leave_out("duplicate", rows)
 
 
 def _rewrite(path: Path, files: list[_Kept]) -> None:

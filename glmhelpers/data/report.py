@@ -16,7 +16,6 @@ from typing import Any
 
 from glmhelpers.utils.files import whole_file
 
-STATUSES = ("ok", "repaired", "refused", "empty", "not_data")
 ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z", ".rar")
 PROBLEMS_KEPT = 100
 """Problems of one file that are kept with their line; all are counted."""

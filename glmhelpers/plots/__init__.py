@@ -25,13 +25,15 @@ from glmhelpers.plots.inference import (
     token_labels,
 )
 from glmhelpers.plots.lora import draw_lora, plot_b_norms
-from glmhelpers.plots.style import COLORS, cjk_font, label_bars, use_style
+from glmhelpers.plots.model import draw_mask, draw_model, draw_positions
+from glmhelpers.plots.style import COLORS, cjk_font, describe, label_bars, use_style
 from glmhelpers.plots.training import plot_loss, plot_progress
-from glmhelpers.plots.weights import draw_mask, draw_parts, draw_positions, draw_shards
+from glmhelpers.plots.weights import draw_loading, draw_parts, draw_shards
 
 __all__ = [
     "COLORS",
     "cjk_font",
+    "describe",
     "device_name",
     "draw_batch",
     "draw_bounds",
@@ -42,10 +44,12 @@ __all__ = [
     "draw_example",
     "draw_lengths",
     "draw_limits",
+    "draw_loading",
     "draw_lora",
     "draw_map",
     "draw_mask",
     "draw_memory",
+    "draw_model",
     "draw_parts",
     "draw_pieces",
     "draw_plan",

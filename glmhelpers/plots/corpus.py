@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from glmhelpers.plots.data import KINDS
 from glmhelpers.plots.style import COLORS
-from glmhelpers.tokens.collate import IGNORE
+from thuglm.chunked_loss import IGNORE_INDEX
 
 LINES = {"yours": ("orange", "-"), "chinese": ("blue", "-"), "all": ("black", "--")}
 """Whose rows -> colour and line."""
@@ -95,7 +95,7 @@ def draw_pieces(row: Mapping[str, Any]) -> SVG:
     cells: list[str] = []
     x, y = 0.0, 0
     for piece, token, label in zip(row["pieces"], row["input_ids"], row["labels"], strict=True):
-        kind = "mark" if piece in ("[gMASK]", "<sop>") else "prompt" if label == IGNORE else "answer"
+        kind = "mark" if piece in ("[gMASK]", "<sop>") else "prompt" if label == IGNORE_INDEX else "answer"
         width = UNIT * max(_units(piece), 0.85 * len(str(token))) + 2 * MARGIN
         # The answer begins a line: it is what the model writes.
         begins = kind == "answer" and cells and "answer" not in cells[-1]

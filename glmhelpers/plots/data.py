@@ -20,8 +20,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from glmhelpers.data.report import Report
 from glmhelpers.plots.style import COLORS, cjk_font
-from glmhelpers.tokens.collate import IGNORE
 from glmhelpers.tokens.lengths import limit_costs, quantile
+from thuglm.chunked_loss import IGNORE_INDEX
 from thuglm.modeling_chatglm import make_position_ids, make_visible
 
 KINDS = {
@@ -144,7 +144,7 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
     visible = make_visible(batch, config)[0].reshape(length, length).numpy()
     kinds = _kinds(batch[0], torch.ones(length), torch.tensor(labels), config)
     pieces = [_piece(token, tokenizer) for token in ids]
-    targets = ["" if label == IGNORE else _piece(label, tokenizer) for label in labels]
+    targets = ["" if label == IGNORE_INDEX else _piece(label, tokenizer) for label in labels]
     width = min(max(6.0, 0.5 * length), 11.0)
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(width, min(2.4 + 0.3 * length, 9.0)), height_ratios=[5, length], sharex=True
@@ -191,7 +191,7 @@ def draw_batch(batch: Mapping[str, torch.Tensor], config: Any, axes: Axes | None
             if place == width or kinds[place] != kinds[start]:
                 _cell(axes, start, row, kinds[start], width=place - start)
                 start = place
-    real, targets = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE).sum())
+    real, targets = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
     axes.set(xlim=(-0.5, width - 0.5), ylim=(rows - 0.5, -0.5), xlabel="place in the row", ylabel="row of the batch")
     axes.set_yticks(range(rows))
     axes.grid(visible=False)
@@ -205,7 +205,7 @@ def _kinds(ids: torch.Tensor, real: torch.Tensor, labels: torch.Tensor, config: 
     marks = {config.bos_token_id, config.gmask_token_id, config.mask_token_id}
     kinds = []
     for token, is_real, label in zip(ids.tolist(), real.tolist(), labels.tolist(), strict=True):
-        kind = "mark" if token in marks else "prompt" if label == IGNORE else "answer"
+        kind = "mark" if token in marks else "prompt" if label == IGNORE_INDEX else "answer"
         kinds.append(kind if is_real else "padding")
     return kinds
 

@@ -4,16 +4,21 @@
     COLORS       ->  those colours by name: COLORS["blue"]
     HATCHES      ->  one hatch for each colour, so a print in black and white can still be read
     cjk_font()   ->  name of an installed font with Chinese glyphs, or None
+    describe()   ->  words for those who cannot see the figure
 
 Okabe and Ito's eight colours (https://jfly.uni-koeln.de/color/, 2008) stay apart for readers with any of the
 common kinds of colour blindness. Colour is never the only sign: areas also carry a hatch or a label.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib as mpl
+from IPython.core.getipython import get_ipython
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 COLORS = {
     "blue": "#0072B2",
@@ -89,6 +94,34 @@ def use_style() -> None:
             "font.size": 10,
         }
     )
+
+
+def describe(axes: Axes, text: str) -> None:
+    """Give the figure of `axes` an alternative text, which notebooks keep beside the picture and pages show as `alt`.
+
+    Args:
+        axes: any axes of the figure.
+        text: what the picture shows, with its numbers.
+    """
+    figure: Any = axes.figure
+    figure.alternative_text = text
+    shell: Any = get_ipython()
+    if shell is None:
+        return
+    formatter = shell.display_formatter.formatters["image/png"]
+    # The inline backend registers its own printer when the first figure is made, and again when its settings change.
+    printer = formatter.lookup_by_type(Figure)
+    if getattr(printer, "func", None) is not _with_text:
+        formatter.for_type(Figure, partial(_with_text, printer))
+
+
+def _with_text(printer: Any, figure: Any) -> Any:
+    printed = printer(figure)
+    text = getattr(figure, "alternative_text", None)
+    if text is None or printed is None:
+        return printed
+    data, about = printed if isinstance(printed, tuple) else (printed, {})
+    return data, {**about, "alt": text}
 
 
 def label_bars(axes: Axes, values: Sequence[float], form: str = "{:.2f}") -> None:

@@ -14,13 +14,14 @@ Each padded token costs as much as a real one. Batches of similar length keep th
 makes them with `SAMPLING` below. Lengths are multiples of 8, which fp16 matrix units like.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq
 
-IGNORE = -100
-"""Label that the loss leaves out."""
+from thuglm.chunked_loss import IGNORE_INDEX
 
 SAMPLING = {
     "train_sampling_strategy": "group_by_length",
@@ -32,30 +33,32 @@ SAMPLING = {
 """Arguments for `transformers.TrainingArguments` that make batches of similar length from an encoded file."""
 
 
-class RightPadCollator:
-    """Pads encoded rows on the right to one length.
+class RightPadCollator(DataCollatorForSeq2Seq):
+    """transformers' collator, padding ids with <pad> and labels with -100, always on the right.
 
     Args:
-        pad: the id of the padding token, or a tokenizer that has `pad_token_id`.
+        tokenizer: knows the padding token; its own padding side stays as it is.
         multiple_of: the padded length is a multiple of this number of tokens.
 
     Raises:
-        ValueError: no padding id, or `multiple_of` below 1.
+        ValueError: no padding token, or `multiple_of` below 1.
     """
 
-    def __init__(self, pad: Any, multiple_of: int = 8) -> None:
-        self.pad_id = pad if isinstance(pad, int) else pad.pad_token_id
-        if self.pad_id is None:
-            raise ValueError(f"{type(pad).__name__} has no pad_token_id; pass the id of the padding token")
+    def __init__(self, tokenizer: Any, multiple_of: int = 8) -> None:
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no pad_token_id; pass the tokenizer of the model")
         if multiple_of < 1:
             raise ValueError(f"multiple_of is {multiple_of}; it must be 1 or more")
-        self.multiple_of = multiple_of
+        on_the_right = copy.copy(tokenizer)
+        on_the_right.padding_side = "right"
+        super().__init__(on_the_right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORE_INDEX)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Tensor]:
         """One batch of B rows, L tokens wide.
 
         Args:
             rows: B mappings with `input_ids` and, for training, `labels`; other columns are left out.
+            return_tensors: as in transformers; None: of torch.
 
         Returns:
             `input_ids`, `attention_mask` (1 = real token) and, if the rows have them, `labels` (-100 = no
@@ -66,20 +69,10 @@ class RightPadCollator:
         """
         if not rows:
             raise ValueError("a batch needs at least one row")
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.multiple_of) * self.multiple_of
-        batch = {
-            "input_ids": torch.full((len(rows), width), self.pad_id, dtype=torch.long),
-            "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-        }
-        if "labels" in rows[0]:
-            batch["labels"] = torch.full((len(rows), width), IGNORE, dtype=torch.long)
-        for place, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["input_ids"][place, :length] = torch.as_tensor(row["input_ids"])
-            batch["attention_mask"][place, :length] = 1
-            if "labels" in batch:
-                if len(row["labels"]) != length:
-                    raise ValueError(f"row {place} of the batch has {length} ids but {len(row['labels'])} labels")
-                batch["labels"][place, :length] = torch.as_tensor(row["labels"])
-        return batch
+        kept = [{name: list(row[name]) for name in ("input_ids", "labels") if name in row} for row in rows]
+        for place, row in enumerate(kept):
+            ids, labels = len(row["input_ids"]), len(row.get("labels", row["input_ids"]))
+            if ids != labels:
+                raise ValueError(f"row {place} of the batch has {ids} ids but {labels} labels")
+        batch = super().__call__(kept, return_tensors)
+        return {name: tensor for name, tensor in batch.items() if tensor is not None}

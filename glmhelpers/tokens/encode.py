@@ -35,8 +35,8 @@ import thuglm.prompt
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.prompts import build_prompt, check_history, with_input
 from glmhelpers.utils.files import whole_file
+from thuglm.chunked_loss import IGNORE_INDEX
 
-IGNORE = -100
 CHUNK = 512
 """Rows that are in memory at one time."""
 
@@ -199,7 +199,7 @@ def encode_example(tokenizer: Any, row: Mapping[str, Any], **settings: Any) -> d
         raise ValueError(f"the row {row['instruction'][:40]!r} cannot be encoded: {joined}")
     ids, start = joined
     first = encoder.targets_from(start)
-    return {"input_ids": ids, "labels": [IGNORE] * first + ids[first:]}
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * first + ids[first:]}
 
 
 def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = None, **settings: Any) -> datasets.Dataset:
@@ -351,7 +351,7 @@ def _batch(
     values, lengths = np.array(flat, dtype=np.int32), np.array(sizes, dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     place = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
-    labels = np.where(place < np.repeat(np.array(starts, dtype=np.int32), lengths), IGNORE, values)
-    report.targets += int((labels != IGNORE).sum())
+    labels = np.where(place < np.repeat(np.array(starts, dtype=np.int32), lengths), IGNORE_INDEX, values)
+    report.targets += int((labels != IGNORE_INDEX).sum())
     lists = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in (values, labels)]
     return pa.record_batch([*lists, pa.array(lengths), pa.array(keys, pa.float64())], schema=SCHEMA)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, ShardError, list_shards, read_entries, read_index
+from thuglm.configuration_chatglm import is_v1_0
 
 EMBEDDING = "transformer.word_embeddings.weight"
-V1_0_VOCAB_SIZE = 150528
 V1_0_TOKENIZER_PIECES = 130000
 """The v1.0 ice_text.model lacks the 344 pieces from [MASK] on, which its tokenizer added in memory."""
 
@@ -95,7 +95,7 @@ def _all_entries(folder: Path) -> dict[str, dict[str, Entry]]:
 
 def _check_release(config: dict, tokenizer_config: dict) -> list[Problem]:
     problems = []
-    if config.get("vocab_size") == V1_0_VOCAB_SIZE or (config.get("bos_token_id") or 0) >= 150000:
+    if is_v1_0(config.get("vocab_size"), config.get("bos_token_id")):
         text = (
             f"config.json is that of v1.0 (vocabulary {config.get('vocab_size')}, <sop> {config.get('bos_token_id')})"
         )
@@ -114,7 +114,7 @@ def _check_embedding(config: dict, entries: dict[str, dict[str, Entry]]) -> list
         rows = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None
         if rows is None:
             continue
-        release = " (that is v1.0)" if rows == V1_0_VOCAB_SIZE else ""
+        release = " (that is v1.0)" if is_v1_0(rows) else ""
         wanted = config.get("vocab_size", rows)
         if rows != wanted:
             text = f"{name} has an embedding of {rows} rows{release}, config.json says vocab_size {wanted}"

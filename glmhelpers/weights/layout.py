@@ -15,7 +15,8 @@ the index to the byte, and each file is larger than its tensors by its directory
 from math import prod
 from typing import Any
 
-from glmhelpers.weights.consistency import EMBEDDING, V1_0_VOCAB_SIZE
+from glmhelpers.weights.consistency import EMBEDDING
+from thuglm.configuration_chatglm import V1_0_VOCAB_SIZE
 
 SHARD_LIMIT = 2 * 10**9
 PUBLISHED_VOCAB_SIZE = 130528

@@ -23,9 +23,10 @@ from typing import Any
 from glmhelpers.utils.environment import short
 from glmhelpers.utils.progress import reading
 from glmhelpers.weights.checksums import checksums, remembered
-from glmhelpers.weights.consistency import EMBEDDING, V1_0_VOCAB_SIZE, Problem, check_consistency
+from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency
 from glmhelpers.weights.manifest import mending_command, read_manifest, total_bytes
 from glmhelpers.weights.shards import ShardError, read_entries
+from thuglm.configuration_chatglm import is_v1_0
 
 KINDS = ("missing", "lfs_pointer", "truncated", "checksum", "version")
 LFS_HEADER = b"version https://git-lfs"
@@ -184,7 +185,7 @@ def _whole_file_of_other_release(path: Path) -> str:
         except (ShardError, OSError):
             return ""
         rows = entries[EMBEDDING].shape[0] if EMBEDDING in entries else 0
-        return "of v1.0" if rows == V1_0_VOCAB_SIZE else "of another version or model"
+        return "of v1.0" if is_v1_0(rows) else "of another version or model"
     if path.name == "ice_text.model":
         import sentencepiece
 

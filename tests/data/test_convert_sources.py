@@ -43,13 +43,14 @@ def test_both_layouts_of_the_data_set_and_the_full_file_beside_its_parts(tmp_pat
     (source / ".git" / "x.json").write_text("[]")
 
     output = tmp_path / "train.jsonl"
-    report = convert_alpaca(source, output)
+    assert convert_alpaca(source, output).rows_valid == 2 * 90 - 1 + 7 + 1
+    report = convert_alpaca(source, output, dedupe=True)
     check(report, output)
     assert report.rows_valid == 90 + 7 + 1
     written = [json.loads(line)["instruction"] for line in output.read_text("utf-8").splitlines()]
     assert len(set(written)) == 98
     full = next(file for file in report.files if file.path.name == "alpaca_data.json")
-    assert (full.rows, full.valid, full.rejected) == (90, 1, {"also in its parts": 89})
+    assert (full.rows, full.valid, full.rejected) == (90, 1, {"duplicate": 89})
     assert report.left_alone == ["README.md"]
     assert [file.path for file in report.files] == sorted(file.path for file in report.files)
 

@@ -1,7 +1,6 @@
 import itertools
 
 import matplotlib
-import numpy as np
 import pytest
 
 matplotlib.use("agg")
@@ -10,6 +9,7 @@ import matplotlib.pyplot as plt
 
 from glmhelpers.plots import weights as plots_weights
 from glmhelpers.utils.markdown import markdown_table
+from glmhelpers.utils.units import GIB
 from glmhelpers.weights.layout import part_bytes, published_shards, stored_bytes
 from thuglm import ChatGLMConfig
 
@@ -46,30 +46,12 @@ def test_one_bar_of_the_right_length_for_each_file():
         assert all(one != other for one, other in itertools.pairwise(looks))
 
 
-def test_mask_has_one_square_for_each_visible_pair():
-    visible = np.array([[column < 3 or column <= row for column in range(6)] for row in range(6)])
-    axes = plots_weights.draw_mask(visible, 3, list("abcdef"))
-    squares = {(int(patch.get_y()), int(patch.get_x())) for patch in axes.patches}
-    assert squares == {(int(row), int(column)) for row, column in zip(*np.nonzero(visible), strict=True)}
-
-
-def test_positions_are_drawn_as_they_are():
-    positions = np.array([[0, 1, 2, 2, 2], [0, 0, 0, 1, 2]])
-    axes = plots_weights.draw_positions(positions, 3, list("abcde"))
-    drawn = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) == 5]
-    assert drawn == positions.tolist()
-    assert [text.get_text() for text in axes.texts] == [str(value) for value in positions.ravel()]
-
-
-def test_numbers_of_the_positions_do_not_cover_each_other():
-    context, length = 4, 16
-    places = np.arange(length)
-    positions = np.array([np.minimum(places, context - 1), np.maximum(0, places - context + 1)])
-    axes = plots_weights.draw_positions(positions, context, [str(place) for place in places])
-    axes.figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 2 * length
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+def test_the_bar_that_passes_the_limit_is_the_one_that_kills():
+    axes = plots_weights.draw_loading([2 * GIB, 3 * GIB, GIB], limit=6 * GIB, streamed=GIB // 16, taken=GIB // 2)
+    assert axes.get_title("left") == "killed in file 2: 1 of 3 files done, 33 %"
+    heights = [max(bar.get_y() + bar.get_height() for bar in axes.patches[4 * place :][:4]) for place in range(3)]
+    assert heights == [0.5 + 4, 0.5 + 2 + 6, 0.5 + 5 + 2]
+    assert plots_weights.draw_loading([GIB], limit=6 * GIB, streamed=0).get_title("left") == ""
 
 
 def test_markdown_table_keeps_text_as_text():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
+from glmhelpers.training import run_step
 from tests.helpers.reference import CHECKPOINT, fresh_model, model, tokenizer
 from tests.helpers.tiny_models import PROMPTS, lora, lora_gradients, random_model, right_padded, training_rows
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -305,3 +306,25 @@ def test_label_rows_found_beforehand_change_nothing():
     rows = (labels[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
     given = model()(input_ids=ids, attention_mask=mask, labels=labels, label_rows=rows).loss
     assert given.item() == model()(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+
+
+def test_a_misspelt_keyword_is_refused_and_the_right_one_named():
+    ids = torch.tensor([training_rows()[0]])
+    with pytest.raises(TypeError, match=r"'loss_chnk'.*'loss_chunk'"):
+        model()(ids, labels=ids, loss_chnk=3)
+    with pytest.raises(TypeError, match=r"'output_attention'.*'output_attentions'"):
+        model().transformer(ids, output_attention=True)
+    with pytest.raises(TypeError, match="'loss_chnk'"):
+        run_step(lora(fresh_model()), {"input_ids": ids, "labels": ids}, loss_chnk=3)
+    # What the libraries hand to every model is no mistake.
+    model()(ids, cache_position=torch.arange(ids.shape[1]), anything=None)
+
+
+def test_return_dict_false_gives_a_tuple_in_the_same_order():
+    ids = torch.tensor([training_rows()[0]])
+    outputs = model()(ids, labels=ids)
+    loss, logits, *_ = model()(ids, labels=ids, return_dict=False)
+    assert torch.equal(loss, outputs.loss)
+    assert torch.equal(logits, outputs.logits)
+    whole = model().transformer(ids).last_hidden_state
+    assert torch.equal(model().transformer(ids, return_dict=False)[0], whole)

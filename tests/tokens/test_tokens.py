@@ -12,7 +12,6 @@ import thuglm.prompt
 from glmhelpers.tokens import encode as tokens
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.encode import (
-    IGNORE,
     Settings,
     cache_key,
     encode_example,
@@ -24,6 +23,7 @@ from glmhelpers.tokens.encode import (
 )
 from glmhelpers.tokens.prompts import build_prompt
 from tests.helpers.reference import generation_cases, logit_cases, tensors, tokenizer, tokenizer_cases
+from thuglm.chunked_loss import IGNORE_INDEX
 
 GMASK, SOP, EOP, MASK, PAD = 2657, 2660, 2661, 2656, 3
 
@@ -72,16 +72,16 @@ def test_against_original_training_example(train_sop, name):
 def test_labels_are_the_answer_and_its_end():
     example = encode_example(tokenizer(), row("What is 2+2?", "It is 4."))
     golden = [492, 28, 229, 355, 108, 34, GMASK, SOP, 240, 28, 5, 255, EOP]
-    assert example == {"input_ids": golden, "labels": [IGNORE] * 8 + golden[8:]}
+    assert example == {"input_ids": golden, "labels": [IGNORE_INDEX] * 8 + golden[8:]}
 
 
 def test_sop_is_a_target_only_if_asked_for():
     plain = encode_example(tokenizer(), row("a", "b"))
     original = encode_example(tokenizer(), row("a", "b"), train_sop=True)
     place = plain["input_ids"].index(SOP)
-    assert plain["labels"][place] == IGNORE
+    assert plain["labels"][place] == IGNORE_INDEX
     assert original["labels"][place] == SOP
-    assert original["labels"][:place] == plain["labels"][:place] == [IGNORE] * place
+    assert original["labels"][:place] == plain["labels"][:place] == [IGNORE_INDEX] * place
     assert original["labels"][place + 1 :] == plain["labels"][place + 1 :]
 
 
@@ -191,7 +191,7 @@ def test_all_answers_of_a_conversation(tmp_path):
     path = write(tmp_path / "a.jsonl", [row("谢谢", "不客气", history=history, system="Be kind."), row("a", "b")])
     last, every = (encode_file(path, tokenizer(), answers=which) for which in ("last", "all"))
     assert (len(last), len(every)) == (2, 4)
-    decoded = [tokenizer().decode([i for i in each if i != IGNORE]) for each in every["labels"]]
+    decoded = [tokenizer().decode([i for i in each if i != IGNORE_INDEX]) for each in every["labels"]]
     assert decoded == ["你好!", "再见!", "不客气", "b"]
     for turn, prompt in enumerate([("你好", []), ("再见", history[:1]), ("谢谢", history)]):
         text = build_prompt(*prompt, system="Be kind.")

@@ -13,8 +13,8 @@ import sys, time
 sys.path.insert(0, "..")
 import torch
 from peft import LoraConfig, get_peft_model
-from glmhelpers.chat import ChatSession, Generation
-from glmhelpers.chatpanel import ChatPanel
+from glmhelpers.inference import ChatSession, Generation
+from glmhelpers.widgets import ChatPanel
 from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 torch.set_num_threads(1)
 tiny = "../data/tiny-chatglm"

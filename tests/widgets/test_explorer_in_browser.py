@@ -23,7 +23,7 @@ READ = (
 )
 
 MONITOR = """import time
-from glmhelpers.monitor import Monitor, Reading
+from glmhelpers.widgets.monitor import Monitor, Reading
 
 counts = iter(range(1, 10_000))
 with Monitor(0.2, lambda: [Reading("GPU 0", next(counts) * 2**30, 0, 0, 2**40, 0)]):
