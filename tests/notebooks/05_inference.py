@@ -38,8 +38,8 @@ first_ms = {
     prompt: [x["first_s"] * 1e3 for x in measured if x.get("gpus") == 1 and x.get("prompt") == prompt]
     for prompt in (64, 512)
 }
-assert "we measured {:.0f} to {:.0f} ms to the first token for 64".format(min(first_ms[64]), max(first_ms[64])) in text
-assert "64 tokens and {:.0f} to {:.0f} ms for 512".format(min(first_ms[512]), max(first_ms[512])) in text
+assert f"we measured {min(first_ms[64]):.0f} to {max(first_ms[64]):.0f} ms to the first token for 64" in text
+assert f"64 tokens and {min(first_ms[512]):.0f} to {max(first_ms[512]):.0f} ms for 512" in text
 
 # Sampling: seeds that differ do differ, and the figure of top-p counts what the hand-written sampler keeps.
 assert drawn[0] == drawn[1]
@@ -47,9 +47,8 @@ assert len(set(drawn)) == 3
 assert kept == sorted(kept)
 assert kept == [int((likely(curve, 0.7) > 0).sum()) for curve in curves.values()]
 legend = plots.plot_top_p({label: curve.tolist() for label, curve in curves.items()}, 0.7).get_legend().texts
-assert [label.get_text().split(": ")[1] for label in legend] == [
-    f"keeps {count} of {len(curves['temperature 1.0'])}" for count in kept
-]
+every = len(curves["temperature 1.0"])
+assert [label.get_text().split(": ")[1] for label in legend] == [f"keeps {count} of {every}" for count in kept]
 sharpest = [curve.max().item() for curve in curves.values()]
 assert sharpest == sorted(sharpest, reverse=True)
 
@@ -86,7 +85,7 @@ by_text = {sentence: bleu(sentence, wanted) for sentence in sentences}
 assert "小星" not in max(by_text, key=by_text.get)  # the wrong name scores highest
 assert sum("小星" in sentence for sentence in by_text) == 2
 lost = sum(not right for right, _ in changed)
-assert before - lost <= after <= before - lost + named.questions  # sums that only the tuned model knows come on top
+assert after >= before - lost  # more, if the tuned model knows a sum that the base did not
 assert NEW_NAME in last.text or not run.is_tiny
 
 # What the notebook only tells: long conversations, stopping, and weights that come back to the last bit.
