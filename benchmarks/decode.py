@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.random_checkpoint import CONFIGS, make_config  # noqa: E402
-from glmhelpers.devicemap.placement import Placement, device_of, part_names  # noqa: E402
+from glmhelpers.devicemap.check import Placement, device_of, part_names  # noqa: E402
 from glmhelpers.inference.decoder import Decoder  # noqa: E402
 from thuglm import ChatGLMForConditionalGeneration  # noqa: E402
 

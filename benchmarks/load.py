@@ -155,7 +155,7 @@ def load_here(folder: Path, placement: str, workers: int | None = None) -> dict:
         torch.zeros(1, device="cuda:0")
     before = status_bytes("VmRSS")
     from benchmarks.random_checkpoint import check_markers
-    from glmhelpers.devicemap.placement import part_names
+    from glmhelpers.devicemap.check import part_names
     from glmhelpers.weights import load_model
     from thuglm import ChatGLMConfig
 
@@ -206,7 +206,7 @@ def peak_bytes() -> int:
 
 def verify(folder: Path, files: list[Path], plain_cold: float) -> dict:
     """sha256 of all files, cold, beside plain reading; and once more from memory."""
-    from glmhelpers.weights.checksums import MEMORY_NAME, checksums
+    from glmhelpers.weights.manifest import MEMORY_NAME, checksums
     from glmhelpers.weights.verify import verify_weights
 
     sums, size = checksums(folder, [path.name for path in files])

@@ -36,6 +36,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts"), str(PROJECT / "benchmark
 import as_t4  # noqa: E402
 import nbformat  # noqa: E402
 import run_tutorial  # noqa: E402
+from clean_notebook import clean  # noqa: E402
 from grow_checkpoint import TINY, grow  # noqa: E402
 
 from glmhelpers.utils.markdown import markdown_table  # noqa: E402
@@ -124,6 +125,7 @@ def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dic
         except run_tutorial.CellFailedError as failure:
             error = str(failure)
             print(error, file=sys.stderr, flush=True)
+        clean(notebook, project, project / "outputs")
         nbformat.write(notebook, out / path.name)
         held = json.loads(peaks.read_text()) if peaks.is_file() else {}
         row = {"gpus": gpus, "notebook": path.stem, "seconds": round(time.perf_counter() - started, 1), **held}
@@ -154,6 +156,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
         ]
     )
+
+
+def machine_text() -> str:
+    """What the rehearsal ran on, in words; asked before the GPUs are disguised."""
+    import torch
+    import transformers
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cards = (
+        f"{len(names)} x {names[0]}, made to look like T4s (14.75 GiB each, their attention kernel)"
+        if names
+        else "no GPU"
+    )
+    return f"{cards}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%-d %B %Y')}"
 
 
 def road(options: argparse.Namespace, work: Path, gpus: int, hub: str) -> list[dict[str, Any]]:
@@ -203,6 +219,7 @@ def main() -> None:
         for gpus in options.roads:
             rows += road(options, Path(work), gpus, f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
+    (options.out / "machine.json").write_text(json.dumps({"text": machine_text()}))
     (options.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))
     sys.exit(not all(row["ok"] for row in rows))

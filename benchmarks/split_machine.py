@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from glmhelpers.cost_model.step_memory import predict  # noqa: E402
-from glmhelpers.devicemap.placement import part_names  # noqa: E402
+from glmhelpers.devicemap.check import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import Plan  # noqa: E402
 from glmhelpers.utils.units import GIB  # noqa: E402
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402

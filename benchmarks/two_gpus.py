@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from benchmarks.split_machine import CAP, SIZES, Machine, line  # noqa: E402
 from benchmarks.split_speed import overlap, planned  # noqa: E402
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only  # noqa: E402
-from glmhelpers.devicemap.placement import part_names  # noqa: E402
+from glmhelpers.devicemap.check import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map  # noqa: E402
 from glmhelpers.inference.decoder import Decoder  # noqa: E402
 from glmhelpers.lora.adapter import load_adapter, save_adapter  # noqa: E402

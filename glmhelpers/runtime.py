@@ -195,7 +195,7 @@ class Run:
         Args:
             config: a ChatGLMConfig; one device needs only its `num_layers`, `plan` reads the rest.
         """
-        from glmhelpers.devicemap.placement import Placement
+        from glmhelpers.devicemap.check import Placement
 
         where = self.devices[0] if len(self.devices) == 1 else self.plan(config)
         return Placement.of(where, config.num_layers).map

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmhelpers.weights.checksums import checksums
+from glmhelpers.weights.manifest import checksums
 from thuglm import ChatGLMForConditionalGeneration
 
 SHARDS = 8

@@ -1,4 +1,4 @@
-"""What bounds the speed of an answer: the memory, or the program that starts the kernels.
+"""What bounds the speed of decoding (tokens a second): memory bandwidth, or the program that starts the kernels.
 
 One token at a time leaves a GPU almost nothing to compute: for each of its numbers a weight is read and used once. So
 

@@ -1,4 +1,4 @@
-"""What each GPU holds at the worst moment of a step, term by term, from the config alone.
+"""Peak memory of a training step on each GPU (weights, gradients, optimizer state, activations), from the config alone.
 
     one GPU
     +-----------------------------+ <- what PyTorch reports as the card's total

@@ -1,6 +1,6 @@
 """From any Alpaca-like files to one JSON Lines file, with no row lost silently.
 
-    files ──► readers ──► rows.clean_row ──► unfinished file ──► which rows go out again? ──► train.jsonl
+    files ──► readers ──► clean_row ─────► unfinished file ──► which rows go out again? ──► train.jsonl
                |               |               (all valid rows)     duplicates                   train.report.json
                v               v                                    |
             broken rows     no output, ...                          v

@@ -1,4 +1,4 @@
-"""Checkpointing of one block, as `torch.utils.checkpoint(use_reentrant=False)` does it, in a third of the Python.
+"""Activation checkpointing of one block, as `torch.utils.checkpoint(use_reentrant=False)` does it, in less Python.
 
     forward     run the block; in place of each tensor that autograd would keep, keep its number: 0, 1, 2, ...
     backward    the first number that is asked for makes the block run again, from its input and the same random state;

@@ -31,7 +31,7 @@ from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, slack_bytes, stage_terms
 from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.devicemap.placement import Label, Placement, part_names
+from glmhelpers.devicemap.check import Label, Placement, part_names
 from glmhelpers.devicemap.search import Room, Search, variants
 from glmhelpers.utils.units import GIB, parse_size
 

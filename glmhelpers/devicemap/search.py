@@ -1,4 +1,4 @@
-"""The search behind `devicemap.plan_device_map`: cuts, embedding, micro-batches and checkpointing, exactly.
+"""The search behind `plan_device_map`: where to cut, which blocks are checkpointed, how many micro-batches: exactly.
 
     GPU      0            1            2
     units    0..u         u..v         v..N+1        (block 0, block 1, ..., norm + head)

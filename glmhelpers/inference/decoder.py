@@ -1,4 +1,4 @@
-"""One token after another, as fast as the weights can be read: a cache of fixed size, and one CUDA graph per GPU.
+"""KV cache and decoding loop: one token after another, as fast as the weights can be read; one CUDA graph a GPU.
 
     prompt ──► ordinary forward (prefix mask) ──► keys and values of every block, in buffers that never move
                                                                      │
@@ -24,8 +24,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from glmhelpers.devicemap.check import Placement, as_device
 from glmhelpers.devicemap.devices import side_stream
-from glmhelpers.devicemap.placement import Placement, as_device
 from glmhelpers.utils.types import Model
 from thuglm.modeling_chatglm import (
     MASKED_SCORE,

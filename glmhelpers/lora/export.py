@@ -30,10 +30,9 @@ from glmhelpers.lora.fingerprint import Weights, note_of
 from glmhelpers.lora.merge import Correction, corrections
 from glmhelpers.utils.files import alone, whole_file, whole_folder
 from glmhelpers.utils.progress import TextProgress
-from glmhelpers.weights.checksums import read_facts, remember
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
 from glmhelpers.weights.layout import HEAD, published_shards, stored_bytes, tensor_shapes
-from glmhelpers.weights.manifest import MANIFEST_NAME
+from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, remember
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, list_shards, read_entries
 
 LAYOUTS = ("safetensors", "published")

@@ -1,4 +1,4 @@
-"""Rows become tokens: what the model reads, and which of it is learnt.
+"""Labels and ids: rows become tokens; what the model reads, and which of it is learnt (the rest is -100).
 
     place        0    1    2    3        4      5    6    7
     input_ids    ▁    你   好   [gMASK]  <sop>  ▁    好   <eop>

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: whole, or not used.
+"""Checkpoints of a training, to resume from after a kill: whole, or not used.
 
     checkpoints/
       run-3fa9c1d2/                 one run; its name is made from settings, rows and base

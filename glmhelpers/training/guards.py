@@ -1,4 +1,4 @@
-"""A training that has gone wrong stops, says why, and says which knob to turn.
+"""Guards: a training that has gone wrong (NaN, overflow at every step) stops, says why, and says which knob to turn.
 
     before the step             a batch without a label
     before the optimizer step   loss nan, inf or exactly 0; gradients not finite     -> nothing of this step is learnt
@@ -6,7 +6,7 @@
     before the start            several processes                                    -> the right road
 
 Looking at the loss waits for the GPU once a step, some milliseconds in which it has nothing to do: the price of never
-saving a checkpoint that is spoilt. Running out of memory is explained in `fit`.
+saving a checkpoint that is spoilt. Running out of memory is explained in memory_plan.py.
 """
 
 import math

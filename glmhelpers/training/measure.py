@@ -14,7 +14,7 @@ from torch import nn
 
 from glmhelpers.cost_model.step_memory import predict
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.devicemap.placement import part_names
+from glmhelpers.devicemap.check import part_names
 from glmhelpers.lora.layer import fuse_lora
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.utils.types import Model

@@ -1,4 +1,4 @@
-"""One training step in micro-batches: every GPU of the split has work most of the time, and nobody waits.
+"""One training step cut into micro-batches (GPipe fill-drain), so that every GPU of the split has work to do.
 
     naive     GPU 0  [forward       ]                                [backward      ]
               GPU 1                  [forward       ][backward      ]

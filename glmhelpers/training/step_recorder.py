@@ -1,4 +1,4 @@
-"""Who works when: a real training step, drawn like the planner's schedule.
+"""Who works when: a real training step measured, stage by stage (forward, backward, bubble), as the planner draws it.
 
     with StepRecorder(model) as recorder:
         run_step(model, batch, micro_batches=8, backward=recorder.backward)

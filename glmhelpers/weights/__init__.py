@@ -10,7 +10,7 @@ from glmhelpers.weights.convert import convert_to_safetensors
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.hub import DownloadError
 from glmhelpers.weights.layout import part_bytes, part_of, published_shards, stored_bytes
-from glmhelpers.weights.loading import LoadReport, load_model, memory_by_part
+from glmhelpers.weights.loading import LoadReport, load_model
 from glmhelpers.weights.manifest import PUBLISHED, read_manifest, total_bytes
 from glmhelpers.weights.shards import list_shards, read_entries
 from glmhelpers.weights.verify import Report, verify_weights
@@ -26,7 +26,6 @@ __all__ = [
     "download_weights",
     "list_shards",
     "load_model",
-    "memory_by_part",
     "part_bytes",
     "part_of",
     "published_shards",

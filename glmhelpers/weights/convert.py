@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from glmhelpers.utils.files import alone, clear_leftovers, whole_file
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.utils.units import file_size
-from glmhelpers.weights.checksums import read_facts, remember
 from glmhelpers.weights.layout import HEAD
-from glmhelpers.weights.manifest import MANIFEST_NAME
+from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, remember
 from glmhelpers.weights.shards import read_entries
 
 SPARE_BYTES = 4 * 2**20

@@ -26,9 +26,8 @@ from glmhelpers.utils.files import whole_file
 from glmhelpers.utils.folders import find_folders
 from glmhelpers.utils.progress import TextProgress, reading
 from glmhelpers.utils.units import file_size
-from glmhelpers.weights.checksums import checksums, read_facts, remember, remembered
 from glmhelpers.weights.hub import DownloadError, Remote
-from glmhelpers.weights.manifest import read_manifest, total_bytes
+from glmhelpers.weights.manifest import checksums, read_facts, read_manifest, remember, remembered, total_bytes
 from glmhelpers.weights.shards import read_entries
 from glmhelpers.weights.verify import Report, check_size, verify_weights
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from glmhelpers.devicemap.placement import (
+from glmhelpers.devicemap.check import (
     Placement,
     check_filled,
     check_placement,
@@ -33,7 +33,7 @@ from glmhelpers.devicemap.placement import (
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
-from glmhelpers.weights.layout import HEAD, part_of
+from glmhelpers.weights.layout import HEAD
 from glmhelpers.weights.reading import BlockReader
 from glmhelpers.weights.shards import Entry, list_shards, read_entries
 
@@ -204,12 +204,3 @@ def _load_shard(
         host_bytes=psutil.Process().memory_info().rss,
         gpu_bytes={index: torch.cuda.memory_allocated(index) for index in gpus},
     )
-
-
-def memory_by_part(model: nn.Module) -> dict[str, Any]:
-    """Part name -> {"device", "bytes"} of a loaded model; a shared head counts once, where the embedding is."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        facts = found.setdefault(part_of(name), {"device": str(parameter.device), "bytes": 0})
-        facts["bytes"] += parameter.numel() * parameter.element_size()
-    return found

@@ -1,4 +1,4 @@
-"""The list of what a checkpoint must consist of: name, size in bytes and sha256 of every file.
+"""The manifest of a checkpoint (name, size and sha256 of every file), and the checksums of the files that are here.
 
     weights_manifest.json
       "model"        what it is
@@ -10,12 +10,26 @@
 
 That of ChatGLM-6B v1.1 ships with the package. A folder that brings its own `weights_manifest.json` is checked
 against that one.
+
+sha256 of large files are read side by side, and never twice for a file that has not changed:
+
+    .weights_checked.json      name -> size, time of last change, sha256
+         +- size and time as now: the remembered sha256, at once
+         +- else: read the file; several at a time, since hashlib lets other threads run
+
+A folder that cannot be written, such as a Kaggle input data set, is remembered in the user's cache folder instead.
 """
 
+import hashlib
 import json
+import os
 import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from glmhelpers.utils.files import whole_file
 
 MANIFEST_NAME = "weights_manifest.json"
 PUBLISHED = Path(__file__).resolve().parents[2] / "thuglm" / "published" / MANIFEST_NAME
@@ -69,3 +83,102 @@ def mending_command(manifest: dict[str, Any], folder: Path, name: str) -> str:
     if "huggingface" in manifest or "modelscope" in manifest:
         return f"download_weights({str(folder)!r})"
     return f"git checkout -- {(Path(folder) / name).as_posix()}"
+
+
+MEMORY_NAME = ".weights_checked.json"
+BLOCK = 8 * 2**20
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file in hexadecimal; calls `progress(bytes)` after every block."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()
+
+
+def memory_places(folder: Path) -> list[Path]:
+    """Where the sha256 of a folder's files are remembered: beside them, or in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"
+    known_as = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return [folder / MEMORY_NAME, cache / f"{known_as}.json"]
+
+
+def remembered(folder: Path) -> dict[str, list]:
+    """File name -> [size, time, sha256], of the files whose size and time are still those of the last reading."""
+    found: dict[str, list] = {}
+    for place in reversed(memory_places(folder)):
+        try:
+            memory = json.loads(place.read_text(encoding="utf-8"))
+            found |= {name: facts for name, facts in memory.items() if _is_now(folder / name, facts)}
+        except (OSError, ValueError, AttributeError):
+            continue  # no memory, or a damaged one: the files are read again
+    return found
+
+
+def remember(folder: Path, facts: dict[str, list]) -> None:
+    """Keep name -> [size, time, sha256] for later, where it can be written; nowhere is no error, only slow."""
+    if not facts:
+        return
+    known = json.dumps(remembered(folder) | facts, indent=1, sort_keys=True)
+    for place in memory_places(folder):
+        try:
+            with whole_file(place) as unfinished:
+                unfinished.write_text(known + "\n", encoding="utf-8")
+            return
+        except OSError:
+            continue
+
+
+def read_facts(path: Path, progress: Callable[[int], None] | None = None) -> list:
+    """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
+    return [*(_size_and_time(path) or [0, 0]), sha256_of(path, progress)]
+
+
+def _is_now(path: Path, facts: object) -> bool:
+    """Whether remembered facts have the right form, and the file still has that size and time."""
+    if not isinstance(facts, list) or len(facts) != 3 or not isinstance(facts[2], str):
+        return False
+    return facts[:2] == _size_and_time(path)
+
+
+def _size_and_time(path: Path) -> list[int] | None:
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return [now.st_size, now.st_mtime_ns]
+
+
+def checksums(
+    folder: Path,
+    names: Iterable[str],
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    keep: bool = True,
+) -> tuple[dict[str, str], int]:
+    """sha256 of files in `folder`, without reading those that are remembered.
+
+    Args:
+        folder: where the files lie.
+        names: which files.
+        workers: how many files are read at a time; None: as many as there are cores, at most 8.
+        progress: called with the number of bytes after every block, from any thread.
+        keep: False writes no memory: the folder is somebody else's.
+
+    Returns:
+        name -> sha256, and the number of bytes that were really read.
+    """
+    names, known = list(names), remembered(folder)
+    to_read = [name for name in names if name not in known]
+    # The longest first: otherwise the last thread works alone on a long one at the end.
+    to_read.sort(key=lambda name: -(folder / name).stat().st_size)
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, progress), to_read), strict=True))
+    known |= fresh
+    if keep:
+        remember(folder, fresh)
+    return {name: known[name][2] for name in names}, sum(facts[0] for facts in fresh.values())

@@ -22,9 +22,8 @@ from typing import Any
 
 from glmhelpers.utils.environment import short
 from glmhelpers.utils.progress import reading
-from glmhelpers.weights.checksums import checksums, remembered
 from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency
-from glmhelpers.weights.manifest import mending_command, read_manifest, total_bytes
+from glmhelpers.weights.manifest import checksums, mending_command, read_manifest, remembered, total_bytes
 from glmhelpers.weights.shards import ShardError, read_entries
 from thuglm.configuration_chatglm import is_v1_0
 

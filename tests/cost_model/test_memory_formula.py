@@ -20,7 +20,7 @@ from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.cost_model.stages import find_stages, is_checkpointed
 from glmhelpers.cost_model.step_memory import TERMS, Stage, predict, stage_terms
 from glmhelpers.devicemap.activation_checkpointing import recompute
-from glmhelpers.devicemap.placement import part_names
+from glmhelpers.devicemap.check import part_names
 from glmhelpers.lora.layer import fuse_lora
 from glmhelpers.training.measure import predict_case
 from glmhelpers.utils.units import GIB, parse_size

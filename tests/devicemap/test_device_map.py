@@ -11,7 +11,7 @@ from glmhelpers.cost_model.gpus import find_gpus
 from glmhelpers.cost_model.sizes import Setting, Shape, divisors
 from glmhelpers.cost_model.step_memory import Stage, predict, slack_bytes, stage_terms
 from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, schedule, stage_seconds, step_seconds
-from glmhelpers.devicemap.placement import DeviceMapError, check_device_map
+from glmhelpers.devicemap.check import DeviceMapError, check_device_map
 from glmhelpers.devicemap.plan import DoesNotFit, largest_batch, longest_length, plan_device_map
 from glmhelpers.utils.units import GIB
 

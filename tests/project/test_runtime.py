@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glmhelpers import runtime
-from glmhelpers.devicemap.placement import part_names
+from glmhelpers.devicemap.check import part_names
 from glmhelpers.utils import environment as machine
 
 ROOT = Path(__file__).resolve().parents[2]

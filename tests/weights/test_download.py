@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from glmhelpers.utils import progress
-from glmhelpers.weights import checksums
 from glmhelpers.weights import hub as remotes
+from glmhelpers.weights import manifest as checksums
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.manifest import PUBLISHED, read_manifest, total_bytes
 from glmhelpers.weights.verify import verify_weights

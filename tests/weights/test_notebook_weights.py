@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from glmhelpers.weights.checksums import MEMORY_NAME
 from glmhelpers.weights.convert import convert_to_safetensors
+from glmhelpers.weights.manifest import MEMORY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmhelpers.utils import progress
-from glmhelpers.weights import checksums as checksums_module
+from glmhelpers.weights import manifest as checksums_module
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.manifest import PUBLISHED, read_manifest

@@ -1,4 +1,4 @@
-"""A placement against the machine and against the model.
+"""Is a device map possible? Checked against the machine, and a loaded model against its map.
 
 {"transformer": 0, "lm_head": 1}   what a person writes
       |  Placement.of              every part -> device, or every fault in words (cost_model/placement.py)
