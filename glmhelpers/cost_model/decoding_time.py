@@ -24,9 +24,6 @@ from glmhelpers.cost_model.gpus import GPU, find_gpu
 from glmhelpers.cost_model.sizes import DTYPE_BYTES, Setting, Shape
 from glmhelpers.cost_model.step_memory import cache_bytes
 
-PUBLISHED_CODE = (29, 33)
-"""Tokens a second of the model code of 2023 on an H100, lowest and highest: measured before this project began."""
-
 GOALS = {"plain": 60, "graphs": 150}
 """Tokens a second that this project set itself on an H100, batch 1, by the way of decoding (not for "fixed")."""
 
@@ -131,14 +128,12 @@ class Speeds:
         found = [1 / seconds for (name, _, _, gpus), seconds in self.cases.items() if (name, gpus) == (way, 1)]
         return min(found), max(found)
 
-    def labelled(self, prompt: int = 64) -> dict[str, float]:
-        """Label -> tokens a second of all cases with that prompt, the code of 2023 first."""
-        found = {"published code of 2023": sum(PUBLISHED_CODE) / 2}
-        for (way, adapter, length, gpus), seconds in self.cases.items():
-            if length == prompt:
-                where = f", {gpus} GPUs" if gpus > 1 else ""
-                found[f"{way}, adapter {adapter}{where}"] = 1 / seconds
-        return found
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Label -> lowest and highest tokens a second of a way on so many GPUs, over prompts, adapter merged or not."""
+        found: dict[str, list[float]] = {}
+        for (way, _, _, gpus), seconds in self.cases.items():
+            found.setdefault(f"{way}, {gpus} GPU{'s' * (gpus > 1)}", []).append(1 / seconds)
+        return {label: (min(speeds), max(speeds)) for label, speeds in found.items()}
 
 
 def read_speeds(path: str | Path) -> Speeds:

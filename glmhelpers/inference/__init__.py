@@ -7,7 +7,14 @@ from glmhelpers.inference.batch import answer, answers, compare, share_right
 from glmhelpers.inference.chat import ChatSession, Generation
 from glmhelpers.inference.decoder import Decoder, likely
 from glmhelpers.inference.model_state import merged_in_memory
-from glmhelpers.inference.scores import COUNT_HEADER, count_by_topic, evaluate, forgotten, held_out_loss
+from glmhelpers.inference.scores import (
+    COUNT_HEADER,
+    count_by_topic,
+    evaluate,
+    forgotten,
+    held_out_loss,
+    score_texts,
+)
 
 __all__ = [
     "COUNT_HEADER",
@@ -23,5 +30,6 @@ __all__ = [
     "held_out_loss",
     "likely",
     "merged_in_memory",
+    "score_texts",
     "share_right",
 ]

@@ -15,7 +15,15 @@ from glmhelpers.plots.device_map import (
     draw_terms,
     draw_timeline,
 )
-from glmhelpers.plots.inference import draw_bounds, plot_cache, plot_sampling, plot_speeds, plot_top_p, token_labels
+from glmhelpers.plots.inference import (
+    draw_bounds,
+    draw_decoding,
+    plot_cache,
+    plot_sampling,
+    plot_speeds,
+    plot_top_p,
+    token_labels,
+)
 from glmhelpers.plots.lora import draw_lora, plot_b_norms
 from glmhelpers.plots.model import draw_mask, draw_model, draw_positions
 from glmhelpers.plots.style import COLORS, cjk_font, describe, label_bars, use_style
@@ -32,6 +40,7 @@ __all__ = [
     "draw_compared",
     "draw_corpus",
     "draw_cut_curve",
+    "draw_decoding",
     "draw_example",
     "draw_lengths",
     "draw_limits",

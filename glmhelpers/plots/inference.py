@@ -7,12 +7,44 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from glmhelpers.cost_model.decoding_time import Speeds, timeline, token_time
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_memory import cache_bytes
 from glmhelpers.plots.style import COLORS, HATCHES, label_bars
 from glmhelpers.utils.units import GIB
+
+
+def draw_decoding(prompt: int = 6, new: int = 5) -> Figure:
+    """Which places the model computes for each new token, without a key-value cache and with one.
+
+    Args:
+        prompt: tokens of the prompt.
+        new: tokens of the answer.
+    """
+    figure, both = plt.subplots(1, 2, figsize=(7.5, 2.9), sharey=True)
+    for axes, cached in zip(both, (False, True), strict=True):
+        computed = 0
+        for step in range(new):
+            first = prompt + step - 1 if cached and step else 0  # places before it lie in the cache
+            for place in range(prompt + step):
+                style = _COMPUTED if place >= first else _CACHED
+                axes.barh(step, 0.9, 0.8, left=place - 0.45, **style)
+            computed += prompt + step - first
+        axes.axvline(prompt - 0.5, color="black", linewidth=0.8)
+        axes.set_title(f"{'with' if cached else 'without'} a cache: {computed} computed", loc="left")
+        axes.set(xticks=range(prompt + new - 1), xlabel="place in the text; the answer begins at the line")
+        axes.grid(visible=False)
+    both[0].set(yticks=range(new), yticklabels=[f"{step + 1}" for step in range(new)], ylabel="new token")
+    both[0].invert_yaxis()
+    keys = [Patch(**_COMPUTED, label="computed"), Patch(**_CACHED, label="read from the cache")]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2)
+    return figure
+
+
+_COMPUTED = {"facecolor": COLORS["blue"], "edgecolor": "black", "linewidth": 0.5}
+_CACHED = {"facecolor": COLORS["light"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
 
 
 def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",), kernels: int = 12) -> Figure:
@@ -30,7 +62,7 @@ def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",),
     for gpu in predicted:
         time = token_time(config, gpu, speeds.host_seconds)
         rows.append((gpu, time.memory, time.plain, time.memory, "predicted, at most"))
-    figure, all_axes = plt.subplots(len(rows), 1, figsize=(7.5, 0.3 + 1.6 * len(rows)), sharex=True)
+    figure, all_axes = plt.subplots(len(rows), 1, figsize=(7.5, 0.9 + 1.7 * len(rows)), sharex=True)
     for axes, (gpu, busy, plain, graph, how) in zip(np.atleast_1d(all_axes), rows, strict=True):
         work, launch = (seconds * 1e6 / speeds.launches for seconds in (busy, speeds.host_seconds))
         for label, start, height in (("graph: GPU", 0.0, 0), ("one by one: GPU", launch, 1)):
@@ -41,29 +73,37 @@ def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",),
         axes.annotate("one by one: host", (0, 2), (-6, 0), textcoords="offset points", ha="right", va="center")
         axes.set_title(f"{gpu}, {how}: {1 / plain:.0f} tokens/s one by one, {1 / graph:.0f} by graph", loc="left")
         axes.set_yticks([])
+        axes.tick_params(labelbottom=True)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
-    axes.set_xlabel("microseconds")
+        axes.set_xlabel("microseconds")
     axes.set_xlim(left=0)
+    figure.suptitle(f"The first {kernels} of {speeds.launches} kernels of a token", fontsize=11)
+    keys = [Patch(**_HOST_BAR, label="Python starts a kernel"), Patch(**_GPU_BAR, label="the GPU runs a kernel")]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2)
     return figure
 
 
-_GPU_BAR = {"color": COLORS["blue"], "edgecolor": "white", "linewidth": 0.8}
-_HOST_BAR = {"color": COLORS["orange"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
+_GPU_BAR = {"facecolor": COLORS["blue"], "edgecolor": "white", "linewidth": 0.8}
+_HOST_BAR = {"facecolor": COLORS["orange"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
 
 
-def plot_speeds(cases: Mapping[str, float], limit: float | None = None) -> Axes:
+def plot_speeds(cases: Mapping[str, tuple[float, float]], limit: float | None = None) -> Axes:
     """Tokens a second, one horizontal bar a case, with the memory's limit as a line.
 
     Args:
-        cases: label -> tokens a second, drawn from top to bottom.
+        cases: label -> lowest and highest tokens a second, drawn from top to bottom.
         limit: tokens a second if the weights were read at full speed, if known.
     """
-    _, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(cases)))
+    figure, axes = plt.subplots(figsize=(7, 1.3 + 0.42 * len(cases)))
     places = np.arange(len(cases))[::-1]
-    axes.barh(places, list(cases.values()), 0.6, color=COLORS["blue"], edgecolor="black")
-    for place, value in zip(places, cases.values(), strict=True):
-        axes.annotate(f"{value:.0f}", (value, place), (4, 0), textcoords="offset points", va="center")
+    lowest, highest = (np.array([pair[side] for pair in cases.values()]) for side in (0, 1))
+    axes.barh(places, lowest, 0.6, color=COLORS["blue"], edgecolor="black", label="the slowest case")
+    rest = {"color": COLORS["sky"], "hatch": HATCHES[1], "edgecolor": "black", "label": "up to the fastest"}
+    axes.barh(places, highest - lowest, 0.6, left=lowest, **rest)
+    for place, low, high in zip(places, lowest, highest, strict=True):
+        text = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
+        axes.annotate(text, (high, place), (4, 0), textcoords="offset points", va="center")
     if limit is not None:
         axes.axvline(limit, color=COLORS["vermillion"], linestyle="--")
         axes.annotate(
@@ -74,10 +114,11 @@ def plot_speeds(cases: Mapping[str, float], limit: float | None = None) -> Axes:
             color=COLORS["vermillion"],
             ha="right",
         )
-    right = max([*cases.values(), limit or 0]) * 1.08
+    right = max([*highest, limit or 0]) * 1.08
     axes.set(yticks=places, yticklabels=list(cases), xlabel="tokens a second", xlim=(0, right))
     axes.set_ylim(-0.6, len(cases) - 0.1)
     axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=2)
     return axes
 
 

@@ -11,18 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glmhelpers.cost_model.decoding_time import (
-    GOALS,
-    PUBLISHED_CODE,
-    bytes_for_token,
-    read_speeds,
-    timeline,
-    token_time,
-)
+from glmhelpers.cost_model.decoding_time import GOALS, bytes_for_token, read_speeds, timeline, token_time
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_memory import cache_bytes
 from glmhelpers.inference.decoder import Decoder
-from glmhelpers.plots.inference import draw_bounds, plot_cache, plot_speeds, plot_top_p, token_labels
+from glmhelpers.plots.inference import draw_bounds, draw_decoding, plot_cache, plot_speeds, plot_top_p, token_labels
 from glmhelpers.runtime import find_project
 from glmhelpers.utils.units import GIB
 from tests.helpers.reference import model, tokenizer
@@ -118,9 +111,10 @@ def test_lines_of_the_benchmark_become_bars(tmp_path):
     assert (speeds.device, speeds.limit, speeds.launches, speeds.kernel_seconds) == ("H100", 250.0, 500, 0.006)
     assert (speeds.host_seconds, speeds.graph_seconds) == (0.02, 0.00625), "of two lines on a case the later one"
     assert speeds.tokens_per_s("graphs") == (125, 160), "on one GPU"
-    axes = plot_speeds(speeds.labelled(), speeds.limit)
-    assert [bar.get_width() for bar in axes.patches] == [sum(PUBLISHED_CODE) / 2, 50, 160, 200]
-    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "graphs, adapter unmerged, 2 GPUs"
+    axes = plot_speeds(speeds.ranges(), speeds.limit)
+    assert [bar.get_width() for bar in axes.patches] == [50, 125, 200, 0, 35, 0], "the slowest, and what is above it"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["fixed, 1 GPU", "graphs, 1 GPU", "graphs, 2 GPUs"]
+    assert "125 to 160" in [text.get_text() for text in axes.texts]
     assert any("250" in text.get_text() for text in axes.texts)
 
 
@@ -148,7 +142,19 @@ def test_bounds_show_gaps_only_where_the_gpu_waits():
         assert how in axes.get_title(loc="left")
         assert axes.get_xlim()[0] == 0
         assert max(bar.get_x() + bar.get_width() for bar in axes.patches) <= axes.get_xlim()[1], "nothing is cut off"
+        assert all(label.get_visible() for label in axes.get_xticklabels()), "ticks of its own"
     assert MEASURED.device in figure.axes[0].get_title(loc="left")
+    assert f"first 6 of {MEASURED.launches} kernels" in figure.get_suptitle()
+    assert len(figure.legends[0].texts) == 2
+
+
+def test_the_figure_of_the_cache_counts_what_is_computed():
+    figure = draw_decoding(prompt=6, new=5)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        f"without a cache: {6 + 7 + 8 + 9 + 10} computed",
+        f"with a cache: {6 + 4} computed",
+    ]
+    assert [len(axes.patches) for axes in figure.axes] == [40, 40]
 
 
 def test_labels_are_what_every_font_can_draw():

@@ -66,7 +66,7 @@ def test_settings_are_those_of_the_table():
 
 
 def test_from_the_files_to_the_scores(tmp_path, monkeypatch, capsys):
-    """The one cell of notebook 05, on the tiny model with 2 steps; a second call reads the finished training back."""
+    """The rehearsal of appendix E: the tiny model with 2 steps; a second call reads the finished training back."""
     monkeypatch.setattr(runtime, "output_folder", lambda *_: tmp_path / "out")
     run = runtime.choose("tiny", "cpu")
     write(tmp_path / "train.json", [advert(n) for n in range(12)])
