@@ -6,7 +6,8 @@
 
 For each format, write the files. Then, with the page cache emptied of them ("cold", posix_fadvise) and filled ("warm"):
 read them plainly (one thread, 16 MiB at a time), and load in a fresh process, to the first GPU, and with the first half
-on the GPU and the rest on the CPU; warm also by `from_pretrained` of transformers. At last sha256 of all files against plain reading. One JSON line each:
+on the GPU and the rest on the CPU; warm also by `from_pretrained` of transformers. At last
+sha256 of all files against plain reading. One JSON line each:
 
     seconds             the call of load_model;  ratio = seconds / plain_seconds in the same state of the cache
     rss_growth_bytes    largest resident memory during the call, less that of the process with torch imported and CUDA

@@ -84,8 +84,8 @@ def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",),
     return figure
 
 
-_GPU_BAR = {"facecolor": COLORS["blue"], "edgecolor": "white", "linewidth": 0.8}
-_HOST_BAR = {"facecolor": COLORS["orange"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
+_GPU_BAR: dict[str, Any] = {"facecolor": COLORS["blue"], "edgecolor": "white", "linewidth": 0.8}
+_HOST_BAR: dict[str, Any] = {"facecolor": COLORS["orange"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
 
 
 def plot_speeds(cases: Mapping[str, tuple[float, float]], limit: float | None = None) -> Axes:
@@ -99,8 +99,8 @@ def plot_speeds(cases: Mapping[str, tuple[float, float]], limit: float | None = 
     places = np.arange(len(cases))[::-1]
     lowest, highest = (np.array([pair[side] for pair in cases.values()]) for side in (0, 1))
     axes.barh(places, lowest, 0.6, color=COLORS["blue"], edgecolor="black", label="the slowest case")
-    rest = {"color": COLORS["sky"], "hatch": HATCHES[1], "edgecolor": "black", "label": "up to the fastest"}
-    axes.barh(places, highest - lowest, 0.6, left=lowest, **rest)
+    rest: dict[str, Any] = {"color": COLORS["sky"], "hatch": HATCHES[1], "edgecolor": "black"}
+    axes.barh(places, highest - lowest, 0.6, left=lowest, label="up to the fastest", **rest)
     for place, low, high in zip(places, lowest, highest, strict=True):
         text = f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
         axes.annotate(text, (high, place), (4, 0), textcoords="offset points", va="center")

@@ -10,10 +10,10 @@
     shard 1   [#]                        [####                        ]        [                              ]
     shard 8   [#]                        [############################]        [##############################]
 
-`ChatGLMForConditionalGeneration.from_pretrained` gives the same model, and on a CPU it is faster, since it maps the files
-and reads a page when it is first used (benchmarks/load.py). This one refuses files that do not belong together before
-it copies anything, says where the time goes, and never counts a page of a file as memory of its own: 12.7 GiB of RAM
-(Colab) leave no room for the 12.5 GiB of the shards beside Python, so "load, then move" is no way there.
+`ChatGLMForConditionalGeneration.from_pretrained` gives the same model, and on a CPU it is faster, since it maps the
+files and reads a page when it is first used (benchmarks/load.py). This one refuses files that do not belong together
+before it copies anything, says where the time goes, and maps nothing: 12.7 GiB of RAM (Colab) leave no room for the
+12.5 GiB of the shards beside Python, so "load, then move" is no way there.
 """
 
 import time
