@@ -43,8 +43,8 @@ def draw_decoding(prompt: int = 6, new: int = 5) -> Figure:
     return figure
 
 
-_COMPUTED = {"facecolor": COLORS["blue"], "edgecolor": "black", "linewidth": 0.5}
-_CACHED = {"facecolor": COLORS["light"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
+_COMPUTED: dict[str, Any] = {"facecolor": COLORS["blue"], "edgecolor": "black", "linewidth": 0.5}
+_CACHED: dict[str, Any] = {"facecolor": COLORS["light"], "hatch": HATCHES[1], "edgecolor": "black", "linewidth": 0.5}
 
 
 def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",), kernels: int = 12) -> Figure:
