@@ -6,16 +6,21 @@
 
 `memory` is what PyTorch reports as the device's total, which is less than the number on the box: a T4 of
 "16 GB" has 15,360 MiB, of which the driver and error correction keep 256 MiB. Peak rates are the vendors'
-datasheet figures for dense float16; `matrix_share` and `memory_share` say which part of them a training step
-reaches. On the H100 they were measured (see `step_time`). All others are estimates that nobody has measured. The T4's
-0.38 decides every second promised for a T4 and has no source: it was set by hand, without a T4 at hand.
+datasheet figures for dense float16; `matrix_share`, `memory_share` and `attention_share` say which part of them a
+training step reaches. On the H100 they were measured (see `step_time`). All others are estimates that nobody has
+measured. The T4's 0.38 decides every second promised for a T4 and has no source: it was set by hand, without a T4.
+
+The catalogue is for imagined machines. For the one at hand, `training.measure_machine` measures the shares, the link
+and what the host needs to start a block; they are kept, and `known_gpu` takes them from then on.
 """
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from glmhelpers.cost_model.kept_rates import kept_rates
 from glmhelpers.utils.units import _SIZE, GIB, KIB, MIB, parse_size
 
 
@@ -31,6 +36,11 @@ class GPU:
         bandwidth: datasheet bytes a second to and from its memory.
         matrix_share: part of `matrix_rate` that matrix products reach, 0 to 1.
         memory_share: part of `bandwidth` that elementwise work reaches, 0 to 1.
+        attention_share: part of `matrix_rate` that the memory-efficient attention kernel reaches. 0.11 is one H100's
+            (8.7 TFLOP in 80 ms of 989 TFLOP/s), taken over for every card of the catalogue.
+        launch_forward, launch_again, launch_backward: seconds that the host needs to start the kernels of one block:
+            forward, forward again (a checkpointed block), backward. Not the card's but the machine's: 0.5 ms stands
+            for the 0.27 to 1.1 ms that were measured on four hosts (benchmarks/launch.py).
         gemm_workspace: bytes that one cuBLAS handle keeps; forward and backward threads have one handle each.
         link: bytes a second to a neighbour GPU in the same machine.
     """
@@ -42,6 +52,10 @@ class GPU:
     bandwidth: float
     matrix_share: float
     memory_share: float = 0.65
+    attention_share: float = 0.11
+    launch_forward: float = 0.5e-3
+    launch_again: float = 0.5e-3
+    launch_backward: float = 0.5e-3
     gemm_workspace: int = 8 * MIB + 128 * KIB
     link: float = 6e9
 
@@ -90,10 +104,10 @@ def find_gpu(gpu: "GPU | str | int | float") -> GPU:
 
 
 def known_gpu(name: str, total: int) -> GPU:
-    """The card of the catalogue with a driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
+    """A card of this machine by its driver's name ("Tesla T4", "NVIDIA A100-SXM4-40GB"), with its real memory.
 
     Speed, CUDA context and workspaces differ from card to card, so the name matters. A card that the catalogue does
-    not have is known by its size alone.
+    not have is known by its size alone. What was measured on this machine comes before what the catalogue says.
 
     Args:
         name: as the driver gives it.
@@ -101,22 +115,32 @@ def known_gpu(name: str, total: int) -> GPU:
     """
     words = re.split(r"[ -]", name)
     same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
-    if not same:
-        return find_gpu(total)
-    return replace(min(same, key=lambda gpu: abs(gpu.memory - total)), memory=total)
+    card = min(same, key=lambda gpu: abs(gpu.memory - total)) if same else find_gpu(total)
+    measured: dict[str, Any] = {**kept_rates().get(name, {})}
+    return replace(card, memory=total, **measured)
 
 
 def find_gpus(gpus: "GPU | str | int | float | list | tuple") -> list[GPU]:
-    """List of GPUs from a list of names or sizes; a single name or size is one GPU.
+    """List of GPUs from a list of names or sizes; a single name or size is one GPU; "here" is this machine's.
 
     Raises:
-        ValueError: the list is empty, or one of its entries is unknown.
+        ValueError: the list is empty, one of its entries is unknown, or this machine has no GPU.
     """
+    if isinstance(gpus, str) and gpus == "here":
+        if not (found := gpus_here()):
+            raise ValueError('gpus="here", but torch finds no GPU on this machine; name those to plan for, as ["T4"]')
+        return found
     if not isinstance(gpus, list | tuple):
         gpus = [gpus]
     if not gpus:
         raise ValueError("no GPU was given; give at least one, as ['T4'] or '15GiB'")
     return [find_gpu(gpu) for gpu in gpus]
+
+
+def one_host(gpus: "list[GPU]") -> list[GPU]:
+    """The same cards with one host: of different seconds to start a block, the longest count for all."""
+    names = ("launch_forward", "launch_again", "launch_backward")
+    return [replace(gpu, **{name: max(getattr(card, name) for card in gpus) for name in names}) for gpu in gpus]
 
 
 def gpu_here(index: int) -> GPU:

@@ -40,10 +40,6 @@ from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import hidden_bytes, label_rows
 
-ATTENTION_SHARE = 0.11
-"""Part of the matrix rate that the memory-efficient attention kernel reaches. From one H100 (8.7 TFLOP in 80 ms of 989
-TFLOP/s); taken over for every other card, the T4 too, where it has not been measured."""
-
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
 """Bytes moved by elementwise work in one block without LoRA, in units of its hidden states: forward two LayerNorms 4,
 rotation 10, GELU 8, two sums 6; backward 6, 12, 12 and 10."""
@@ -55,11 +51,6 @@ FUSED_LORA = (3.5, 2, 8, 2)
 PEFT_LORA = (9.5, 14, 14, 14)
 """The same for one adapter, forward and backward, for each hidden-sized piece of its (input, output, input, output):
 dropout, thin products and sums in `glmhelpers.lora.layer`; in peft also casts to float32 and scaling. With dropout."""
-
-LAUNCH = 0.5e-3
-"""Seconds that the CPU needs to start the kernels of one block once, forward, backward, or forward again. Measured with
-benchmarks/launch.py on 2-core machines: 0.31, 0.27 and 0.50 ms on one, twice that on another; the hosts of the H100s
-needed 0.7 to 1.1 ms."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
         _product_seconds(2 * setting.tokens * count, count, setting, gpu) for count in (weights, weights - last)
     )
     operations = 4 * setting.tokens * setting.seq_length * shape.hidden
-    attention = operations / (gpu.matrix_rate * ATTENTION_SHARE)
+    attention = operations / (gpu.matrix_rate * gpu.attention_share)
     unit = hidden_bytes(shape, setting) / (gpu.bandwidth * gpu.memory_share)
     forward, backward = float(ELEMENTWISE_FORWARD), float(ELEMENTWISE_BACKWARD)
     ahead_in, ahead_out, back_in, back_out = FUSED_LORA if setting.fused else PEFT_LORA
@@ -130,11 +121,11 @@ def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> Sta
     blocks, checkpointed = len(stage.blocks), sum(stage.blocks)
     send = 0.0 if stage.head else hidden_bytes(shape, setting) / gpu.link
     ahead = blocks * forward + send + (head_seconds(shape, setting, gpu) if stage.head else 0.0)
-    launch_ahead = (blocks + stage.head) * LAUNCH  # head and loss: about as many kernels as a block
+    launch_ahead = (blocks + stage.head) * gpu.launch_forward  # head and loss: about as many kernels as a block
     if not setting.training:
         return StageTime(ahead, 0.0, launch_ahead)
     back = blocks * backward + checkpointed * again + send
-    return StageTime(ahead, back, launch_ahead, (blocks + checkpointed) * LAUNCH)
+    return StageTime(ahead, back, launch_ahead, blocks * gpu.launch_backward + checkpointed * gpu.launch_again)
 
 
 def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: int, gpu: GPU) -> float:

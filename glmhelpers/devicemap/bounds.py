@@ -14,7 +14,7 @@ from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import SLACK_AT_LEAST, hidden_bytes, stage_terms, weight_bytes
-from glmhelpers.cost_model.step_time import LAUNCH, StageTime, block_seconds, head_seconds, pass_seconds
+from glmhelpers.cost_model.step_time import StageTime, block_seconds, head_seconds, pass_seconds
 
 EMBEDDINGS = ("first", "tied", "cpu")
 """Places for the embedding, the preferred one first where plans are equal."""
@@ -27,6 +27,11 @@ class Room:
     shape: Shape
     gpus: tuple[GPU, ...]
     usable: tuple[int, ...]
+
+    @property
+    def host(self) -> GPU:
+        """A card, for what the host needs to start a block: the same on every card, see `one_host`."""
+        return self.gpus[0]
 
 
 def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
@@ -124,6 +129,7 @@ class Bounds:
         even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
         slowest[0] = max(slowest[0], even / sum(1 / rate[0] for rate in rates))
         back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
-        launch = layers * (1 + again) * LAUNCH * setting.training
-        total = StageTime(ahead, back, (layers + 1) * LAUNCH, launch)
+        host = self.room.host
+        launch = layers * (host.launch_backward + again * host.launch_again) * setting.training
+        total = StageTime(ahead, back, (layers + 1) * host.launch_forward, launch)
         return pass_seconds(total, StageTime(*slowest), setting.micro_batches)

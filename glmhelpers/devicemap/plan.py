@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from glmhelpers.cost_model.gpus import GPU, find_gpus
+from glmhelpers.cost_model.gpus import GPU, find_gpus, one_host
 from glmhelpers.cost_model.sizes import Setting, Shape, as_targets
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, slack_bytes, stage_terms
@@ -241,7 +241,8 @@ def plan_device_map(
 
     Args:
         config: ChatGLMConfig, or a dict with its keys.
-        gpus: list of catalogue names ("T4"), sizes ("15GiB", bytes) or GPU objects; one of them for one GPU.
+        gpus: list of catalogue names ("T4"), sizes ("15GiB", bytes) or GPU objects; one of them for one GPU; "here":
+            this machine's, as `training.measure_machine` measured them.
         batch_size: rows in one optimizer step.
         seq_length: tokens in a row.
         objective: "speed" or "memory", see the module's docstring.
@@ -325,7 +326,7 @@ def _last_that(fits, low: int, high: int) -> int:
 
 
 def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> tuple[Room, Setting]:
-    cards = find_gpus(gpus)
+    cards = one_host(find_gpus(gpus))
     reserves = list(reserve) if isinstance(reserve, list | tuple) else [reserve] * len(cards)
     if len(reserves) != len(cards):
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")

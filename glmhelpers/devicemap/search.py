@@ -20,7 +20,7 @@ from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.sizes import Setting, divisors
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import slack_bytes, stage_terms, weight_bytes
-from glmhelpers.cost_model.step_time import LAUNCH, StageTime, lookup_seconds, pass_seconds, stage_seconds
+from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, pass_seconds, stage_seconds
 from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Room, stage_flags
 
 BEAM = 3
@@ -220,7 +220,7 @@ class Search:
                 {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
             ]
         rests = self._rests(moves)
-        launches = (room.shape.layers + 1) * LAUNCH
+        launches = (room.shape.layers + 1) * room.host.launch_forward
         lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
 
         def seconds(partial: _Partial, rest: _Partial = NOTHING) -> float:

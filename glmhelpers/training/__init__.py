@@ -6,6 +6,7 @@ train(...)        a step of        micro-batches, all GPUs       what keeps a ru
 """
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.training.calibration import measure_machine
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.guards import TrainingStoppedError, refuse_many_processes
@@ -23,6 +24,7 @@ __all__ = [
     "Watch",
     "checkpoint_only",
     "idle_shares",
+    "measure_machine",
     "measured_peaks",
     "parameter_bytes",
     "predict_case",

@@ -1,0 +1,169 @@
+"""Does the calibrated planner know this machine? Predicted seconds and peaks beside measured ones, full size.
+
+    python benchmarks/calibrate.py                   all GPUs at hand and one of them, random weights; about 3 minutes
+    python benchmarks/calibrate.py --tiny            the tiny sizes on a machine with a GPU: to see that it runs
+
+1. measure_machine(): a line with every rate, and how long it took.
+2. For each case (rows x tokens), number of GPUs, and all or no blocks checkpointed: the plan under that rule, its
+   seconds by the catalogue and by the calibration, the seconds measured, peaks predicted and measured.
+3. For each case: the planner's free choice for all GPUs, and every number of micro-batches timed on them and on one
+   GPU: is the choice the fastest? `slower` is how much slower it is than the best of those, 0 if it is the best.
+
+One JSON line each. Nothing new is begun `--budget-s` seconds after the start.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.decode import random_model
+from benchmarks.random_checkpoint import make_config
+from glmhelpers.cost_model import GPU, gpus_here
+from glmhelpers.cost_model.kept_rates import RATES, forget_rates
+from glmhelpers.devicemap import DoesNotFit, plan_device_map
+from glmhelpers.devicemap.plan import Plan
+from glmhelpers.training import measure_machine, run_step
+from glmhelpers.training.measure import prepare, random_batch
+from thuglm import ChatGLMConfig
+
+CASES = ((16, 56), (4, 256), (4, 1024), (1, 2048), (24, 1024))
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
+
+
+def wait() -> None:
+    """Until every GPU has finished."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)
+
+
+class Trial:
+    """A model with adapters that is laid out by one plan after the other, and timed."""
+
+    def __init__(self, config: Any, gpus: int):
+        model: Any = random_model(config, gpus, torch.float16)
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.transformer.word_embeddings.weight
+        self.model, self.config = prepare(model, []), config
+
+    def run(self, plan: Plan, rows: int, length: int, repeats: int) -> tuple[float, list[int]]:
+        """Median seconds of a step under a plan, and the peak of each GPU in bytes."""
+        plan.apply(self.model)
+        gc.collect()
+        torch.cuda.empty_cache()
+        # A new one each time: the last one's moments lie where the adapters were before.
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
+        batch, times = random_batch(self.config, rows, length), []
+        for number in range(repeats + 1):
+            for index in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(index)
+            wait()
+            begin = time.perf_counter()
+            run_step(self.model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            wait()
+            times.append(time.perf_counter() - begin if number else 0.0)
+        peaks = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
+        return statistics.median(times[1:]), peaks
+
+
+def say(**line: Any) -> None:
+    """One result, printed at once."""
+    print(json.dumps({"bench": "calibrate", **line}), flush=True)
+
+
+def parts_of(rows: int) -> list[int]:
+    """Numbers of micro-batches worth a trial."""
+    return [parts for parts in (1, 2, 4, 8, 16, 24) if rows % parts == 0]
+
+
+def main() -> None:
+    """Measure the machine, then every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=240)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this machine has no GPU that torch can use: there is nothing to calibrate")
+    deadline = time.perf_counter() + options.budget_s
+    config = ChatGLMConfig.from_pretrained(TINY) if options.tiny else make_config("full")
+    forget_rates()
+    catalogue = gpus_here()
+    found = measure_machine(refresh=True)
+    gpus = found.gpus
+    names = [torch.cuda.get_device_name(index) for index in range(len(gpus))]
+    rates = [{name: getattr(gpu, name) for name in RATES} for gpu in gpus]
+    say(what="rates", gpus=names, torch=torch.__version__, seconds=round(found.seconds, 2), rates=rates)
+    trial = Trial(config, len(gpus))
+    for rows, length in CASES:
+        if time.perf_counter() > deadline:
+            say(what="case", rows=rows, length=length, skipped="out of time: --budget-s")
+            continue
+        one_case(trial, rows, length, gpus, catalogue, options.repeats)
+
+
+def one_case(trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: list[GPU], repeats: int) -> None:
+    """Point 2 and 3 of the module's docstring for one case."""
+    for count in sorted({1, len(gpus)}):
+        for rule in ("all", "none"):
+            how = {"checkpointed": rule, "label_share": 0.5}
+            try:
+                plan = plan_device_map(trial.config, gpus[:count], rows, length, **how)
+                by_catalogue = plan_device_map(
+                    trial.config, catalogue[:count], rows, length, micro_batches=plan.micro_batches, **how
+                )
+            except DoesNotFit:
+                say(what="case", rows=rows, length=length, gpus=count, checkpointed=rule, skipped="does not fit")
+                continue
+            seconds, peaks = trial.run(plan, rows, length, repeats)
+            say(
+                what="case",
+                rows=rows,
+                length=length,
+                gpus=count,
+                checkpointed=rule,
+                blocks=[len(blocks) for blocks in plan.blocks],
+                micro_batches=plan.micro_batches,
+                ms=round(1e3 * seconds, 1),
+                predicted_ms=round(1e3 * plan.seconds, 1),
+                difference=round(plan.seconds / seconds - 1, 3),
+                catalogue_difference=round(by_catalogue.seconds / seconds - 1, 3),
+                peak_bytes=peaks,
+                predicted_peak_bytes=list(plan.peak_bytes),
+            )
+    chosen = plan_device_map(trial.config, gpus, rows, length, label_share=0.5)
+    took, _ = trial.run(chosen, rows, length, repeats)
+    others = {}
+    for count in sorted({1, len(gpus)}):
+        for parts in parts_of(rows):
+            try:
+                plan = plan_device_map(trial.config, gpus[:count], rows, length, micro_batches=parts, label_share=0.5)
+            except DoesNotFit:
+                continue
+            others[f"{count} GPUs, {parts} parts"] = round(1e3 * trial.run(plan, rows, length, repeats)[0], 1)
+    best = min(others.values())
+    say(
+        what="choice",
+        rows=rows,
+        length=length,
+        blocks=[len(blocks) for blocks in chosen.blocks],
+        micro_batches=chosen.micro_batches,
+        ms=round(1e3 * took, 1),
+        predicted_ms=round(1e3 * chosen.seconds, 1),
+        others_ms=others,
+        slower=round(max(0.0, 1e3 * took / best - 1), 3),
+    )
+
+
+if __name__ == "__main__":
+    main()

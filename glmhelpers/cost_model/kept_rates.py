@@ -1,0 +1,71 @@
+"""What was measured on this machine, kept between sessions: one small JSON file in the user's cache folder.
+
+    ~/.cache/glmhelpers/machine.json     "HOST, 8 cores, torch 2.11.0"  ->  "Tesla T4"  ->  name of a rate -> number
+
+Another host, another number of cores or another torch is another machine: nothing of it is believed. So is a file that
+is damaged or holds anything but positive numbers under known names.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from glmhelpers.utils.files import whole_file
+
+RATES = (
+    *("matrix_share", "memory_share", "attention_share", "link"),
+    *("launch_forward", "launch_again", "launch_backward", "gemm_workspace", "context"),
+)
+"""Fields of a GPU that are measured."""
+BYTES = ("gemm_workspace", "context")
+
+
+def kept_file() -> Path:
+    """Where they are kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "glmhelpers" / "machine.json"
+
+
+def machine_key() -> str:
+    """This machine, as far as rates depend on it."""
+    return f"{platform.node()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs, torch {torch.__version__}"
+
+
+def kept_rates() -> dict[str, dict[str, float]]:
+    """Driver's name of a GPU -> its rates as measured here; {} if nothing was measured."""
+    try:
+        cards = json.loads(kept_file().read_text(encoding="utf-8"))[machine_key()]
+        return {name: _checked(rates) for name, rates in cards.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def keep_rates(cards: Mapping[str, Mapping[str, float]]) -> None:
+    """Keep the rates of this machine's GPUs in place of older ones; a folder that cannot be written is no error."""
+    path = kept_file()
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        others = {key: value for key, value in kept.items() if key != machine_key()}
+    except (OSError, ValueError, AttributeError):
+        others = {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(others | {machine_key(): cards}, indent=1) + "\n", encoding="utf-8")
+    except OSError:
+        return
+
+
+def forget_rates() -> None:
+    """From now on the catalogue counts again."""
+    keep_rates({})
+
+
+def _checked(rates: Mapping[str, float]) -> dict[str, float]:
+    if set(rates) - set(RATES) or not all(0 < float(value) < 1e15 for value in rates.values()):
+        raise ValueError("not what was kept")
+    return {name: int(value) if name in BYTES else float(value) for name, value in rates.items()}
