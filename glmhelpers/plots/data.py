@@ -251,10 +251,10 @@ def _cell(
         )
     )
     if text:
-        # A letter with its share of the margin is about 0.68 of its size wide, a Chinese character as wide as high.
+        # A letter with its share of the margin takes about 0.74 of its size, a Chinese character as wide as high.
         text = text.replace("[gMASK]", "[g\nMASK]")
         longest = max(sum(1 + (letter > "\u2e7f") for letter in line) for line in text.split("\n"))
-        size = min(LETTERS, room / (0.68 * longest))
+        size = min(LETTERS, room / (0.74 * longest))
         axes.text(
             column, row, text, ha="center", va="center", linespacing=0.9, color=ink, fontsize=size, fontfamily=_fonts()
         )
