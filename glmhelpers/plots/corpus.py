@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from glmhelpers.plots.data import KINDS
-from glmhelpers.plots.style import COLORS
+from glmhelpers.plots.style import COLORS, describe
 from thuglm.chunked_loss import IGNORE_INDEX
 
 LINES = {"yours": ("orange", "-"), "chinese": ("blue", "-"), "all": ("black", "--")}
@@ -42,6 +42,15 @@ def draw_corpus(figures: Mapping[str, Any], lengths: Mapping[int, int], name: st
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.5, 6.4), height_ratios=[1, 1.15])
     _draw_shares(top, name, {int(length): count for length, count in lengths.items()}, corpora)
     _draw_lost(bottom, corpora["all"])
+    real, lost = corpora["all"], []
+    for cost in real["limits"]:
+        lost.append(f"{cost['limit']}: {cost['dropped']:,} rows, {100 * cost['tokens_if_dropped']:.2g} % of the tokens")
+    describe(
+        top,
+        f"Top, what share of the rows has which length: {name} has {sum(lengths.values()):,} rows, the longest of "
+        f"{max(map(int, lengths)):,} tokens; the real data set {real['valid']:,}, the longest of "
+        f"{max(map(int, real['lengths'])):,}. Bottom, what a limit loses of the real one: {'; '.join(lost)}.",
+    )
     return figure
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from glmhelpers.data.report import Report
-from glmhelpers.plots.style import COLORS, cjk_font
+from glmhelpers.plots.style import COLORS, cjk_font, describe
 from glmhelpers.tokens.lengths import limit_costs, quantile
 from thuglm.chunked_loss import IGNORE_INDEX
 from thuglm.modeling_chatglm import make_position_ids, make_visible
@@ -31,6 +31,9 @@ KINDS = {
     "padding": ("light", "..", "black"),
 }
 """Kind of token -> colour, hatch, colour of the text on it."""
+
+LETTERS = 9.5
+"""Points of a token's text where its cell has room."""
 
 REASON_LOOKS = (("vermillion", "//"), ("orange", ".."), ("purple", "xx"), ("yellow", "\\\\"), ("grey", "--"))
 
@@ -69,7 +72,10 @@ def draw_report(report: Report, axes: Axes | None = None) -> Axes:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     # The title stands above the lines of the legend.
     lines = -(-len(handles) // 3)
-    axes.set_title(f"{report.rows:,} rows found, {report.rows_valid:,} written", pad=8 + 17 * lines)
+    title = f"{report.rows:,} rows found, {report.rows_valid:,} written"
+    axes.set_title(title, pad=8 + 17 * lines)
+    notes = "; ".join(f"{name} {valid} of {rows} {status}".rstrip() for name, status, rows, valid, _ in bars)
+    describe(axes, f"Bars: what share of each file's rows is written, and why others are not. {title}. {notes}.")
     return axes
 
 
@@ -100,12 +106,20 @@ def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...]
     left.text(
         place,
         0.95,
-        f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {max(lengths):,}",
+        f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {longest:,}",
         transform=left.transAxes,
         ha=side,
         va="top",
     )
+    # One long example is no bar that can be seen.
+    left.plot([min(longest, top)], [0], "v" if longest <= top else ">", color=COLORS["black"], clip_on=False)
     _draw_costs(right, lengths, top, limits or (limit // 2, limit, 2 * limit))
+    describe(
+        left,
+        f"Left, how many examples have which length: {chosen.kept:,} fit into the limit of {limit} tokens, "
+        f"{chosen.dropped:,} are longer, the longest has {longest:,} (a triangle). Right, what a limit from 1 to {top} "
+        f"loses; dropping at {limit} loses {chosen.tokens_if_dropped:.1%} of the tokens.",
+    )
     return figure
 
 
@@ -157,18 +171,25 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
             filled = line == 0 or (line == 3 and cell)
             _cell(top, place, line, kind if filled else None, str(cell), room)
     top.set(xlim=(-0.5, length - 0.5), ylim=(len(table) - 0.5, -0.5), title="Tokens, positions, labels")
-    top.set_yticks(range(len(table)), [name for name, _ in table])
+    top.set_yticks(range(len(table)), [name for name, _ in table], fontsize=LETTERS)
     top.legend(handles=_legend(set(kinds)), loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     for row in range(length):
         for column in range(length):
             _cell(bottom, column, row, kinds[column] if visible[row, column] else None)
     bottom.set(ylim=(length - 0.5, -0.5), title="Who sees whom: each row is a token that looks, filled = it sees")
-    bottom.set_yticks(range(length), pieces, fontfamily=_fonts(), fontsize=min(8.0, room))
+    bottom.set_yticks(range(length), pieces, fontfamily=_fonts(), fontsize=min(LETTERS, room))
     bottom.set_xticks([])
     for axes in (top, bottom):
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+    start = targets.index(next(filter(None, targets), targets[-1]))
+    describe(
+        top,
+        f"Top, a table of {length} tokens, {' '.join(pieces)}, with position rows {positions[0]} and {positions[1]}; "
+        f"the last {length - start} have a label, their own id. Bottom, the prefix mask: every token sees the whole "
+        f"prompt; a token of the answer also sees itself and what is left of it in the answer.",
+    )
     return figure
 
 
@@ -196,7 +217,9 @@ def draw_batch(batch: Mapping[str, torch.Tensor], config: Any, axes: Axes | None
     axes.set_yticks(range(rows))
     axes.grid(visible=False)
     share = 100 * (1 - real / (rows * width))
-    axes.set_title(f"{rows} x {width} tokens: {targets:,} targets, {share:.0f} % padding", pad=24)
+    title = f"{rows} x {width} tokens: {targets:,} targets, {share:.0f} % padding"
+    axes.set_title(title, pad=24)
+    describe(axes, f"{title}. Each row is a strip: prompt, [gMASK] and <sop>, answer, then padding up to the longest.")
     axes.legend(handles=_legend(found), loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
     return axes
 
@@ -228,9 +251,13 @@ def _cell(
         )
     )
     if text:
-        # A letter with its share of the margin is about 0.68 of its size wide, a Chinese character as wide as high.
-        size = min(8.0, room / (0.68 * sum(1 + (letter > "\u2e7f") for letter in text)))
-        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size, fontfamily=_fonts())
+        # A letter with its share of the margin takes about 0.74 of its size, a Chinese character as wide as high.
+        text = text.replace("[gMASK]", "[g\nMASK]")
+        longest = max(sum(1 + (letter > "\u2e7f") for letter in line) for line in text.split("\n"))
+        size = min(LETTERS, room / (0.74 * longest))
+        axes.text(
+            column, row, text, ha="center", va="center", linespacing=0.9, color=ink, fontsize=size, fontfamily=_fonts()
+        )
 
 
 def _legend(kinds: set[str]) -> list[Patch]:

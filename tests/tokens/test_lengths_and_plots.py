@@ -98,7 +98,7 @@ def test_against_original_the_picture_of_one_example():
     top, bottom = plots_data.draw_example(example, tok, config).axes
     golden = tensors("b2_train_answer_only")
     length = golden["input_ids"].shape[1]
-    cells = {text.get_position(): text.get_text() for text in top.texts}
+    cells = {text.get_position(): text.get_text().replace("\n", "") for text in top.texts}
     assert cells[13, 0] == "[gMASK]"
     assert cells[14, 0] == "<sop>"
     for line in (0, 1):
@@ -139,3 +139,21 @@ def test_a_batch_as_a_picture():
     targets = sum(label != -100 for row in rows for label in row["labels"])
     assert f"2 x 16 tokens: {targets} targets" in text
     assert sum(patch.get_width() for patch in axes.patches) == 2 * 16
+
+
+def test_the_pictures_can_be_read_at_700_pixels_and_have_words(tmp_path):
+    tok, config = tokenizer(), ChatGLMConfig.from_pretrained(CHECKPOINT)
+    example = encode_example(tok, {"instruction": "What is 2+3?", "output": "2+3=5."})
+    report = convert_alpaca([{"instruction": "a", "output": "b"}, {"instruction": "a"}], tmp_path / "out.jsonl")
+    figures = [
+        plots_data.draw_report(report).figure,
+        plots_data.draw_lengths(Counter({10: 5, 20: 3, 40: 1}), 32),
+        plots_data.draw_example(example, tok, config),
+        plots_data.draw_batch(RightPadCollator(tok)([example]), config).figure,
+    ]
+    for figure in figures:
+        figure.set_dpi(700 / figure.get_figwidth())
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
+        assert min(text.get_fontsize() for text in texts) * figure.get_dpi() / 72 >= 9.5
+        assert len(figure.alternative_text) > 80
