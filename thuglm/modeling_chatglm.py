@@ -328,6 +328,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    _tied_before: dict[str, str] | None = None  # what was tied before `place` made a copy of the head
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers' own class-level convention
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
@@ -358,7 +359,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         look at every argument of every module, and copy modules on the CPU to a GPU for each use) are taken off.
 
         If the embedding and `lm_head` are sent to different devices, they can no longer be one tensor: `lm_head` gets
-        its own copy (1.07 GB for ChatGLM-6B).
+        its own copy (1.07 GB for ChatGLM-6B). Sent to one device again, they are one tensor again, if it is frozen.
 
         Args:
             device_map: module name -> device, as for `from_pretrained`.
@@ -381,10 +382,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if head is not None and "lm_head" in device_map:
             device = torch.device(device_map["lm_head"])
             if torch.empty(0, device=device).device == embedding.weight.device:
+                if self._tied_before and not head.weight.requires_grad:
+                    head.weight = embedding.weight
+                    self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
+                    self._tied_before = None
                 head.to(device)
             else:
                 if head.weight is embedding.weight:
                     head.weight = nn.Parameter(embedding.weight.detach().to(device), bool(head.weight.requires_grad))
+                    self._tied_before = self.all_tied_weights_keys
                 self.config.tie_word_embeddings = False
                 self.all_tied_weights_keys = {}
                 head.to(device)

@@ -35,8 +35,8 @@ KINDS = {
 WIDTH, LINE = 7.5, 0.28
 """Inches of a figure, and of a row of tokens in it."""
 
-LETTERS, SMALL = 9.5, 7.5
-"""Points of a token's text where its cell has room, and where it has little."""
+LETTERS, SMALL, EM = 9.5, 7.2, 0.74
+"""Points of a token's text where its cell has room, and where it has little; width of a letter in its size."""
 
 REASON_LOOKS = (("vermillion", "//"), ("orange", ".."), ("purple", "xx"), ("yellow", "\\\\"), ("dark", "--"))
 
@@ -165,8 +165,8 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
     # Points from side to side of a cell: the axes take about 0.84 of the figure, and 72 points are an inch.
     room = 0.84 * 72 * WIDTH / length
     # Where words are too wide for their cells, they are turned, and their rows are as high as the longest.
-    turned = room < max(_letters(_in_lines(piece)) for piece in pieces) * 0.68 * SMALL
-    tall = max(_letters(piece) for piece in pieces) * 0.68 * LETTERS / 72 / LINE if turned else 1.0
+    turned = room < max(_letters(_in_lines(piece)) for piece in pieces) * EM * SMALL
+    tall = max(_letters(piece) for piece in pieces) * EM * LETTERS / 72 / LINE if turned else 1.0
     heights = [tall, 1.0, 1.0, tall]
     figure, (top, bottom) = plt.subplots(
         2,
@@ -183,7 +183,7 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
             _cell(top, place, middles[line], kind if filled else None, height=heights[line], hatched=False)
             on_side = turned and line in (0, 3)
             text = str(cell) if on_side else _in_lines(str(cell))
-            size = min(LETTERS, room if on_side else room / (0.68 * max(1, _letters(text))))
+            size = min(LETTERS, room if on_side else room / (EM * max(1, _letters(text))))
             look: dict[str, Any] = {"fontsize": size, "rotation": 90 * on_side, "fontfamily": _fonts()}
             if text:
                 top.text(place, middles[line], text, ha="center", va="center", linespacing=0.9, **look)
@@ -272,7 +272,7 @@ def _edge(hatch: str) -> str:
 
 
 def _letters(text: str) -> int:
-    """Letters of the longest line, each about 0.68 of its size wide with its margin; a Chinese one counts as two."""
+    """Letters of the longest line; a Chinese one counts as two."""
     return max(sum(1 + (letter > "\u2e7f") for letter in line) for line in text.split("\n"))
 
 

@@ -181,3 +181,22 @@ def test_embeddings_need_no_gradient(config, asked_before):
     assert all(
         block.gradient_checkpointing == (n == 1) for n, block in enumerate(model.get_base_model().transformer.layers)
     )
+
+
+def test_a_head_that_was_copied_is_one_tensor_again_on_one_device(config):
+    """Else a model that was split for a while would hold a second matrix, 1.07 GB at full size."""
+    model = ChatGLMForConditionalGeneration(config).requires_grad_(False)
+    whole = dict.fromkeys(("transformer", "lm_head"), "cpu")
+    model.place(whole | {"lm_head": "meta"})
+    assert model.lm_head.weight is not model.transformer.word_embeddings.weight
+    assert model.config.tie_word_embeddings is False
+    model.place(whole)
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert model.config.tie_word_embeddings is True
+    assert "lm_head.weight" in model.all_tied_weights_keys
+    # A head that is trained has gone its own way.
+    model.place(whole | {"lm_head": "meta"})
+    model.lm_head.weight.requires_grad_(True)
+    model.lm_head.to_empty(device="cpu")
+    model.place(whole)
+    assert model.lm_head.weight is not model.transformer.word_embeddings.weight

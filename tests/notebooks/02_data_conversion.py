@@ -37,8 +37,18 @@ original = encode_example(tokenizer, {"instruction": "What is 2+3?", "output": "
 assert original["labels"].count(-100) == labels.count(-100) - 1
 assert batch["input_ids"].shape[1] % 8 == 0
 assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-if run.is_tiny:
-    assert losses["right"] < 0.05 < 0.5 < min(loss for name, loss in losses.items() if name != "right")
+
+# What breaks the equality, and what does not.
+apart = {name: abs(loss - loss_of(four)) for name, loss in ways.items()}
+assert {name for name, gap in apart.items() if gap > 1e-2} == {"on the left, no mask", "mean of the rows' means"}
+assert all(gap < 1e-4 for name, gap in apart.items() if name not in ("on the left, no mask", "mean of the rows' means"))
+
+# The wrong ways: every loss falls, and only labels that are shifted twice can be heard.
+assert losses["right"] < 0.05 < 0.5 < min(loss for name, loss in losses.items() if name != "right")
+assert all(last < min(losses[name], 0.1) for name, (last, _) in trained.items())
+said = {name: answer for name, (_, answer) in trained.items()}
+assert said.pop("shifted twice") not in set(said.values()) == {lesson[0]["output"]}
+assert (wrong["labels on the prompt too"] != -100).sum() > (wrong["right"] != -100).sum()
 
 # Limits: what the text says of the real data set.
 limits = {cost["limit"]: cost for cost in corpus["corpora"]["all"]["as found"]["limits"]}
