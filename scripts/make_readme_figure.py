@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map
 from glmhelpers.plots import style as plots
-from glmhelpers.plots.device_map import draw_plan
+from glmhelpers.plots.memory_figure import draw_plan
 from glmhelpers.utils.units import GIB
 from thuglm import ChatGLMConfig
 

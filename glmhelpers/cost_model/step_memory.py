@@ -272,15 +272,18 @@ class Prediction:
         return [sum(terms.values()) for terms in self.breakdown]
 
     @property
-    def reserved_bytes(self) -> list[int]:
-        """Bytes that PyTorch takes from each GPU: the peak and the allocator's slack."""
-        return [peak + slack_bytes(terms) for peak, terms in zip(self.peak_bytes, self.breakdown, strict=True)]
+    def with_outside(self) -> list[dict[str, int]]:
+        """`breakdown` with the allocator's slack and the CUDA context of each GPU that is known, for drawing."""
+        contexts = [gpu.context for gpu in self.gpus] or [0] * len(self.devices)
+        return [
+            {**terms, "slack": slack_bytes(terms), "context": context}
+            for terms, context in zip(self.breakdown, contexts, strict=True)
+        ]
 
     @property
     def total_bytes(self) -> list[int]:
-        """Bytes that each GPU must have: reserved, and the CUDA context."""
-        contexts = [gpu.context for gpu in self.gpus] or [0] * len(self.devices)
-        return [reserved + context for reserved, context in zip(self.reserved_bytes, contexts, strict=True)]
+        """Bytes that each GPU must have: the peak, the allocator's slack and the CUDA context."""
+        return [sum(terms.values()) for terms in self.with_outside]
 
     def __str__(self) -> str:
         """A table, one column a device, in GiB."""

@@ -8,11 +8,7 @@ from glmhelpers.plots.device_map import (
     draw_cut_curve,
     draw_limits,
     draw_map,
-    draw_memory,
-    draw_plan,
-    draw_rest,
     draw_schedule,
-    draw_terms,
     draw_timeline,
 )
 from glmhelpers.plots.inference import (
@@ -25,6 +21,7 @@ from glmhelpers.plots.inference import (
     token_labels,
 )
 from glmhelpers.plots.lora import draw_lora, plot_b_norms
+from glmhelpers.plots.memory_figure import draw_memory, draw_plan, draw_rest
 from glmhelpers.plots.model import draw_mask, draw_model, draw_positions
 from glmhelpers.plots.style import COLORS, cjk_font, describe, label_bars, use_style
 from glmhelpers.plots.training import plot_loss, plot_progress
@@ -58,7 +55,6 @@ __all__ = [
     "draw_rest",
     "draw_schedule",
     "draw_shards",
-    "draw_terms",
     "draw_timeline",
     "label_bars",
     "plot_b_norms",

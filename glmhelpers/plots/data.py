@@ -19,23 +19,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from glmhelpers.data.report import Report
-from glmhelpers.plots.style import COLORS, cjk_font, describe
+from glmhelpers.plots.style import COLORS, cjk_font, describe, fill
 from glmhelpers.tokens.lengths import limit_costs, quantile
 from thuglm.chunked_loss import IGNORE_INDEX
 from thuglm.prefix_mask import make_position_ids, make_visible
 
 KINDS = {
-    "prompt": ("sky", "", "black"),
-    "mark": ("yellow", "xx", "black"),
-    "answer": ("orange", "//", "black"),
-    "padding": ("light", "..", "black"),
+    "prompt": ("sky", ""),
+    "mark": ("yellow", "xx"),
+    "answer": ("orange", "//"),
+    "padding": ("light", ".."),
 }
-"""Kind of token -> colour, hatch, colour of the text on it."""
+"""Kind of token -> colour, hatch. Black text can be read on all of them."""
 
-LETTERS = 9.5
-"""Points of a token's text where its cell has room."""
+WIDTH, LINE = 7.5, 0.28
+"""Inches of a figure, and of a row of tokens in it."""
 
-REASON_LOOKS = (("vermillion", "//"), ("orange", ".."), ("purple", "xx"), ("yellow", "\\\\"), ("grey", "--"))
+LETTERS, SMALL, EM = 9.5, 7.2, 0.74
+"""Points of a token's text where its cell has room, and where it has little; width of a letter in its size."""
+
+REASON_LOOKS = (("vermillion", "//"), ("orange", ".."), ("purple", "xx"), ("yellow", "\\\\"), ("dark", "--"))
 
 
 def draw_report(report: Report, axes: Axes | None = None) -> Axes:
@@ -60,15 +63,15 @@ def draw_report(report: Report, axes: Axes | None = None) -> Axes:
         left = 0.0
         for count, color, hatch in parts:
             width = 100 * count / max(rows, 1)
-            axes.barh(place, width, left=left, color=COLORS[color], hatch=hatch, edgecolor="white", height=0.7)
+            axes.barh(place, width, left=left, height=0.7, **fill(color, hatch))
             left += width
         note = f"{valid:,} of {rows:,}  {status}" if rows else status
         axes.text(101, place, note, va="center", fontsize=9)
     axes.set(xlim=(0, 100), xlabel="share of the file's rows (%)", ylim=(len(bars) - 0.4, -0.6))
     axes.set_yticks(range(len(bars)), [_plain(name) for name, *_ in bars])
     axes.grid(axis="y", visible=False)
-    handles = [Patch(facecolor=COLORS["blue"], label="written")]
-    handles += [Patch(facecolor=COLORS[c], hatch=h, edgecolor="white", label=r) for r, (c, h) in looks.items()]
+    handles = [Patch(label="written", **fill("blue"))]
+    handles += [Patch(label=reason, **fill(*look)) for reason, look in looks.items()]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     # The title stands above the lines of the legend.
     lines = -(-len(handles) // 3)
@@ -87,7 +90,7 @@ def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...]
         limit: the limit that was chosen, in tokens.
         limits: limits to label on the right; by default half of, twice, and the chosen one.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
     # A few very long examples would squeeze all others to the left; their number is written beside the line.
     usual, longest = quantile(lengths, 0.995), max(lengths)
     top = int(max(longest + 1 if longest < 2 * usual else usual, 1.25 * limit))
@@ -97,7 +100,7 @@ def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...]
     values, counts = list(lengths), list(lengths.values())
     for bar in left.hist(values, bins=edges + 0.5, weights=counts, color=COLORS["blue"])[2]:
         if bar.get_x() >= limit:
-            bar.set(color=COLORS["vermillion"], hatch="//", edgecolor="white")
+            bar.set(**fill("vermillion", "//"))
     left.axvline(limit + 0.5, color=COLORS["black"], linestyle="--")
     chosen = limit_costs(lengths, [limit])[0]
     left.set(xlabel="tokens of an example", ylabel="examples", title="Lengths and the cut line", xlim=(0, top))
@@ -106,7 +109,7 @@ def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...]
     left.text(
         place,
         0.95,
-        f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {longest:,}",
+        f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {longest:,} (triangle)",
         transform=left.transAxes,
         ha=side,
         va="top",
@@ -159,20 +162,35 @@ def draw_example(example: Mapping[str, list[int]], tokenizer: Any, config: Any) 
     kinds = _kinds(batch[0], torch.ones(length), torch.tensor(labels), config)
     pieces = [_piece(token, tokenizer) for token in ids]
     targets = ["" if label == IGNORE_INDEX else _piece(label, tokenizer) for label in labels]
-    width = min(max(6.0, 0.5 * length), 11.0)
+    # Points from side to side of a cell: the axes take about 0.84 of the figure, and 72 points are an inch.
+    room = 0.84 * 72 * WIDTH / length
+    # Where words are too wide for their cells, they are turned, and their rows are as high as the longest.
+    turned = room < max(_letters(_in_lines(piece)) for piece in pieces) * EM * SMALL
+    tall = max(_letters(piece) for piece in pieces) * EM * LETTERS / 72 / LINE if turned else 1.0
+    heights = [tall, 1.0, 1.0, tall]
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(width, min(2.4 + 0.3 * length, 9.0)), height_ratios=[5, length], sharex=True
+        2,
+        1,
+        figsize=(WIDTH, 1.1 + LINE * sum(heights) + min(LINE * length, 7)),
+        height_ratios=[LINE * sum(heights), min(LINE * length, 7)],
+        sharex=True,
     )
-    # Points from side to side of a cell: the axes take about 0.86 of the figure, and 72 points are an inch.
-    room = 0.86 * 72 * width / length
     table = [("token", pieces), ("position row 0", positions[0]), ("position row 1", positions[1]), ("label", targets)]
+    middles = [sum(heights[:line]) + heights[line] / 2 - 0.5 for line in range(len(table))]
     for line, (_, cells) in enumerate(table):
         for place, (cell, kind) in enumerate(zip(cells, kinds, strict=True)):
             filled = line == 0 or (line == 3 and cell)
-            _cell(top, place, line, kind if filled else None, str(cell), room)
-    top.set(xlim=(-0.5, length - 0.5), ylim=(len(table) - 0.5, -0.5), title="Tokens, positions, labels")
-    top.set_yticks(range(len(table)), [name for name, _ in table], fontsize=LETTERS)
-    top.legend(handles=_legend(set(kinds)), loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+            _cell(top, place, middles[line], kind if filled else None, height=heights[line], hatched=False)
+            on_side = turned and line in (0, 3)
+            text = str(cell) if on_side else _in_lines(str(cell))
+            size = min(LETTERS, room if on_side else room / (EM * max(1, _letters(text))))
+            look: dict[str, Any] = {"fontsize": size, "rotation": 90 * on_side, "fontfamily": _fonts()}
+            if text:
+                top.text(place, middles[line], text, ha="center", va="center", linespacing=0.9, **look)
+    top.set(xlim=(-0.5, length - 0.5), ylim=(sum(heights) - 0.5, -0.5))
+    top.set_title("Tokens, positions, labels", pad=24)
+    top.set_yticks(middles, [name for name, _ in table], fontsize=LETTERS)
+    top.legend(handles=_legend(set(kinds)), loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     for row in range(length):
         for column in range(length):
             _cell(bottom, column, row, kinds[column] if visible[row, column] else None)
@@ -202,7 +220,7 @@ def draw_batch(batch: Mapping[str, torch.Tensor], config: Any, axes: Axes | None
         axes: to draw into; a new figure if None.
     """
     rows, width = batch["input_ids"].shape
-    axes = axes or plt.subplots(figsize=(9, 1.3 + 0.3 * rows))[1]
+    axes = axes or plt.subplots(figsize=(WIDTH, 1.3 + 0.3 * rows))[1]
     found: set[str] = set()
     for row in range(rows):
         kinds = _kinds(batch["input_ids"][row], batch["attention_mask"][row], batch["labels"][row], config)
@@ -234,30 +252,32 @@ def _kinds(ids: torch.Tensor, real: torch.Tensor, labels: torch.Tensor, config: 
 
 
 def _cell(
-    axes: Axes, column: int, row: int, kind: str | None, text: str = "", room: float = 30, width: int = 1
+    axes: Axes,
+    column: int,
+    row: float,
+    kind: str | None,
+    width: int = 1,
+    height: float = 1,
+    hatched: bool = True,
 ) -> None:
-    color, hatch, ink = KINDS[kind] if kind else ("", "", COLORS["black"])
-    fill = COLORS[color] if kind else "white"
-    # Hatches take the edge's colour; behind text they would make it hard to read.
-    axes.add_patch(
-        Rectangle(
-            (column - 0.5, row - 0.5),
-            width,
-            1,
-            facecolor=fill,
-            edgecolor=COLORS["grey"],
-            linewidth=0.5,
-            hatch="" if text else hatch,
-        )
-    )
-    if text:
-        # A letter with its share of the margin takes about 0.74 of its size, a Chinese character as wide as high.
-        text = text.replace("[gMASK]", "[g\nMASK]")
-        longest = max(sum(1 + (letter > "\u2e7f") for letter in line) for line in text.split("\n"))
-        size = min(LETTERS, room / (0.74 * longest))
-        axes.text(
-            column, row, text, ha="center", va="center", linespacing=0.9, color=ink, fontsize=size, fontfamily=_fonts()
-        )
+    """`column` is the first of `width`, `row` the middle. A hatch behind text would make it hard to read."""
+    color, hatch = (COLORS[KINDS[kind][0]], KINDS[kind][1] if hatched else "") if kind else ("white", "")
+    look: dict[str, Any] = {"facecolor": color, "hatch": hatch, "edgecolor": _edge(hatch), "linewidth": 0.5}
+    axes.add_patch(Rectangle((column - 0.5, row - height / 2), width, height, **look))
+
+
+def _edge(hatch: str) -> str:
+    """Hatches take the edge's colour: it must stand out where there is one, and not where there is none."""
+    return "black" if hatch else COLORS["grey"]
+
+
+def _letters(text: str) -> int:
+    """Letters of the longest line; a Chinese one counts as two."""
+    return max(sum(1 + (letter > "\u2e7f") for letter in line) for line in text.split("\n"))
+
+
+def _in_lines(piece: str) -> str:
+    return piece.replace("[gMASK]", "[g\nMASK]")
 
 
 def _legend(kinds: set[str]) -> list[Patch]:
@@ -268,8 +288,8 @@ def _legend(kinds: set[str]) -> list[Patch]:
         "padding": "padding",
     }
     return [
-        Patch(facecolor=COLORS[KINDS[kind][0]], hatch=KINDS[kind][1], edgecolor=COLORS["grey"], label=names[kind])
-        for kind in KINDS
+        Patch(facecolor=COLORS[color], hatch=hatch, edgecolor=_edge(hatch), label=names[kind])
+        for kind, (color, hatch) in KINDS.items()
         if kind in kinds
     ]
 

@@ -1,13 +1,16 @@
-"""Pictures of device maps: what each GPU holds, the blocks in a row, the schedule, memory against the cut.
+"""Pictures of device maps: the blocks in a row, the schedule, memory against the cut, predicted and measured.
 
-Every term has one colour and one hatch in all pictures, bottom to top in the order of `memory.TERMS`:
+    draw_map        |#embed#|#0#|#1#|#2#|/3/|/4/|/5/|/head/|     one box for each part, coloured by GPU
+    draw_schedule   GPU 0 |F|F|  |B|B|                           one row for each GPU, time to the right
+                    GPU 1   |F|F|B|B|
 
-    weights  embedding  lora  adam  gradients  masks  inputs  activations  block  loss  transfer  cache  workspace
-
-All functions draw into given axes, or make a figure, and return the axes.
+What each GPU holds is drawn by `memory_figure`. All functions draw into given axes, or make a figure, and return the
+axes.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,29 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from glmhelpers.cost_model.step_memory import OUTSIDE, TERMS
 from glmhelpers.cost_model.step_time import Task, busy_share
-from glmhelpers.plots.style import COLORS
-from glmhelpers.utils.units import GIB, MIB
-
-TERM_LOOK = {
-    "weights": ("blue", ""),
-    "embedding": ("sky", ""),
-    "lora": ("green", ""),
-    "adam": ("green", "xx"),
-    "gradients": ("green", ".."),
-    "masks": ("grey", ""),
-    "inputs": ("orange", ""),
-    "activations": ("orange", "//"),
-    "block": ("vermillion", ""),
-    "loss": ("purple", ""),
-    "transfer": ("yellow", ""),
-    "cache": ("yellow", ".."),
-    "workspace": ("grey", "//"),
-    "slack": ("light", ""),
-    "context": ("light", "//"),
-}
-"""Colour name and hatch of every term."""
+from glmhelpers.plots.style import COLORS, describe, fill
+from glmhelpers.utils.units import GIB
 
 GPU_COLORS = ("blue", "orange", "green", "purple", "sky", "vermillion", "yellow", "grey")
 GPU_HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
@@ -49,101 +32,40 @@ def device_name(device: int | str) -> str:
     return f"GPU {device}" if isinstance(device, int) else str(device).upper()
 
 
-def draw_memory(
-    breakdown: Sequence[Mapping[str, int]],
-    names: Sequence[str] | None = None,
-    limits: Sequence[int] | None = None,
-    axes: Axes | None = None,
-    unit: int = GIB,
-) -> Axes:
-    """One horizontal stacked bar for each GPU, with its limit as a line.
-
-    Args:
-        breakdown: for each GPU, bytes by term; keys of memory.TERMS and memory.OUTSIDE.
-        names: a label for each bar; "GPU 0", "GPU 1", ... by default.
-        limits: usable bytes of each GPU.
-        axes: where to draw.
-        unit: bytes in a unit of the axis: GIB, or MIB for the tiny model.
-    """
-    axes = axes or plt.subplots(figsize=(8, 1.3 + 0.6 * len(breakdown)))[1]
-    names = names or [device_name(index) for index in range(len(breakdown))]
-    labels = {**TERMS, **OUTSIDE}
-    left = [0.0] * len(breakdown)
-    for term, label in labels.items():
-        sizes = [terms.get(term, 0) / unit for terms in breakdown]
-        if not any(sizes):
-            continue
-        color, hatch = TERM_LOOK[term]
-        axes.barh(
-            names, sizes, left=left, color=COLORS[color], hatch=hatch, edgecolor="white", linewidth=0.5, label=label
-        )
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for place, total in enumerate(left):
-        inside = limits is not None and total * unit > 0.85 * limits[place]
-        axes.annotate(f"{total:.2f}", (total, place), (-4 if inside else 4, 0), textcoords="offset points",
-                      va="center", ha="right" if inside else "left", weight="bold")  # fmt: skip
-    for place, limit in enumerate(limits or []):
-        axes.plot([limit / unit] * 2, [place - 0.45, place + 0.45], color=COLORS["black"], linewidth=2)
-    if limits is None:
-        axes.set_xlim(0, 1.15 * max(left))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("GiB" if unit == GIB else "MiB")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8)
-    return axes
-
-
-def draw_plan(plan: Any, axes: Axes | None = None, unit: int = GIB) -> Axes:
-    """`draw_memory` of a plan, with allocator slack, CUDA context and limits."""
-    names = [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)]
-    return draw_memory(plan.with_outside, names, plan.usable_bytes, axes, unit)
-
-
-def draw_terms(plan: Any, terms: Sequence[str], axes: Axes | None = None) -> Axes:
-    """`draw_plan` with only some terms: the picture as far as it has been explained."""
-    some = [{term: sizes.get(term, 0) for term in terms} for sizes in plan.with_outside]
-    names = [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)]
-    return draw_memory(some, names, plan.usable_bytes, axes)
-
-
-def draw_rest(plan: Any, axes: Axes | None = None) -> Axes:
-    """What a training step adds to the frozen weights, in MiB: all terms but the weights and the embedding."""
-    rest = [
-        {term: size for term, size in sizes.items() if term not in ("weights", "embedding")} for sizes in plan.breakdown
-    ]
-    names = [f"GPU {index} ({gpu.name})" for index, gpu in enumerate(plan.gpus)]
-    return draw_memory(rest, names, axes=axes, unit=MIB)
-
-
 def draw_map(device_map: Mapping[str, int | str], axes: Axes | None = None) -> Axes:
     """The model as a row of boxes, embedding to head, coloured and hatched by GPU."""
     layers = sum(name.startswith("transformer.layers.") for name in device_map)
     boxes = [("embed", device_map["transformer.word_embeddings"])]
     boxes += [(str(layer), device_map[f"transformer.layers.{layer}"]) for layer in range(layers)]
     boxes += [("norm", device_map["transformer.final_layernorm"]), ("head", device_map["lm_head"])]
-    axes = axes or plt.subplots(figsize=(8.5, 1.1))[1]
+    axes = axes or plt.subplots(figsize=(7.5, 1.1))[1]
     place = 0.0
     for label, device in boxes:
         width = 1.0 if label.isdigit() else 2.2
-        look = device if isinstance(device, int) else 7
-        axes.add_patch(
-            Rectangle((place, 0), width - 0.08, 1, facecolor=COLORS[GPU_COLORS[look % 8]], hatch=GPU_HATCHES[look % 8],
-                      edgecolor="white", linewidth=0)
-        )  # fmt: skip
-        axes.text(place + width / 2 - 0.04, -0.18, label, ha="center", va="top", fontsize=7)
+        axes.add_patch(Rectangle((place, 0), width - 0.08, 1, **_gpu_look(device)))
+        axes.text(place + width / 2 - 0.04, -0.18, label, ha="center", va="top", fontsize=9)
         place += width
     devices = sorted({device for _, device in boxes}, key=str)
     axes.legend(
-        handles=[
-            Patch(facecolor=COLORS[GPU_COLORS[(d if isinstance(d, int) else 7) % 8]],
-                  hatch=GPU_HATCHES[(d if isinstance(d, int) else 7) % 8], edgecolor="white", label=device_name(d))
-            for d in devices
-        ],
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(devices), borderaxespad=0.2,
-    )  # fmt: skip
+        handles=[Patch(label=device_name(device), **_gpu_look(device)) for device in devices],
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=len(devices),
+        borderaxespad=0.2,
+    )
     axes.set(xlim=(0, place), ylim=(-0.5, 1))
     axes.axis("off")
+    runs = [(home, [name for name, _ in run]) for home, run in groupby(boxes, key=itemgetter(1))]
+    held = "; ".join(
+        f"{device_name(home)}: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "") for home, names in runs
+    )
+    describe(axes, f"The parts of the model as a row of boxes, coloured by device. {held}.")
     return axes
+
+
+def _gpu_look(device: int | str) -> dict[str, Any]:
+    place = device % 8 if isinstance(device, int) else 7
+    return {**fill(GPU_COLORS[place], GPU_HATCHES[place]), "linewidth": 0}
 
 
 def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float | None = None, title: str = "") -> Axes:
@@ -156,11 +78,11 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
         title: what it is, before the numbers.
     """
     count = 1 + max(task.gpu for task in tasks)
-    axes = axes or plt.subplots(figsize=(8, 0.9 + 0.5 * count))[1]
+    axes = axes or plt.subplots(figsize=(7.5, 0.9 + 0.5 * count))[1]
     for task in tasks:
         forward = task.kind == "forward"
-        axes.barh(task.gpu, task.end - task.start, left=task.start, height=0.8, edgecolor="white", linewidth=0.6,
-                  color=COLORS["sky" if forward else "orange"], hatch="" if forward else "//")  # fmt: skip
+        look = fill("sky") if forward else fill("orange", "//")
+        axes.barh(task.gpu, task.end - task.start, left=task.start, height=0.8, **look)
     end = max(task.end for task in tasks)
     axes.set_yticks(range(count), [device_name(index) for index in range(count)])
     numbers = f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time"
@@ -168,10 +90,14 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(
-        handles=[Patch(facecolor=COLORS["sky"], label="forward"),
-                 Patch(facecolor=COLORS["orange"], hatch="//", edgecolor="white", label="backward")],
-        loc="upper left", bbox_to_anchor=(1.0, 1.05),
-    )  # fmt: skip
+        handles=[Patch(label="forward", **fill("sky")), Patch(label="backward", **fill("orange", "//"))],
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=2,
+        borderaxespad=0.2,
+    )
+    parts = 1 + max(task.micro_batch for task in tasks)
+    describe(axes, f"Who works when, {count} GPUs, {parts} micro-batches. {axes.get_title('left')}.")
     return axes
 
 
@@ -194,10 +120,18 @@ def draw_cut_curve(
     axes.axvline(cuts[best], color=COLORS["grey"], linewidth=1)
     axes.annotate(f"cut {cuts[best]}", (cuts[best], axes.get_ylim()[0]), (4, 4), textcoords="offset points")
     if limit:
-        axes.axhline(limit / GIB, color=COLORS["black"], linewidth=2, label="limit")
-    axes.set(xlabel="blocks on GPU 0", ylabel="peak, GiB")
+        axes.axhline(limit / GIB, color=COLORS["black"], linewidth=2)
+        note = f"limit {limit / GIB:.2f}"
+        axes.annotate(note, (cuts[0], limit / GIB), (0, 3), textcoords="offset points", va="bottom")
+        axes.set_ylim(top=max(axes.get_ylim()[1], 1.08 * limit / GIB))
+    axes.set(xlabel="blocks on GPU 0", ylabel="peak (GiB)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
+    ends = "; ".join(
+        f"{cut} blocks: {' and '.join(f'{size / GIB:.2f}' for size in row)} GiB"
+        for cut, row in zip((cuts[0], cuts[best], cuts[-1]), (peaks[0], peaks[best], peaks[-1]), strict=True)
+    )
+    describe(axes, f"Peak of each GPU against the number of blocks on GPU 0; best at {cuts[best]}. {ends}.")
     return axes
 
 
@@ -206,11 +140,12 @@ def draw_timeline(timeline: Sequence[tuple[str, int]], axes: Axes | None = None)
     axes = axes or plt.subplots(figsize=(7.5, 2.8))[1]
     sizes = [size / 2**20 for _, size in timeline]
     back = next(place for place, (name, _) in enumerate(timeline) if name.endswith("back"))
-    colors = [COLORS["sky"] if place < back else COLORS["orange"] for place in range(len(sizes))]
-    hatches = ["" if place < back else "//" for place in range(len(sizes))]
-    axes.bar(range(len(sizes)), sizes, color=colors, hatch=hatches, edgecolor="white")
+    for place, size in enumerate(sizes):
+        axes.bar(place, size, **(fill("sky") if place < back else fill("orange", "//")))
     axes.set_xticks(range(len(sizes)), [name for name, _ in timeline], rotation=30, ha="right")
-    axes.set(ylabel="MiB", title="one block: run again, then undone")
+    axes.set(ylabel="MiB", title="one block: run again (plain), then undone (hatched)")
+    steps = ", ".join(f"{name} {size:,.0f}" for (name, _), size in zip(timeline, sizes, strict=True))
+    describe(axes, f"MiB that one block holds, step by step, while it is run again and then undone: {steps}.")
     return axes
 
 
@@ -218,19 +153,23 @@ def draw_compared(
     names: Sequence[str], predicted: Sequence[int], measured: Sequence[int], axes: Axes | None = None
 ) -> Axes:
     """Predicted and measured peaks side by side, with the difference in percent."""
-    axes = axes or plt.subplots(figsize=(8, 1 + 0.4 * len(names)))[1]
+    axes = axes or plt.subplots(figsize=(7.5, 1.2 + 0.4 * len(names)))[1]
     rows = range(len(names))
-    axes.barh(
-        [row - 0.2 for row in rows], [size / GIB for size in predicted], 0.38, color=COLORS["sky"], label="predicted"
-    )
-    axes.barh([row + 0.2 for row in rows], [size / GIB for size in measured], 0.38, color=COLORS["blue"], hatch="//",
-              edgecolor="white", label="measured")  # fmt: skip
+    kinds = (("predicted", predicted, -0.2, fill("sky")), ("measured", measured, 0.2, fill("blue", "//")))
+    for label, sizes, shift, look in kinds:
+        axes.barh([row + shift for row in rows], [size / GIB for size in sizes], 0.38, label=label, **look)
     for row, (guess, truth) in enumerate(zip(predicted, measured, strict=True)):
         axes.text(max(guess, truth) / GIB, row, f" {guess / truth - 1:+.2%}", va="center")
     axes.set_yticks(rows, names)
     axes.invert_yaxis()
     axes.set(xlabel="GiB", xlim=(0, 1.12 * max([*predicted, *measured]) / GIB))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    pairs = "; ".join(
+        f"{name} {guess / GIB:.2f} and {truth / GIB:.2f} ({guess / truth - 1:+.2%})"
+        for name, guess, truth in zip(names, predicted, measured, strict=True)
+    )
+    describe(axes, f"Predicted and measured peaks in GiB: {pairs}.")
     return axes
 
 
@@ -248,4 +187,9 @@ def draw_limits(lengths: Sequence[int], batches: Mapping[str, Sequence[int]], ax
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend()
+    most = "; ".join(
+        f"{name}: {', '.join(f'{rows} of {length}' for length, rows in zip(lengths, each, strict=True))}"
+        for name, each in batches.items()
+    )
+    describe(axes, f"Most rows in a step, and their tokens. {most}.")
     return axes

@@ -3,6 +3,7 @@
     use_style()  ->  white ground, thin grid, Okabe-Ito colours in a fixed order
     COLORS       ->  those colours by name: COLORS["blue"]
     HATCHES      ->  one hatch for each colour, so a print in black and white can still be read
+    fill()       ->  how an area is drawn: colour, hatch, and a hatch ink that can be seen on it
     cjk_font()   ->  name of an installed font with Chinese glyphs, or None
     describe()   ->  words for those who cannot see the figure
 
@@ -18,6 +19,7 @@ import matplotlib as mpl
 from IPython.core.getipython import get_ipython
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 COLORS = {
@@ -31,8 +33,9 @@ COLORS = {
     "black": "#000000",
     "grey": "#999999",
     "light": "#DDDDDD",
+    "dark": "#4D4D4D",
 }
-"""Okabe-Ito colours by name, and two greys for what should stay in the background."""
+"""Okabe-Ito colours by name, and three greys. To the colour-blind, "grey" may look as "green" and "purple" do."""
 
 CYCLE = ["blue", "orange", "green", "vermillion", "sky", "purple", "yellow", "black"]
 """Order in which lines and bars take their colours."""
@@ -96,15 +99,33 @@ def use_style() -> None:
     )
 
 
+def ink(color: str) -> str:
+    """ "black" or "white", whichever can be seen better on the colour of this name."""
+    parts = (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(COLORS[color]))
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    # Contrast as WCAG 2.1 counts it: the lighter of two over the darker, each with 0.05 added.
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
+def fill(color: str, hatch: str = "") -> dict[str, Any]:
+    """How an area is drawn: arguments for a patch, with an edge and a hatch that stand out from the colour."""
+    return {"facecolor": COLORS[color], "hatch": hatch, "edgecolor": ink(color), "linewidth": 0.5}
+
+
 def describe(axes: Axes, text: str) -> None:
     """Give the figure of `axes` an alternative text, which notebooks keep beside the picture and pages show as `alt`.
+
+    A figure whose axes were described one by one has all their texts, in the order of the axes.
 
     Args:
         axes: any axes of the figure.
         text: what the picture shows, with its numbers.
     """
     figure: Any = axes.figure
-    figure.alternative_text = text
+    of_axes: Any = axes
+    of_axes.alternative_text = text
+    texts = [getattr(each, "alternative_text", "") for each in figure.axes]
+    figure.alternative_text = " ".join(filter(None, texts))
     shell: Any = get_ipython()
     if shell is None:
         return

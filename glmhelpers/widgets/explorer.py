@@ -21,7 +21,7 @@ from typing import Any
 import ipywidgets as ui
 
 from glmhelpers.cost_model.sizes import LORA_TARGETS, divisors
-from glmhelpers.plots.device_map import draw_plan
+from glmhelpers.plots.memory_figure import draw_plan
 from glmhelpers.utils.units import GIB
 from glmhelpers.widgets.explorer_state import CHOICES, LENGTH_STEP, MAX_BATCH, MAX_GPUS, RANKS, Explored
 from glmhelpers.widgets.explorer_svg import bars_svg, schedule_svg

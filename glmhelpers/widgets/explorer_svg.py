@@ -8,7 +8,7 @@ from html import escape
 
 from glmhelpers.cost_model.step_memory import OUTSIDE, TERMS
 from glmhelpers.cost_model.step_time import Task
-from glmhelpers.plots.device_map import TERM_LOOK
+from glmhelpers.plots.memory_bars import TERM_LOOK
 from glmhelpers.plots.style import COLORS
 from glmhelpers.utils.units import GIB
 

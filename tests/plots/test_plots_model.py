@@ -143,8 +143,10 @@ def test_words_of_a_figure_go_beside_its_picture(monkeypatch):
     formatter.for_type(Figure, lambda figure: b"pixels")
     monkeypatch.setattr("glmhelpers.plots.style.get_ipython", lambda: shell)
     show = partial(shell.display_formatter.format, include={"image/png"})
-    silent, loud = plt.figure(), plt.figure()
-    for _ in range(2):  # it is not wrapped twice
-        describe(loud.add_subplot(), "seven bars")
+    silent, (loud, axes) = plt.figure(), plt.subplots(1, 2)
+    for text in ("nothing yet", "seven bars"):  # it is not wrapped twice
+        describe(axes[0], text)
     assert show(loud) == ({"image/png": b"pixels"}, {"image/png": {"alt": "seven bars"}})
+    describe(axes[1], "Two lines.")
+    assert show(loud)[1] == {"image/png": {"alt": "seven bars Two lines."}}
     assert show(silent) == ({"image/png": b"pixels"}, {})
