@@ -176,7 +176,9 @@ def test_every_figure_has_words(name, tmp_path):
     assert any(letter.isdigit() for letter in text)
 
 
-NOTEBOOKS = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("**/*.ipynb")) if "build" not in path.parts}
+NOTEBOOKS = {
+    path.stem: path for path in sorted((PROJECT / "notebooks").glob("**/*.ipynb")) if "build" not in path.parts
+}
 
 
 @pytest.mark.parametrize("name", late(NOTEBOOKS, NOT_RUN_AGAIN))

@@ -300,7 +300,14 @@ def test_a_damaged_answer_is_right_but_not_whole():
 
 @pytest.mark.parametrize(
     ("text", "whole"),
-    [("3+4=7.", True), ("３ + 4 = 7", True), ("3+4=7.5", False), ("3+4=17.", False), ("3+4=7. I am.", False), ("", False)],
+    [
+        ("3+4=7.", True),
+        ("３ + 4 = 7", True),
+        ("3+4=7.5", False),
+        ("3+4=17.", False),
+        ("3+4=7. I am.", False),
+        ("", False),
+    ],
 )
 def test_a_whole_answer_is_a_reference_however_it_is_typed(text, whole):
     assert is_whole(text, "3+4=7.") == whole
