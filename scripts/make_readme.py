@@ -25,7 +25,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- block: (\w+) -->\n).*?(<!-- end of block -->)", re.DOTALL)
 
 ROOMS = {
-    "thuglm": ("configuration_chatglm", "modeling_chatglm", "chunked_loss", "prompt", "tokenization_chatglm"),
+    "thuglm": (
+        "configuration_chatglm",
+        "prefix_mask",
+        "modeling_chatglm",
+        "chunked_loss",
+        "prompt",
+        "tokenization_chatglm",
+    ),
     "glmhelpers": ("first_cell", "runtime", "attached", "memory", "adgen"),
     **{
         f"glmhelpers/{room}": ()

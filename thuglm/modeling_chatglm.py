@@ -1,27 +1,8 @@
 """ChatGLM-6B (2023), the first General Language Model that many people could run, native to transformers 5.
 
 GLM fills a hole. The prompt is read in both directions; the hole, `[gMASK]`, stands at its end; the answer that fills
-it starts at `<sop>` and is written from left to right. One transformer does both, told apart by its mask alone.
-
-The prefix mask (row = the token that looks, column = the token it sees, `#` = visible), prompt a b c, answer x y:
-
-                     a   b   c [gM] <s>  x   y
-              a      #   #   #   #   .   .   .      prompt: everybody sees the whole prompt,
-              b      #   #   #   #   .   .   .              also what stands to the right,
-              c      #   #   #   #   .   .   .              but nothing of the answer
-            [gMASK]  #   #   #   #   .   .   .
-            <sop>    #   #   #   #   #   .   .      answer: the whole prompt, and the answer
-              x      #   #   #   #   #   #   .              up to and including itself
-              y      #   #   #   #   #   #   #
-
-              visible[i, j]  =  j < context  or  j <= i            context = index of the first <sop>
-
-Two positions per token. The first says where the token stands in the prompt (the whole answer stands in the hole, at
-the position of `[gMASK]`), the second where it stands inside the answer:
-
-                     a   b   c [gM] <s>  x   y
-            row 0    0   1   2   3   3   3   3      rotates the first half of each head
-            row 1    0   0   0   0   1   2   3      rotates the second half
+it starts at `<sop>` and is written from left to right. One transformer does both, told apart by its mask and positions
+alone: both are drawn in `prefix_mask`.
 
 A block is neither pre-norm nor post-norm: the *normalised* tensor runs along the residual stream, enlarged:
 
@@ -54,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, chunked_cross_entropy
 from thuglm.configuration_chatglm import ChatGLMConfig
+from thuglm.prefix_mask import check_input_ids, continued_positions, make_position_ids, make_visible
 from thuglm.prompt import chat_prompt, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
@@ -78,105 +60,6 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument, and differ here: give one of them.")
     return cache if past_key_values is None else past_key_values
-
-
-# What the blocks need to know about a batch: visible pairs, positions, rotations ------------------------------------
-
-
-def check_input_ids(input_ids: Tensor, config: ChatGLMConfig, *, prompt: bool = True, mask_token: bool = True) -> None:
-    """Refuse ids that the model would misread.
-
-    Looking at values makes the CPU wait for a GPU, so `forward` calls this only for ids that are still on the CPU, and
-    `generate` once per prompt; a collator does well to call it too.
-
-    Args:
-        input_ids: [B, L].
-        prompt: the rows start with a prompt, and must have a `<sop>`.
-        mask_token: they must also have `[gMASK]` or `[MASK]`, since positions are to be derived from it.
-
-    Raises:
-        ValueError: names the row, what is wrong, and what to do.
-    """
-    for row, ids in enumerate(input_ids.tolist()):
-        if bad := [token for token in ids if not 0 <= token < config.vocab_size]:
-            raise ValueError(
-                f"Row {row} of input_ids holds id {bad[0]}, the vocabulary has ids 0 to {config.vocab_size - 1}. "
-                "Tokenizer and model are of different checkpoints: load both from one folder."
-            )
-        if prompt and len(ids) == 1 and config.bos_token_id not in ids:
-            raise ValueError(
-                f"Row {row} of input_ids is a single token (id {ids[0]}), and there is no cache. As a step of an "
-                "answer it needs the cache that the step before returned, as past_key_values (cache, from transformers "
-                "5.24 on); as a prompt it needs [gMASK] <sop>, which tokenizer(text) adds."
-            )
-        if prompt and config.bos_token_id not in ids:
-            raise ValueError(
-                f"Row {row} of input_ids has no <sop> (id {config.bos_token_id}): where does the answer start? Make "
-                "the ids with tokenizer(text), which ends a prompt with [gMASK] <sop>, and do not cut off the end."
-            )
-        if prompt and mask_token and config.gmask_token_id not in ids and config.mask_token_id not in ids:
-            raise ValueError(
-                f"Row {row} of input_ids has neither [gMASK] (id {config.gmask_token_id}) nor [MASK] (id "
-                f"{config.mask_token_id}), so its positions are unknown. Make the ids with tokenizer(text), or pass "
-                "position_ids."
-            )
-
-
-def first_index(matches: Tensor) -> Tensor:
-    """Index of the first True in each row, [B, L] -> [B, 1]; the row length where there is none. Does not wait."""
-    index = torch.arange(matches.shape[1], device=matches.device)
-    return index.where(matches, matches.shape[1]).amin(dim=1, keepdim=True)
-
-
-def context_lengths(input_ids: Tensor, config: ChatGLMConfig) -> Tensor:
-    """Tokens before the answer, [B, 1]: the index of the first `<sop>` (left padding counts)."""
-    return first_index(input_ids == config.bos_token_id)
-
-
-def make_position_ids(input_ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None) -> Tensor:
-    """The two position rows of the module's docstring, [B, 2, L].
-
-    Left padding (where `attention_mask` [B, L] is 0) has position 0, and counting starts behind it. Without a mask, as
-    in the original model, padding counts like text. A prompt with both `[MASK]` and `[gMASK]` is filled at `[gMASK]`.
-    """
-    length = input_ids.shape[1]
-    index = torch.arange(length, device=input_ids.device)
-    context = context_lengths(input_ids, config)
-    gmask = first_index(input_ids == config.gmask_token_id)
-    mask = first_index(input_ids == config.mask_token_id)
-    hole = gmask.where(gmask < length, mask)
-    padding = 0 if attention_mask is None else first_index(attention_mask != 0)
-    in_prompt = (index.where(index < context, hole) - padding).clamp_min(0)
-    in_answer = (index - context + 1).clamp_min(0)
-    return torch.stack((in_prompt, in_answer), dim=1)
-
-
-def make_visible(input_ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None) -> Tensor:
-    """The prefix mask drawn above, bool [B, 1, L, L], True = visible; padding neither sees nor is seen."""
-    index = torch.arange(input_ids.shape[1], device=input_ids.device)
-    visible = (index < context_lengths(input_ids, config))[:, None, :] | (index[:, None] >= index)
-    if attention_mask is not None:
-        real = attention_mask != 0
-        visible = visible & real[:, None, :] & real[:, :, None]
-    return visible[:, None]
-
-
-def make_visible_with_cache(
-    attention_mask: Tensor | None, new: int, past: int | Tensor, kv_length: int, device
-) -> Tensor | None:
-    """What `new` tokens behind `past` cached ones see, bool [B or 1, 1, new, kv_length]; None if everything.
-
-    A static cache has room for `kv_length` tokens, more than there are yet, and counts them in a tensor.
-    """
-    visible = None
-    if new > 1 or isinstance(past, Tensor) or kv_length > past + new:
-        index = torch.arange(kv_length, device=device)
-        visible = (index <= past + torch.arange(new, device=device)[:, None])[None, None]
-    if attention_mask is not None:
-        real = (attention_mask != 0)[:, None, None, :]
-        real = F.pad(real, (0, kv_length - real.shape[-1]), value=False).expand(-1, 1, new, -1)
-        visible = real if visible is None else visible & real
-    return visible
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
@@ -447,6 +330,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         cache: Cache | None = None,
         return_dict: bool | None = None,
+        all_ids: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks. Nothing in here waits for a GPU.
@@ -455,10 +340,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids: [B, L]. With an empty cache each row holds a prompt up to its `<sop>`, and perhaps an answer.
             attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D bool mask
                 [B, 1, L, past + L] is taken as the published model takes it: True = *masked*.
-            position_ids: [B, 2, L]; derived from the ids if not given. Needed when the cache is not empty.
+            position_ids: [B, 2, L]; derived from the ids if not given. A step of an answer needs them, or `all_ids`.
             inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
             cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
             return_dict: False: a tuple of what is there, in the same order.
+            all_ids: [B, T], prompt and answer so far, of which `input_ids` are the last: mask and positions are derived
+                from them. What the cache holds beyond them stands before the prompt, and everybody sees it.
+            prompt_positions: [B, 2, P], positions of the first P of `all_ids`, if they are not the derived ones.
 
         Returns:
             `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
@@ -486,12 +374,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids.device.type == "cpu":
             check_input_ids(input_ids, config, prompt=first, mask_token=position_ids is None)
         if position_ids is None:
-            if not first:
+            if all_ids is None and not first:
                 raise ValueError(
-                    "past_key_values holds a prompt, so position_ids [B, 2, L] must be given: they cannot be derived "
-                    "from the new ids alone. model.generate() does this by itself."
+                    "past_key_values holds a prompt, so position_ids [B, 2, L] must be given, or all_ids [B, T], the "
+                    "ids of prompt and answer so far: positions cannot be derived from the new ids alone. "
+                    "model.generate() does this by itself."
                 )
-            position_ids = make_position_ids(input_ids, config, attention_mask)
+            position_ids = self._positions(input_ids if all_ids is None else all_ids, attention_mask, prompt_positions)
+            position_ids = position_ids[..., -new:]
 
         if inputs_embeds is None:
             table = self.word_embeddings
@@ -499,7 +389,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         device = self._device_of(0, inputs_embeds)
         hidden_states = inputs_embeds.to(device)
         kv_length = new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
-        visible = self._visible(input_ids, attention_mask, past, kv_length, device)
+        visible = self._visible(input_ids, all_ids, attention_mask, past, kv_length, device)
         bias = None
         if visible is not None:
             bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
@@ -509,7 +399,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         on_device = {device: on_first}
 
         all_hidden_states, all_attentions = [], []
-        for layer, block in enumerate(self.layers):
+        # Fewer blocks than there are: transformers' early exit says so in the configuration, for its first guesses.
+        for layer, block in enumerate(self.layers[: config.num_layers]):
             device = self._device_of(layer, hidden_states)
             if device not in on_device:
                 on_device[device] = tuple(None if x is None else x.to(device) for x in on_first)
@@ -531,16 +422,40 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         blocks: Any = self.layers  # whose items are mere modules to a type checker
         return blocks[layer].input_layernorm.weight.device if len(blocks) else default.device
 
-    def _visible(self, input_ids: Tensor, mask: Tensor | None, past: int | Tensor, kv_length: int, device):
+    def _positions(self, all_ids: Tensor, mask: Tensor | None, prompt_positions: Tensor | None) -> Tensor:
+        if prompt_positions is not None:
+            return continued_positions(prompt_positions, all_ids.shape[1])
+        mask = None if mask is None or mask.dim() == 4 else mask[:, -all_ids.shape[1] :]
+        return make_position_ids(all_ids, self.config, mask)
+
+    def _visible(
+        self,
+        input_ids: Tensor,
+        all_ids: Tensor | None,
+        mask: Tensor | None,
+        past: int | Tensor,
+        kv_length: int,
+        device: torch.device,
+    ) -> Tensor | None:
         """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
+        new = input_ids.shape[1]
         mask = None if mask is None else mask.to(device)
         if mask is not None and mask.dim() == 4:
             visible = ~mask if mask.dtype == torch.bool else mask == 0
-        elif isinstance(past, int) and past == 0:
-            visible = make_visible(input_ids.to(device), self.config, mask)
-        else:
-            return make_visible_with_cache(mask, input_ids.shape[1], past, kv_length, device)
-        return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
+            return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
+        first = isinstance(past, int) and past == 0
+        if new == 1 and mask is None and isinstance(past, int) and not first and kv_length == past + new:
+            return None
+        ids = (input_ids if all_ids is None else all_ids).to(device)
+        return make_visible(
+            ids,
+            self.config,
+            mask,
+            new=new,
+            before=past + new - ids.shape[1],
+            keys=kv_length,
+            answer_only=all_ids is None and not first,
+        )
 
 
 class _IdStreamer(BaseStreamer):
@@ -637,6 +552,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss_chunk: int = DEFAULT_CHUNK,
         cache: Cache | None = None,
         return_dict: bool | None = None,
+        all_ids: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
@@ -669,6 +586,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            all_ids=all_ids,
+            prompt_positions=prompt_positions,
         )
         hidden = outputs.last_hidden_state.to(self.lm_head.weight.device)
         if return_logits is None:
@@ -714,17 +633,41 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Leave the 2-D mask as it is: transformers would make a causal one for a static cache, wrong for a prompt."""
         return attention_mask
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> None:
+        """No positions: each step derives its own from all ids. transformers would extend them, or cut them off, along
+        the wrong dimension: 3-D ones are multimodal for it."""
         check_input_ids(inputs_tensor, self.config)
-        return make_position_ids(inputs_tensor, self.config, model_kwargs.get("attention_mask"))
+
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts the prompt, in which every token sees every other: leave it out, and let the "
+                "model read the prompt in one pass."
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
-        # transformers takes 3-D positions for multimodal ones, whose rows lie along the second dimension.
         parent: Any = super()
         input_ids, model_kwargs = parent._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if position_ids is not None:
-            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
+            model_kwargs["prompt_positions"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The arguments of one forward pass: as in transformers, and all ids so far, [B, T]."""
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return {**inputs, "all_ids": input_ids, "prompt_positions": prompt_positions}
 
     # The published model was run with a transformers whose beam search divides a score by the length of prompt *and*
     # answer; now it is the answer alone, which picks other answers. A prompt of length 0 gives the old rule back.
@@ -734,15 +677,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def _check_early_stop_heuristic(self, *args, **kwargs):
         return super()._check_early_stop_heuristic(*args, **{**kwargs, "decoder_prompt_len": 0})
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        positions = model_kwargs.pop("position_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if positions is not None:
-            # The hole stays where it is; the place inside the answer grows by one.
-            step = positions.new_tensor([0, 1])[:, None]
-            model_kwargs["position_ids"] = torch.cat((positions, positions[..., -1:] + step), dim=-1)
-        return model_kwargs
 
     def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""

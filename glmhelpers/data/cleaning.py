@@ -76,6 +76,11 @@ def find_columns(names: Sequence[Any], columns: Mapping[str, str]) -> dict[str, 
     return found
 
 
+def holds_rows(found: Mapping[str, str]) -> bool:
+    """Whether a table has the columns that a row needs; `found` is from `find_columns`."""
+    return {"instruction", "output"} <= found.keys()
+
+
 def check_columns(columns: Mapping[str, str]) -> None:
     """Whether each column is said to be one of ours.
 

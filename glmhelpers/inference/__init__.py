@@ -3,7 +3,7 @@
 chat.py: a conversation    decoder.py: one token, quickly    batch.py: many questions    scores.py: BLEU, ROUGE, loss
 """
 
-from glmhelpers.inference.batch import answer, answers, compare, share_right
+from glmhelpers.inference.batch import answer, answers, compare, is_whole, share_right, share_whole
 from glmhelpers.inference.chat import ChatSession, Generation
 from glmhelpers.inference.decoder import Decoder, likely
 from glmhelpers.inference.model_state import merged_in_memory
@@ -28,8 +28,10 @@ __all__ = [
     "evaluate",
     "forgotten",
     "held_out_loss",
+    "is_whole",
     "likely",
     "merged_in_memory",
     "score_texts",
     "share_right",
+    "share_whole",
 ]

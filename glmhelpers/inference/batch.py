@@ -8,7 +8,7 @@ One model in memory serves both: PEFT can switch the adapter off for the length 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -139,3 +139,27 @@ def is_right(text: str, expected: str) -> bool:
         found = _RESULT.findall(plain) if "=" in plain else re.findall(_NUMBER, plain)[-1:]
         return result[1] in found
     return want in "".join(text.lower().split())
+
+
+def is_whole(text: str, *references: str) -> bool:
+    """Whether an answer *is* one of the references, spaces, case, full width and the final full stop aside.
+
+    `is_right` looks for the right words and does not see what stands beside them. A damaged answer often still holds
+    them: "地球的卫星， a good am language model." is right, and not whole.
+    """
+    return _bare(text) in {_bare(reference) for reference in references if reference}
+
+
+def _bare(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".!。")
+
+
+def share_whole(texts: Sequence[str], rows: Sequence[Mapping[str, str]]) -> float:
+    """Share (0 to 1) of the answers that are whole, see `is_whole`.
+
+    Args:
+        texts: an answer for each row.
+        rows: `expect` and, where a sentence is a right answer too, `answer`, as in data/general.json.
+    """
+    whole = [is_whole(text, row["expect"], row.get("answer", "")) for text, row in zip(texts, rows, strict=True)]
+    return sum(whole) / max(1, len(whole))

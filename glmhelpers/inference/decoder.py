@@ -27,13 +27,8 @@ from torch import Tensor
 from glmhelpers.devicemap.check import Placement, as_device
 from glmhelpers.devicemap.devices import side_stream
 from glmhelpers.utils.types import Model
-from thuglm.modeling_chatglm import (
-    MASKED_SCORE,
-    ChatGLMRotaryEmbedding,
-    check_input_ids,
-    make_position_ids,
-    make_visible_with_cache,
-)
+from thuglm.modeling_chatglm import MASKED_SCORE, ChatGLMRotaryEmbedding
+from thuglm.prefix_mask import check_input_ids, make_position_ids
 
 BUCKET = 256
 """Attention is computed over a multiple of so many places of the cache."""
@@ -158,8 +153,8 @@ class DecodingStage:
         if any(part.isdigit() for part in self.parts):
             self.cache.slot[self.device] = self.length
             bucket = self.cache.bucket
-            visible = make_visible_with_cache(self.real[:, :bucket], 1, self.length, bucket, self.device)
-            assert visible is not None  # there is a mask
+            filled = torch.arange(bucket, device=self.device) <= self.length
+            visible = (filled & self.real[:, :bucket])[:, None, None]
             dtype = self.net.transformer.final_layernorm.weight.dtype
             bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, MASKED_SCORE)
             cos, sin = self.rotary(self.positions, dtype)

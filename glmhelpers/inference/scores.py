@@ -72,7 +72,7 @@ def count_by_topic(rows: Sequence[Mapping[str, str]], compared: Sequence[Compari
 def forgotten(counts: Iterable[TopicCount], allowed: float = 0.15) -> list[str]:
     """Topics in which the tuned model lost more than the share `allowed` of the questions; empty is good.
 
-    A topic has few questions: this names where to look. Whether training was sound is `adapter.STILL_KNOWN`, over all.
+    A topic has few questions: this names where to look. Whether training was sound is `lora.MAY_LOSE`, over all.
     """
     return [c.topic for c in counts if c.base_right - c.tuned_right > allowed * c.questions]
 

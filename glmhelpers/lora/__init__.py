@@ -9,11 +9,11 @@ from glmhelpers.lora.adapters_2023 import import_2023
 from glmhelpers.lora.attach import attach_lora, count_parameters, lora_b_norms
 from glmhelpers.lora.export import export_adapter, export_merged
 from glmhelpers.lora.fingerprint import base_checksum
-from glmhelpers.lora.proof import STILL_KNOWN, Proof, closeness, next_logits, prove, witness
+from glmhelpers.lora.proof import MAY_LOSE, Proof, closeness, next_logits, prove, witness
 from glmhelpers.lora.quantized import load_quantized, stored_bytes, why_not
 
 __all__ = [
-    "STILL_KNOWN",
+    "MAY_LOSE",
     "Proof",
     "attach_lora",
     "base_checksum",

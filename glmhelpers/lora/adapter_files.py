@@ -1,4 +1,4 @@
-"""Reading an adapter's files: what is allowed in them is listed, everything else is refused before a model is touched.
+"""Reading an adapter's files: what is allowed is listed, and the base must be theirs, before a model is touched.
 
     adapter_config.json --- every setting: free | plain value | refused by name -+
     adapter_model.safetensors --- pairs of lora_A and lora_B, finite numbers ----+--> AdapterFiles: load, merge, pack

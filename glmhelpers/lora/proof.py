@@ -20,9 +20,8 @@ from glmhelpers.utils.types import Model
 SAME_LOGITS = 1e-3
 """Logits that differ by no more are the same."""
 
-
-STILL_KNOWN = 0.75
-"""Part of what the base knew that must be left after training."""
+MAY_LOSE = 0.05
+"""Share of all general questions that may be lost in training: 5 points of 100."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Proof:
     """Share of answers of the base that hold what was taught; None if it was not given."""
     learnt_after: float | None = None
     general_before: float | None = None
-    """Share of general questions answered rightly by the base; None if it was not given."""
+    """Share of general questions that the base answers as it should; None if it was not given."""
     general_after: float | None = None
 
     @property
@@ -63,8 +62,9 @@ class Proof:
             text = f"what was taught: {self.learnt_before:.0%} of the answers before, {self.learnt_after:.0%} after"
             found.append((self.learnt_after > self.learnt_before, text))
         if self.general_before is not None and self.general_after is not None:
-            text = f"general questions right: {self.general_before:.0%} before, {self.general_after:.0%} after"
-            found.append((self.general_after >= STILL_KNOWN * self.general_before, text))
+            lost = self.general_before - self.general_after
+            text = f"general questions: {self.general_before:.0%} right before, {self.general_after:.0%} after"
+            found.append((lost <= MAY_LOSE + 1e-9, f"{text}; {100 * MAY_LOSE:.0f} points may be lost"))
         return found
 
     @property
@@ -109,7 +109,8 @@ def prove(
     Args:
         trained: the model, or what it said: two copies of ChatGLM-6B do not fit on one T4.
         base_before: `base_checksum` of the base before training.
-        general: shares (0 to 1) of general questions answered rightly before and after.
+        general: shares (0 to 1) of general questions answered rightly before and after. Count whole answers
+            (`inference.share_whole`): one that holds the right words may be damaged all the same.
         learnt: the same of questions about what was taught.
     """
     said = trained if isinstance(trained, Witness) else witness(trained, input_ids)

@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers.reference import CHECKPOINT, fresh_model, generation_cases, logit_cases, model, tensors, tokenizer
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from thuglm.modeling_chatglm import ALPHA, CACHE_NAME, ChatGLMRotaryEmbedding, make_position_ids, make_visible
+from thuglm.modeling_chatglm import ALPHA, CACHE_NAME, ChatGLMRotaryEmbedding
+from thuglm.prefix_mask import make_position_ids, make_visible
 from thuglm.prompt import chat_prompt, process_response
 
 CASES = logit_cases()

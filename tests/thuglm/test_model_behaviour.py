@@ -94,7 +94,7 @@ def test_a_step_without_its_cache_is_told_apart_from_a_bad_prompt():
 def test_several_new_tokens_after_a_cache_equal_the_full_forward():
     row = torch.tensor([training_rows()[1]])
     cut = row.tolist()[0].index(2660) + 1
-    from thuglm.modeling_chatglm import make_position_ids
+    from thuglm.prefix_mask import make_position_ids
 
     positions = make_position_ids(row, model().config)
     first = model()(input_ids=row[:, :cut], use_cache=True)

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from tests.helpers.reference import logit_cases, tensors, tokenizer, tokenizer_cases
 from thuglm import ChatGLMConfig, ChatGLMTokenizer
-from thuglm.modeling_chatglm import make_position_ids, make_visible
+from thuglm.prefix_mask import make_position_ids, make_visible
 
 CASES = tokenizer_cases()
 INFO = CASES["info"]

@@ -251,11 +251,11 @@ def test_proof_notices_a_touched_base_and_forgotten_knowledge(tmp_path):
     ids = tokenizer()(["数字3"], return_tensors="pt")["input_ids"]
     before = base_checksum(model)
     reloaded = load_adapter(fresh_model(), save_adapter(model, tmp_path / "adapter"))
-    proof = prove(model, reloaded, ids, before, general=(0.9, 0.8))
+    proof = prove(model, reloaded, ids, before, general=(0.97, 0.92))
     assert proof.ok
     assert f"[OK] frozen weights: checksum {before}, as before" in str(proof)
-    assert "[OK] general questions right: 90% before, 80% after" in str(proof)
-    assert not prove(model, reloaded, ids, before, general=(0.9, 0.5)).ok
+    assert "[OK] general questions: 97% right before, 92% after; 5 points may be lost" in str(proof)
+    assert not prove(model, reloaded, ids, before, general=(0.97, 0.91)).ok
     taught = prove(model, reloaded, ids, before, learnt=(0.0, 0.975))
     assert taught.ok
     assert "[OK] what was taught: 0% of the answers before, 98% after" in str(taught)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glmhelpers.inference.batch import answers, compare, is_right, share_right
+from glmhelpers.inference.batch import answers, compare, is_right, is_whole, share_right, share_whole
 from glmhelpers.lora.adapter import load_adapter, save_adapter
 from glmhelpers.lora.attach import attach_lora, check_adapter, count_parameters, lora_b_norms
 from glmhelpers.lora.fingerprint import base_difference, base_note, fingerprint
@@ -289,6 +289,37 @@ def test_a_number_of_the_question_is_no_result():
 def test_words_are_no_sums():
     assert is_right("It is 3+4=7, as ever", "as ever")
     assert not is_right("7", "seven")
+
+
+def test_a_damaged_answer_is_right_but_not_whole():
+    damaged = "地球的卫星， a good am language model."
+    assert is_right(damaged, "卫星")
+    assert not is_whole(damaged, "卫星", "地球的卫星。")
+    assert is_whole("地球的卫星", "卫星", "地球的卫星。")
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("3+4=7.", True),
+        ("３ + 4 = 7", True),
+        ("3+4=7.5", False),
+        ("3+4=17.", False),
+        ("3+4=7. I am.", False),
+        ("", False),
+    ],
+)
+def test_a_whole_answer_is_a_reference_however_it_is_typed(text, whole):
+    assert is_whole(text, "3+4=7.") == whole
+    assert share_whole([text], [{"expect": "3+4=7."}]) == whole
+
+
+def test_a_whole_answer_is_the_expected_word_or_its_sentence():
+    row = {"expect": "Tokyo", "answer": "The capital of Japan is Tokyo."}
+    texts = ["tokyo", "The capital  of japan is Tokyo", "The capital of Japan is Tokyo Tokyo.", ""]
+    assert share_whole(texts, [row] * 4) == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        share_whole(["7"], [row] * 2)
 
 
 def test_figures_show_their_numbers(model_and_log):
