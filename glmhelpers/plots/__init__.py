@@ -20,11 +20,10 @@ from glmhelpers.plots.inference import (
     plot_top_p,
     token_labels,
 )
-from glmhelpers.plots.lora import draw_lora, plot_b_norms
 from glmhelpers.plots.memory_figure import draw_memory, draw_plan, draw_rest
 from glmhelpers.plots.model import draw_mask, draw_model, draw_positions
 from glmhelpers.plots.style import COLORS, cjk_font, describe, label_bars, use_style
-from glmhelpers.plots.training import plot_loss, plot_progress
+from glmhelpers.plots.training import draw_lora, plot_b_norms, plot_loss, plot_progress
 from glmhelpers.plots.weights import draw_loading, draw_parts, draw_shards
 
 __all__ = [

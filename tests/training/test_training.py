@@ -15,8 +15,7 @@ from glmhelpers.lora.attach import attach_lora, check_adapter, count_parameters,
 from glmhelpers.lora.fingerprint import base_difference, base_note, fingerprint
 from glmhelpers.lora.proof import prove
 from glmhelpers.plots.inference import plot_sampling
-from glmhelpers.plots.lora import draw_lora, plot_b_norms
-from glmhelpers.plots.training import plot_loss
+from glmhelpers.plots.training import draw_lora, plot_b_norms, plot_loss
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_example
 from glmhelpers.training.checkpoint_manager import run_settings
