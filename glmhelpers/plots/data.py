@@ -83,44 +83,47 @@ def draw_report(report: Report, axes: Axes | None = None) -> Axes:
 
 
 def draw_lengths(lengths: Mapping[int, int], limit: int, limits: tuple[int, ...] = ()) -> Figure:
-    """Left, how many examples have which length, with the cut line; right, what each limit would lose.
+    """Above, how many examples have which length, with the cut line; below, what each limit would lose.
 
     Args:
         lengths: tokens of an example -> number of examples.
         limit: the limit that was chosen, in tokens.
-        limits: limits to label on the right; by default half of, twice, and the chosen one.
+        limits: limits to label below; by default half of, twice, and the chosen one.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
-    # A few very long examples would squeeze all others to the left; their number is written beside the line.
+    figure, (above, below) = plt.subplots(2, 1, figsize=(WIDTH, 5.6), sharex=True)
+    # A few very long examples would squeeze all others to one side; their number is written beside the line.
     usual, longest = quantile(lengths, 0.995), max(lengths)
     top = int(max(longest + 1 if longest < 2 * usual else usual, 1.25 * limit))
     # One edge is the limit, so that no bar is half of each.
     step = max(1, round(limit / max(1, round(40 * limit / top))))
     edges = np.arange(limit % step - step, top + step, step)
     values, counts = list(lengths), list(lengths.values())
-    for bar in left.hist(values, bins=edges + 0.5, weights=counts, color=COLORS["blue"])[2]:
+    for bar in above.hist(values, bins=edges + 0.5, weights=counts, color=COLORS["blue"])[2]:
         if bar.get_x() >= limit:
             bar.set(**fill("vermillion", "//"))
-    left.axvline(limit + 0.5, color=COLORS["black"], linestyle="--")
+    above.axvline(limit + 0.5, color=COLORS["black"], linestyle="--")
     chosen = limit_costs(lengths, [limit])[0]
-    left.set(xlabel="tokens of an example", ylabel="examples", title="Lengths and the cut line", xlim=(0, top))
-    # On the side of the line where there is more room.
+    above.set(xlabel="tokens of an example", ylabel="examples", title="Lengths and the cut line", xlim=(0, top))
+    above.tick_params(labelbottom=True)
+    # Where there is room: right of the line, or between it and most of the bars, or left of them.
     place, side = (0.97, "right") if limit < 0.6 * top else (0.03, "left")
-    left.text(
+    if side == "left" and max(lengths, key=lengths.__getitem__) < 0.5 * limit:
+        place, side = limit / top - 0.01, "right"
+    above.text(
         place,
         0.95,
         f"limit {limit}\n{chosen.kept:,} fit\n{chosen.dropped:,} are longer\nlongest {longest:,} (triangle)",
-        transform=left.transAxes,
+        transform=above.transAxes,
         ha=side,
         va="top",
     )
     # One long example is no bar that can be seen.
-    left.plot([min(longest, top)], [0], "v" if longest <= top else ">", color=COLORS["black"], clip_on=False)
-    _draw_costs(right, lengths, top, limits or (limit // 2, limit, 2 * limit))
+    above.plot([min(longest, top)], [0], "v" if longest <= top else ">", color=COLORS["black"], clip_on=False)
+    _draw_costs(below, lengths, top, limits or (limit // 2, limit, 2 * limit))
     describe(
-        left,
-        f"Left, how many examples have which length: {chosen.kept:,} fit into the limit of {limit} tokens, "
-        f"{chosen.dropped:,} are longer, the longest has {longest:,} (a triangle). Right, what a limit from 1 to {top} "
+        above,
+        f"Above, how many examples have which length: {chosen.kept:,} fit into the limit of {limit} tokens, "
+        f"{chosen.dropped:,} are longer, the longest has {longest:,} (a triangle). Below, what a limit from 1 to {top} "
         f"loses; dropping at {limit} loses {chosen.tokens_if_dropped:.1%} of the tokens.",
     )
     return figure

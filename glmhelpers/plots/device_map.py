@@ -78,7 +78,7 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
         title: what it is, before the numbers.
     """
     count = 1 + max(task.gpu for task in tasks)
-    axes = axes or plt.subplots(figsize=(7.5, 0.9 + 0.5 * count))[1]
+    axes = axes or plt.subplots(figsize=(7.5, 1.2 + 0.5 * count))[1]
     for task in tasks:
         forward = task.kind == "forward"
         look = fill("sky") if forward else fill("orange", "//")
@@ -86,18 +86,19 @@ def draw_schedule(tasks: Sequence[Task], axes: Axes | None = None, until: float 
     end = max(task.end for task in tasks)
     axes.set_yticks(range(count), [device_name(index) for index in range(count)])
     numbers = f"{end:.1f} s, GPUs busy {busy_share(tasks):.0%} of the time"
-    axes.set(xlim=(0, until or end), xlabel="seconds", title=f"{title}: {numbers}" if title else numbers)
+    axes.set(xlim=(0, until or end), xlabel="seconds")
+    axes.set_title(f"{title}: {numbers}" if title else numbers, pad=24)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(
         handles=[Patch(label="forward", **fill("sky")), Patch(label="backward", **fill("orange", "//"))],
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
         ncols=2,
         borderaxespad=0.2,
     )
     parts = 1 + max(task.micro_batch for task in tasks)
-    describe(axes, f"Who works when, {count} GPUs, {parts} micro-batches. {axes.get_title('left')}.")
+    describe(axes, f"Who works when; GPUs: {count}, micro-batches: {parts}. {axes.get_title('left')}.")
     return axes
 
 

@@ -194,8 +194,8 @@ def _name_parts(axes: Axes, bars: Sequence[Bar], unit: int) -> None:
             if part not in above:
                 tiny[part.group.label] = max(part.size, tiny.get(part.group.label, 0))
     if tiny := {label: size for label, size in tiny.items() if label not in named}:
-        listed = ", ".join(f"{label} {_number(size, unit)}" for label, size in tiny.items())
-        note = textwrap.fill(f"too small to be seen: {listed}", 95)
+        listed = (f"{label} {_number(size, unit)}".replace(" ", "\N{NO-BREAK SPACE}") for label, size in tiny.items())
+        note = textwrap.fill(f"too small to be named: {', '.join(listed)}", 95)
         axes.set_xlabel(f"{_UNITS[unit]}\n{note}", fontsize=SMALL)
 
 

@@ -66,7 +66,7 @@ def test_every_part_has_its_name_and_names_stand_apart(name):
     figure = memory_figure.draw_plan(PLANS[name]()).figure
     figure.canvas.draw()
     for axes in figure.axes:
-        words = " ".join([*said(axes), axes.get_xlabel()]).replace("\n", " ")
+        words = " ".join([*said(axes), axes.get_xlabel()]).replace("\n", " ").replace("\xa0", " ")
         assert all(part.get_gid() in words for part in axes.patches)
         boxes = [text.get_window_extent() for text in axes.texts]
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

@@ -85,6 +85,15 @@ def test_the_lengths_as_a_picture():
     assert colors == {(False, blue), (True, red)}
 
 
+@pytest.mark.parametrize(("longest", "marker", "at"), [(40, "v", 40), (5000, ">", None)])
+def test_the_longest_row_is_marked(longest, marker, at):
+    figure = plots_data.draw_lengths(Counter({10: 500, 20: 300, longest: 1}), 32)
+    above = figure.axes[0]
+    (mark,) = (line for line in above.lines if line.get_marker() == marker)
+    assert mark.get_xdata()[0] == (at or above.get_xlim()[1])
+    assert f"longest {longest:,} (triangle)" in words(figure)
+
+
 @pytest.mark.parametrize("lengths", [{1: 1}, {5: 3}, {2048: 1}, {7: 1, 5000: 1}])
 def test_the_lengths_as_a_picture_of_few_rows(lengths):
     assert "fit" in words(plots_data.draw_lengths(lengths, 16))
