@@ -317,7 +317,7 @@ def test_a_whole_answer_is_the_expected_word_or_its_sentence():
     row = {"expect": "Tokyo", "answer": "The capital of Japan is Tokyo."}
     texts = ["tokyo", "The capital  of japan is Tokyo", "The capital of Japan is Tokyo Tokyo.", ""]
     assert share_whole(texts, [row] * 4) == 0.5
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         share_whole(["7"], [row] * 2)
 
 
