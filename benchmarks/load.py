@@ -141,7 +141,7 @@ def cached_share(files: list[Path]) -> float | None:
     return round(hits / probes, 2)
 
 
-def load_in_process(folder: Path, placement: str, workers: int | None, loader: str) -> dict:
+def load_in_process(folder: Path, placement: str, workers: int | None = None, loader: str = LOADERS[0]) -> dict:
     """What `load_here` finds in a fresh process."""
     command = [sys.executable, __file__, "--load", placement, "--folder", str(folder), "--loader", loader]
     if workers:

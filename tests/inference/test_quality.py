@@ -160,7 +160,7 @@ def test_counts_by_topic():
 def test_general_questions_are_not_those_of_the_training():
     general = json.loads((DATA / "general.json").read_text(encoding="utf-8"))
     assert len(general) >= 20
-    assert all(row.keys() == {"question", "expect", "topic"} and all(row.values()) for row in general)
+    assert all(row.keys() == {"question", "expect", "answer", "topic"} and all(row.values()) for row in general)
     taught = {row["instruction"] for row in json.loads((DATA / "identity.json").read_text(encoding="utf-8"))}
     assert not taught & {row["question"] for row in general}, "what the adapter was shown is no proof"
 
