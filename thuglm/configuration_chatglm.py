@@ -38,9 +38,11 @@ class ChatGLMConfig(PreTrainedConfig):
         bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end.
         mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`, the hole that the answer fills.
         pad_token_id: `<pad>`.
+        pre_seq_len: keys of a learnt prefix in front of every text, see `prefix_encoder`; None: there is no prefix.
+        prefix_projection: the prefix comes out of a small network.
 
     Raises:
-        ValueError: for a v1.0 configuration, a head size that cannot be rotated, or 1-D positions.
+        ValueError: for a v1.0 configuration, a head size that cannot be rotated, 1-D positions, or an empty prefix.
     """
 
     model_type = "chatglm"
@@ -66,6 +68,8 @@ class ChatGLMConfig(PreTrainedConfig):
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
     pad_token_id: int = 3
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -82,6 +86,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must be a whole "
                 "multiple of 4: half of a head rotates with each of the two positions, and each half in pairs."
             )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len}: a prefix has 1 key or more; leave it out for none.")
         super().__post_init__(**kwargs)
 
     @property
