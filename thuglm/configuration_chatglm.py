@@ -35,7 +35,8 @@ class ChatGLMConfig(PreTrainedConfig):
         inner_hidden_size: width of the MLP.
         layernorm_epsilon: epsilon of every LayerNorm.
         max_sequence_length: longest sequence (prompt and answer, in tokens) the model was trained for.
-        bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end.
+        bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end (several ids end it as well;
+            None: only the length does).
         mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`, the hole that the answer fills.
         pad_token_id: `<pad>`.
         pre_seq_len: keys of a learnt prefix in front of every text, see `prefix_encoder`; None: there is no prefix.
@@ -64,10 +65,10 @@ class ChatGLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int = 130004
-    eos_token_id: int = 130005
+    eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
-    pad_token_id: int = 3
+    pad_token_id: int | None = 3
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     tie_word_embeddings: bool = True
@@ -89,6 +90,12 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"pre_seq_len is {self.pre_seq_len}: a prefix has 1 key or more; leave it out for none.")
         super().__post_init__(**kwargs)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return frozenset(token for token in ids if token is not None)
 
     @property
     def head_dim(self) -> int:

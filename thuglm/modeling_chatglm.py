@@ -33,7 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entropy, chunked_cross_entropy, is_matrix
 from thuglm.configuration_chatglm import ChatGLMConfig
 from thuglm.prefix_encoder import PrefixEncoder, taken_from
 from thuglm.prefix_mask import check_input_ids, continued_positions, has_prompts, make_position_ids, make_visible
@@ -599,7 +599,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
-        label_rows: Tensor | None = None,
+        target_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = DEFAULT_CHUNK,
         cache: Cache | None = None,
@@ -614,7 +614,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
             logits_to_keep: compute the logits of the last so many positions only; 0 means all.
             return_logits: by default logits are returned unless a loss is computed in training mode.
-            label_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
+            target_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
                 `labels[:, 1:]`. Known to whoever made the labels on the CPU; with it rows without label cost nothing.
                 Without it they are found here if `labels` is on the CPU, and otherwise computed for nothing, since
                 finding them would wait for the GPU.
@@ -650,7 +650,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             home = input_ids.device if labels.device.type == "cpu" else labels.device
-            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(home)
+            loss = self._loss(hidden, labels, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -660,24 +660,28 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         return answer.to_tuple() if return_dict is False else answer
 
-    def _loss(self, hidden, labels, label_rows, num_items_in_batch, chunk) -> Tensor:
+    def _loss(self, hidden, labels, target_rows, num_items_in_batch, chunk) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        if label_rows is None and labels.device.type == "cpu":
-            label_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-            if label_rows.numel() == 0:
+        if target_rows is None and labels.device.type == "cpu":
+            target_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            if target_rows.numel() == 0:
                 raise ValueError(
                     "No row of this batch has a label: every entry of labels[:, 1:] is -100. Were the answers cut off "
                     "by a length limit, or the prompt masked twice?"
                 )
-        if label_rows is not None:
-            targets = targets.index_select(0, label_rows.to(targets.device))
-            rows = rows.index_select(0, label_rows.to(rows.device))
+        if target_rows is not None:
+            targets = targets.index_select(0, target_rows.to(targets.device))
+            rows = rows.index_select(0, target_rows.to(rows.device))
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(rows.device)
-        total = chunked_cross_entropy(rows, self.lm_head.weight, targets.to(rows.device), chunk)
+        targets, head = targets.to(rows.device), self.lm_head
+        if is_matrix(head):
+            total = chunked_cross_entropy(rows, head.weight, targets, chunk)
+        else:
+            total = called_cross_entropy(rows, head, targets, chunk)
         return total / num_items_in_batch
 
     # Generation ------------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ class ChatSession:
     def _answer(self, question: str) -> Iterator[Answer]:
         started, settings, adapter = time.perf_counter(), self.settings, self.adapter
         input_ids, room, notices = self._fit(question)
-        end, ids = self.tokenizer.eos_token_id, []
+        ends, ids = self.decoder.net.config.ends, []
         answer = Answer(question, adapter=adapter, prompt_tokens=input_ids.shape[1], notices=notices)
         switch = self.model.disable_adapter() if self.has_adapter and not adapter else contextlib.nullcontext()
         tokens = self.decoder.stream(
@@ -273,10 +273,10 @@ class ChatSession:
             with switch, contextlib.closing(tokens):
                 for (token,) in tokens:
                     ids.append(token)
-                    written = ids[:-1] if token == end else ids
+                    written = ids[:-1] if token in ends else ids
                     seconds = time.perf_counter() - started
                     first = answer.first_seconds or seconds
-                    ended = "eop" if token == end else "length" if len(ids) == room else ""
+                    ended = "eop" if token in ends else "length" if len(ids) == room else ""
                     ended = ended or ("stopped" if self._stop.is_set() else "")
                     text = process_response(self.tokenizer.decode(written))
                     # A character of several byte tokens is a replacement mark until its last one.

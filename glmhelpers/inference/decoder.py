@@ -301,17 +301,16 @@ class Decoder:
                     "verify_weights), an adapter whose training diverged, or float16 overflow (try float32)."
                 )
             yield tokens
-            ended = [done or token == net.config.eos_token_id for done, token in zip(ended, tokens, strict=True)]
+            ended = [done or token in net.config.ends for done, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> list[list[int]]:
         """The new ids of each row, up to its `<eop>` (included); arguments as for `stream`."""
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
-        end = self.net.config.eos_token_id
         for tokens in self.stream(input_ids, attention_mask, **settings):
             for row, token in zip(rows, tokens, strict=True):
-                if not row or row[-1] != end:
+                if not row or row[-1] not in self.net.config.ends:
                     row.append(token)
         return rows
 
