@@ -14,6 +14,7 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
 
+import contextlib
 import difflib
 import inspect
 import queue
@@ -37,7 +38,7 @@ from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entrop
 from thuglm.configuration_chatglm import ChatGLMConfig
 from thuglm.prefix_encoder import PrefixEncoder, taken_from
 from thuglm.prefix_mask import check_input_ids, continued_positions, has_prompts, make_position_ids, make_visible
-from thuglm.prompt import chat_prompt, process_response
+from thuglm.prompt import as_turns, chat_prompt, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
 ALPHA = (2 * 28) ** 0.5
@@ -510,6 +511,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout for the length of a `with` block; afterwards every part is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class _IdStreamer(BaseStreamer):
     """Hands each new token to another thread; the first `put` of `generate` is the prompt, which is skipped."""
 
@@ -741,6 +754,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
         prompt = chat_prompt(query, history or ())
+        if settings.get("num_return_sequences") not in (None, 1):
+            raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
         if "max_new_tokens" not in settings:
             settings.setdefault("max_length", self.config.max_sequence_length)
@@ -751,22 +766,22 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return {**inputs, **settings, "logits_processor": processors}
 
     @torch.no_grad()
-    def chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings):
+    def chat(self, tokenizer, query: str, history: list | None = None, **settings):
         """Answer `query`; returns (answer, history with this turn).
 
         Args:
-            history: earlier (question, answer) turns.
+            history: earlier (question, answer) turns, or role/content messages, see `as_turns`.
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
         """
         inputs = self._chat_inputs(tokenizer, query, history, settings)
-        output = self.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        with evaluating(self):
+            output = self.generate(**inputs)
+        output = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
         response = process_response(tokenizer.decode(output.tolist()))
-        return response, [*(history or []), (query, response)]
+        return response, [*as_turns(history or ()), (query, response)]
 
-    def stream_chat(
-        self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings
-    ) -> Iterator[tuple[str, list]]:
+    def stream_chat(self, tokenizer, query: str, history: list | None = None, **settings) -> Iterator[tuple[str, list]]:
         """Like `chat`, but yields (answer so far, history with it) after each token.
 
         As in the published code the very last token is never yielded: it is `<eop>`, or the one that reached the length
@@ -778,7 +793,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         def work():
             try:
-                self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
+                with evaluating(self):
+                    self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
             except BaseException as error:  # handed to the reader's thread
                 failed.append(error)
                 streamer.end()
@@ -791,7 +807,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             while token is not None and (following := streamer.queue.get()) is not None:
                 ids += token
                 response = process_response(tokenizer.decode(ids))
-                yield response, [*(history or []), (query, response)]
+                yield response, [*as_turns(history or ()), (query, response)]
                 token = following
         finally:
             leave.set()

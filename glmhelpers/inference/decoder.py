@@ -29,7 +29,7 @@ from glmhelpers.devicemap.check import Placement, as_device
 from glmhelpers.devicemap.devices import side_stream
 from glmhelpers.inference.model_state import learnt_prefix
 from glmhelpers.utils.types import Model
-from thuglm.modeling_chatglm import MASKED_SCORE, ChatGLMRotaryEmbedding
+from thuglm.modeling_chatglm import MASKED_SCORE, ChatGLMRotaryEmbedding, evaluating
 from thuglm.prefix_encoder import Prefix
 from thuglm.prefix_mask import check_input_ids, make_position_ids
 
@@ -272,38 +272,39 @@ class Decoder:
                 f"A prompt of {length} tokens and {max_new_tokens} new ones: at least 1 is needed, and the model was "
                 f"trained for {limit} together (max_sequence_length)."
             )
-        prefix = learnt_prefix(self.model, batch)
-        before = prefix[0][0].shape[2] if prefix else 0
-        key = self._prepare(batch, bucket_for(before + length + max_new_tokens))
-        real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-        positions = make_position_ids(input_ids.cpu(), net.config, real)
-        logits = self._read_prompt(input_ids, real, positions, prefix)
-        generator = torch.Generator(logits.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        noise = torch.empty_like(logits[:, :pieces], dtype=torch.float32) if temperature > 0 else None
+        with evaluating(self.model):
+            prefix = learnt_prefix(self.model, batch)
+            before = prefix[0][0].shape[2] if prefix else 0
+            key = self._prepare(batch, bucket_for(before + length + max_new_tokens))
+            real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+            positions = make_position_ids(input_ids.cpu(), net.config, real)
+            logits = self._read_prompt(input_ids, real, positions, prefix)
+            generator = torch.Generator(logits.device)
+            generator.manual_seed(seed) if seed is not None else generator.seed()
+            noise = torch.empty_like(logits[:, :pieces], dtype=torch.float32) if temperature > 0 else None
 
-        def choose(logits: Tensor) -> Callable[[], list[int]]:
-            drawn = None if noise is None else noise.exponential_(generator=generator)
-            token = pick(logits[:, :pieces], temperature, top_p, drawn)
-            self.stages[0].input.copy_(token.clamp_min(0)[:, None], non_blocking=True)
-            return fetch(token)
+            def choose(logits: Tensor) -> Callable[[], list[int]]:
+                drawn = None if noise is None else noise.exponential_(generator=generator)
+                token = pick(logits[:, :pieces], temperature, top_p, drawn)
+                self.stages[0].input.copy_(token.clamp_min(0)[:, None], non_blocking=True)
+                return fetch(token)
 
-        ended = [False] * batch
-        waiting = choose(logits)
-        for number in range(max_new_tokens):
-            here = waiting
-            if number + 1 < max_new_tokens:
-                waiting = choose(self._step(key))
-            tokens = here()
-            if -1 in tokens:
-                raise FloatingPointError(
-                    f"The logits of new token {number + 1} are NaN or all infinite. Usual causes: damaged weights (run "
-                    "verify_weights), an adapter whose training diverged, or float16 overflow (try float32)."
-                )
-            yield tokens
-            ended = [done or token in net.config.ends for done, token in zip(ended, tokens, strict=True)]
-            if all(ended):
-                return
+            ended = [False] * batch
+            waiting = choose(logits)
+            for number in range(max_new_tokens):
+                here = waiting
+                if number + 1 < max_new_tokens:
+                    waiting = choose(self._step(key))
+                tokens = here()
+                if -1 in tokens:
+                    raise FloatingPointError(
+                        f"The logits of new token {number + 1} are NaN or all infinite. Usual causes: damaged weights "
+                        "(run verify_weights), an adapter whose training diverged, or float16 overflow (try float32)."
+                    )
+                yield tokens
+                ended = [done or token in net.config.ends for done, token in zip(ended, tokens, strict=True)]
+                if all(ended):
+                    return
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> list[list[int]]:
         """The new ids of each row, up to its `<eop>` (included); arguments as for `stream`."""

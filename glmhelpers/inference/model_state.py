@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from glmhelpers.utils.types import Model
+from thuglm.modeling_chatglm import evaluating
 from thuglm.prefix_encoder import Prefix, taken_from
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
@@ -38,13 +39,10 @@ def held_alone(model: nn.Module) -> Iterator[None]:
             "another answer of this model is still being written: wait for it, stop it (`stop()` of its session, the "
             "button of its window), or `clear()` its session if nobody reads it any more"
         )
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         lock.release()
 
 
