@@ -229,6 +229,21 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return self.mlp(normed).add(normed, alpha=ALPHA), weights
 
 
+NO_OFFLOAD = (
+    'Offload is not supported: put whole parts on GPUs or on "cpu", which computes too (plan_device_map finds a map).'
+)
+
+
+def refuse_offloaded(*modules: nn.Module) -> None:
+    """Refuse modules whose weights accelerate brings only for their own call: the model looks at them before.
+
+    Raises:
+        RuntimeError: names the remedy.
+    """
+    if any(hasattr(module, "_hf_hook") and module.weight.device.type == "meta" for module in modules):
+        raise RuntimeError(f"accelerate has taken weights of this model away, to disk or CPU. {NO_OFFLOAD}")
+
+
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the two models below share: names, loading, placement."""
 
@@ -270,6 +285,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if len(set(getattr(loaded, "hf_device_map", {}).values())) > 1:
             loaded.place(loaded.hf_device_map)
         return model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here a map is whole, also one that transformers made, and no weight has been read.
+        if any(str(device) == "disk" for device in (load_config.device_map or {}).values()):
+            raise ValueError(f'device_map sends a part of the model to "disk". {NO_OFFLOAD}')
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def place(self, device_map: dict[str, int | str | torch.device]):
         """Put each module where `device_map` says, and keep the map as `hf_device_map`.
@@ -398,6 +420,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
         """
         refuse_unknown(kwargs, ChatGLMModel.forward)
+        norms = (cast(ChatGLMBlock, block).input_layernorm for block in self.layers)
+        refuse_offloaded(self.word_embeddings, *norms, self.final_layernorm)
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
         new = input_ids.shape[1]
@@ -592,9 +616,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """As in transformers, but the embedding always wins: the `lm_head.weight` of a file is ignored, as originally.
 
         transformers would leave the two untied if their values differ.
+
+        Raises:
+            ValueError: neither was in the files.
         """
         embedding = self.get_input_embeddings()
         stored = missing_keys is None or "transformer.word_embeddings.weight" not in missing_keys
+        # transformers may name one of the two alone, and leave the other without memory.
+        if missing_keys and "lm_head.weight" in missing_keys and (not stored or embedding.weight.is_meta):
+            raise ValueError(
+                "The checkpoint has no transformer.word_embeddings.weight (and no lm_head.weight, which is the same "
+                "matrix): a shard is missing, or it holds an adapter alone. Download it again, or load the base first."
+            )
         if self.config.tie_word_embeddings and stored:
             self.lm_head.weight = embedding.weight
         super().tie_weights(missing_keys, recompute_mapping)
@@ -656,6 +689,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             all_ids=all_ids,
             prompt_positions=prompt_positions,
         )
+        refuse_offloaded(self.lm_head)
         hidden = outputs.last_hidden_state.to(self.lm_head.weight.device)
         if return_logits is None:
             return_logits = labels is None or not self.training

@@ -82,7 +82,7 @@ def _answers(
         raise ValueError("num_return_sequences: one answer comes back for each question; ask it several times instead")
     texts: list[str] = []
     # The padding rows of the embedding have no text; a random draw could hit one.
-    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    beyond = list(range(len(tokenizer), model.config.vocab_size))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": beyond or None, **settings}
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt").to(model.device)

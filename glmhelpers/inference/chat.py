@@ -263,7 +263,7 @@ class ChatSession:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
-            pieces=self.tokenizer.vocab_size,
+            pieces=len(self.tokenizer),
         )
         try:
             with switch, contextlib.closing(tokens):

@@ -118,8 +118,9 @@ def text_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """
     if not hasattr(tokenizer, "sp_model"):
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    special = tokenizer.all_special_tokens
-    plain = [not (("<" in text or "[" in text) and any(token in text for token in special)) for text in texts]
+    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    starts = {token[0] for token in special}
+    plain = [not (any(x in text for x in starts) and any(token in text for token in special)) for text in texts]
     spaced = [
         # Most texts have no run of spaces, and looking for 79 kinds of them takes longer than the encoding.
         tokenizer.encode_whitespace(text) if "  " in text else text.replace("\n", "<n>").replace("\t", "<|tab|>")
