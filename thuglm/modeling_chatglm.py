@@ -37,7 +37,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entropy, chunked_cross_entropy, is_matrix
 from thuglm.configuration_chatglm import ChatGLMConfig
 from thuglm.prefix_encoder import PrefixEncoder, taken_from
-from thuglm.prefix_mask import check_input_ids, continued_positions, has_prompts, make_position_ids, make_visible
+from thuglm.prefix_mask import (
+    check_input_ids,
+    check_position_ids,
+    continued_positions,
+    has_prompts,
+    ids_of,
+    make_position_ids,
+    make_visible,
+    positions_before,
+    visible_of,
+)
 from thuglm.prompt import as_turns, chat_prompt, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
@@ -62,6 +72,11 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument, and differ here: give one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def wants_dict(return_dict: bool | None, config: ChatGLMConfig) -> bool:
+    """Whether forward returns a dictionary, and not a tuple: what was asked, or what the configuration says."""
+    return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
@@ -113,6 +128,16 @@ class _SplitAndRotate(torch.autograd.Function):
         torch.addcmul(rest, second, cos, out=second)
         query, key, value = mixed.unbind(3)
         return query, key, value
+
+    @staticmethod
+    def not_in_place(mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from operations that torch.export and torch.compile can follow."""
+        batch, length, width = mixed.shape
+        mixed = mixed.view(batch, length, heads, 3, width // (3 * heads))
+        first, second = _SplitAndRotate.pairs(mixed[:, :, :, :2])
+        rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-2).flatten(-3)
+        query, key = rotated.unbind(3)
+        return query, key, mixed[:, :, :, 2]
 
     @staticmethod
     def forward(ctx, mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +201,9 @@ class ChatGLMAttention(nn.Module):
         """
         batch, length, hidden = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
-        split = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
+        split: Callable = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
+        if torch.compiler.is_compiling():
+            split = _SplitAndRotate.not_in_place
         query, key, value = (x.transpose(1, 2) for x in split(mixed, cos, sin, self.heads))
         if prefix_key is not None and prefix_value is not None:
             key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
@@ -257,6 +284,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The published shards store each block's rotary frequencies; the original ignores them, and so do we.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for names of its own functions in this file; each layer asks the configuration.
+        return True
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -381,7 +413,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -399,10 +431,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             input_ids: [B, L]. With an empty cache each row holds a prompt up to its `<sop>`, and perhaps an answer.
-            attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D bool mask
-                [B, 1, L, past + L] is taken as the published model takes it: True = *masked*.
+            attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D mask
+                [B, 1, L, past + L] says itself who sees whom, see `visible_of`.
             position_ids: [B, 2, L]; derived from the ids if not given. A step of an answer needs them, or `all_ids`.
-            inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
+            inputs_embeds: [B, L, H], looked up beforehand. Without `input_ids` they hold the rows of `[gMASK]` and
+                `<sop>` unchanged, by which mask and positions are found; looking for them waits for a GPU. What stands
+                before the first of `all_ids` (a learnt prompt) has the places before 0.
             cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
             return_dict: False: a tuple of what is there, in the same order.
             all_ids: [B, T], prompt and answer so far, of which `input_ids` are the last: mask and positions are derived
@@ -424,7 +458,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         refuse_offloaded(self.word_embeddings, *norms, self.final_layernorm)
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
-        new = input_ids.shape[1]
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError('Attention weights exist with attn_implementation="eager" alone: set_attn_implementation.')
+        if position_ids is not None:
+            check_position_ids(position_ids)
+        table = self.word_embeddings
+        if input_ids is None:
+            if inputs_embeds is None:
+                raise ValueError("forward needs input_ids [B, L]; or inputs_embeds [B, L, H].")
+            input_ids = ids_of(inputs_embeds, table.weight, config) if all_ids is None else all_ids
+        new = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -443,7 +488,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 f"The sequence has {length} tokens, this model was trained for max_sequence_length="
                 f"{config.max_sequence_length}. Shorten the prompt or the history, or ask for fewer new tokens."
             )
-        if input_ids.device.type == "cpu":
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             whole = first or all_ids is input_ids
             check_input_ids(input_ids, config, prompt=whole, mask_token=position_ids is None)
         if position_ids is None:
@@ -454,10 +499,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "model.generate() does this by itself."
                 )
             position_ids = self._positions(input_ids if all_ids is None else all_ids, attention_mask, prompt_positions)
-            position_ids = position_ids[..., -new:]
+            position_ids = positions_before(position_ids[..., -new:], new)
 
         if inputs_embeds is None:
-            table = self.word_embeddings
             inputs_embeds = table(input_ids.to(table.weight.device))
         device = self._device_of(0, inputs_embeds)
         hidden_states = inputs_embeds.to(device)
@@ -465,7 +509,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             prefix, past = self.prefix_encoder(len(input_ids), hidden_states.dtype), config.pre_seq_len
         added = prefix[0][0].shape[2] if prefix else 0
         kv_length = added + new if past_key_values is None else past_key_values.get_mask_sizes(added + new, 0)[0]
-        visible = self._visible(input_ids, all_ids, attention_mask, past, kv_length, device, first)
+        visible = self._visible(
+            new,
+            input_ids if all_ids is None else all_ids,
+            attention_mask,
+            past,
+            kv_length,
+            device,
+            all_ids is None and not first,
+        )
         bias = None
         if visible is not None:
             bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
@@ -493,7 +545,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
-        return outputs.to_tuple() if return_dict is False else outputs
+        return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
     def _device_of(self, layer: int, default: Tensor) -> torch.device:
         blocks: Any = self.layers  # whose items are mere modules to a type checker
@@ -507,31 +559,24 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _visible(
         self,
-        input_ids: Tensor,
-        all_ids: Tensor | None,
+        new: int,
+        ids: Tensor,
         mask: Tensor | None,
         past: int | Tensor,
         kv_length: int,
         device: torch.device,
-        first: bool,
+        answer_only: bool,
     ) -> Tensor | None:
-        """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
-        new = input_ids.shape[1]
+        """Bool [B or 1, 1, new, kv_length], True = visible, or None if everything is."""
         mask = None if mask is None else mask.to(device)
         if mask is not None and mask.dim() == 4:
-            visible = ~mask if mask.dtype == torch.bool else mask == 0
+            visible = visible_of(mask)
             return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
-        if new == 1 and mask is None and isinstance(past, int) and not first and kv_length == past + new:
+        if new == 1 and mask is None and isinstance(past, int) and past and kv_length == past + new:
             return None
-        ids = (input_ids if all_ids is None else all_ids).to(device)
+        before = past + new - ids.shape[1]
         return make_visible(
-            ids,
-            self.config,
-            mask,
-            new=new,
-            before=past + new - ids.shape[1],
-            keys=kv_length,
-            answer_only=all_ids is None and not first,
+            ids.to(device), self.config, mask, new=new, before=before, keys=kv_length, answer_only=answer_only
         )
 
 
@@ -634,7 +679,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -643,7 +688,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         target_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -658,7 +703,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
-            logits_to_keep: compute the logits of the last so many positions only; 0 means all.
+            logits_to_keep: compute the logits of the last so many positions only; 0 means all. Or their indices, [n].
             return_logits: by default logits are returned unless a loss is computed in training mode.
             target_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
                 `labels[:, 1:]`. Known to whoever made the labels on the CPU; with it rows without label cost nothing.
@@ -688,15 +733,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             all_ids=all_ids,
             prompt_positions=prompt_positions,
+            return_dict=True,
         )
         refuse_offloaded(self.lm_head)
         hidden = outputs.last_hidden_state.to(self.lm_head.weight.device)
         if return_logits is None:
             return_logits = labels is None or not self.training
-        logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(hidden.device)
+        logits = self.lm_head(hidden[:, kept]) if return_logits else None
         loss = None
         if labels is not None:
-            home = input_ids.device if labels.device.type == "cpu" else labels.device
+            given = inputs_embeds if input_ids is None else input_ids
+            home = cast(Tensor, given).device if labels.device.type == "cpu" else labels.device
             loss = self._loss(hidden, labels, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
             loss=loss,
@@ -705,12 +753,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return answer.to_tuple() if return_dict is False else answer
+        return answer if wants_dict(return_dict, self.config) else answer.to_tuple()
 
     def _loss(self, hidden, labels, target_rows, num_items_in_batch, chunk) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        if target_rows is None and labels.device.type == "cpu":
+        if target_rows is None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
             target_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
             if target_rows.numel() == 0:
                 raise ValueError(
@@ -725,7 +773,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(rows.device)
         targets, head = targets.to(rows.device), self.lm_head
-        if is_matrix(head):
+        if is_matrix(head) and not torch.compiler.is_compiling():
             total = chunked_cross_entropy(rows, head.weight, targets, chunk)
         else:
             total = called_cross_entropy(rows, head, targets, chunk)
@@ -741,7 +789,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> None:
         """No positions: each step derives its own from all ids. transformers would extend them, or cut them off, along
         the wrong dimension: 3-D ones are multimodal for it."""
-        check_input_ids(inputs_tensor, self.config)
+        ids = inputs_tensor if inputs_tensor.dim() == 2 else model_kwargs.get("input_ids")
+        if ids is None or not ids.shape[1]:
+            raise ValueError(
+                "generate with inputs_embeds alone: every step derives mask and positions from the ids, so give "
+                "input_ids beside them."
+            )
+        check_input_ids(ids, self.config)
 
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:
@@ -755,6 +809,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         parent: Any = super()
         input_ids, model_kwargs = parent._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if position_ids is not None:
+            check_position_ids(position_ids)
             model_kwargs["prompt_positions"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs
 

@@ -123,6 +123,8 @@ def refuse_settings(args: Any) -> None:
             "checkpoint. Find the step of the lowest eval_loss in the log that train() returns, and train again with "
             "max_steps of that many."
         )
+    if args.torch_compile:
+        raise ValueError("torch_compile is not supported: blocks that are run again for the backward pass break it")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor has no effect on the chunked loss: leave it 0")
 

@@ -101,7 +101,7 @@ HOOKS = {
     ),
     modeling_chatglm.ChatGLMPreTrainedModel: (
         transformers.PreTrainedModel,
-        ["_init_weights", "_load_pretrained_model", "from_pretrained"],
+        ["_can_set_attn_implementation", "_init_weights", "_load_pretrained_model", "from_pretrained"],
     ),
     tokenization_chatglm.ChatGLMTokenizer: (
         transformers.PreTrainedTokenizer,
