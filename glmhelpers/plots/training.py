@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from glmhelpers.plots.style import COLORS, HATCHES
+from glmhelpers.plots.style import COLORS, HATCHES, describe
 from glmhelpers.utils.units import GIB
 
 
@@ -21,10 +21,13 @@ def plot_loss(log: Sequence[Mapping[str, float]]) -> Axes:
 
 
 def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
+    said = []
     for key, label, style in (("loss", "training", "o-"), ("eval_loss", "evaluation", "s--")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+            (first, start), (last, end) = points[0], points[-1]
+            said.append(f"{label} {start:.3g} at step {first}, {end:.3g} at step {last}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     seen = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
     if seen and 0 < 10 * min(seen) < max(seen):
@@ -33,6 +36,7 @@ def _draw_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> Axes:
         axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
+    describe(axes, f"Loss in nats per token against the step: {'; '.join(said)}.")
     return axes
 
 
@@ -53,6 +57,9 @@ def plot_progress(points: Sequence[Mapping[str, Any]], title: str = "") -> Figur
         row[0, 1].set(xlabel="step", ylabel="peak (GiB)", ylim=(0, None))
         row[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
         row[0, 1].legend()
+        most = {name: max(point["memory"].get(name, 0) for point in points if "memory" in point) for name in devices}
+        peaks = ", ".join(f"{name} {peak / GIB:.2f} GiB" for name, peak in most.items())
+        describe(row[0, 1], f"Peak memory against the step: {peaks} at most.")
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -80,6 +87,11 @@ def draw_lora(hidden: int, out: int, r: int) -> Axes:
     )
     axes.set(xlim=(-0.2, 7), ylim=(-0.9, 3.2))
     axes.axis("off")
+    describe(
+        axes,
+        f"A frozen matrix W of {out} x {hidden} numbers, plus alpha / r times B, {out} x {r}, which starts at 0, times "
+        f"A, {r} x {hidden}, which starts random. B and A, {r * (hidden + out):,} numbers, are learnt.",
+    )
     return axes
 
 
@@ -88,4 +100,9 @@ def plot_b_norms(norms: Mapping[str, float]) -> Axes:
     _, axes = plt.subplots(figsize=(6, 2.6))
     axes.bar(np.arange(len(norms)), list(norms.values()), color=COLORS["orange"], hatch=HATCHES[1], edgecolor="black")
     axes.set(xlabel="block", ylabel="norm of lora_B", xticks=np.arange(len(norms)))
+    describe(
+        axes,
+        f"Norm of lora_B in each of {len(norms)} blocks: from {min(norms.values()):.2f} to {max(norms.values()):.2f}; "
+        "it was 0 before training.",
+    )
     return axes
