@@ -58,7 +58,7 @@ class Case:
 
 
 BEFORE = Case()
-NOW = Case("all together", steps=150, rate=RATE, general_rows=600)
+NOW = Case("now", steps=150, rate=RATE, general_rows=600)
 """The settings of notebook 04."""
 
 
