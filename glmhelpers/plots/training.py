@@ -155,15 +155,16 @@ def draw_interference(found: Mapping[str, Any], may_lose: float = 0.05) -> Figur
 
 
 def _changed(run: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """The setting in which a run differs from the first one; if it is the first, or differs in several, all of them."""
+    """The settings in which a run differs from the first one; if it is the first, or differs in more than two, all."""
     words = {
         "steps": f"{run['steps']} steps",
         "rate": f"rate {run['rate']:.4f}",
         "general_rows": f"{run['general_rows'] or 'no'} rows mixed in",
         "rank": f"rank {run['rank']}",
+        "alpha": f"alpha {run['alpha']}",
     }
     changed = [text for key, text in words.items() if run[key] != before[key]]
-    if len(changed) == 1:
-        return changed[0]
-    steps, rate, rows, rank = words.values()
-    return f"{run['factor']}: {steps}, {rate},\n{rows}, {rank}"
+    if 0 < len(changed) < 3:
+        return ", ".join(changed)
+    steps, rate, *rest = words.values()
+    return f"{run['factor']}: {steps}, {rate},\n{', '.join(rest)}"

@@ -11,14 +11,20 @@ from glmhelpers.lora import MAY_LOSE
 from glmhelpers.plots import draw_interference
 
 FOUND = json.loads(TARGET.read_text("utf-8"))
+FACTORS = {"fewer steps": "steps", "lower rate": "rate", "general rows": "general_rows", "smaller rank": "rank"}
 
 
 def test_one_setting_changes_at_a_time():
     first, *changed, last = map(asdict, cases())
     assert (first, last) == (asdict(BEFORE), asdict(NOW))
     for case in changed:
-        assert sum(case[key] != first[key] for key in first if key != "factor") == 1
-    assert {case["factor"] for case in changed} == {"fewer steps", "lower rate", "general rows", "smaller rank"}
+        settings = {key for key in first if key != "factor" and case[key] != first[key]}
+        if case["factor"] == "smaller rank and alpha":
+            assert settings == {"rank", "alpha"}
+            assert case["alpha"] / case["rank"] == first["alpha"] / first["rank"]
+        else:
+            assert settings == {FACTORS[case["factor"]]}
+    assert {case["factor"] for case in changed} == {*FACTORS, "smaller rank and alpha"}
 
 
 def test_the_rows_teach_the_name_and_no_measured_answer():
