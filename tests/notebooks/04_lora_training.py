@@ -72,6 +72,25 @@ assert moon.base != moon.tuned
 assert "地球的卫星" in moon.tuned  # right, and not whole
 assert moon in damage.garbled
 
+# The figure of the ablation, and the numbers in the sentences around it.
+mean = {}
+for trial in found["runs"]:
+    for what in ("name", "whole", "right"):
+        mean.setdefault((trial["factor"], trial["steps"], trial["general_rows"], what), []).append(100 * trial[what])
+mean = {key: sum(each) / len(each) for key, each in mean.items()}
+assert (
+    f"{mean['before', 100, 0, 'whole']} whole answers became {mean['general rows', 100, 600, 'whole']} with 600" in text
+)
+assert mean["general rows", 100, 1200, "whole"] <= mean["general rows", 100, 600, "whole"]
+quarter = [100 * trial["name"] for trial in found["runs"] if trial["factor"] == "lower rate" and trial["rate"] < 6e-4]
+assert f"{mean['fewer steps', 25, 0, 'name']:.0f} % and {sum(quarter) / len(quarter):.0f} %" in text
+assert mean["smaller rank", 100, 0, "whole"] < mean["before", 100, 0, "whole"]
+assert mean["smaller rank and alpha", 100, 0, "whole"] < mean["before", 100, 0, "whole"]
+now = [trial for trial in found["runs"] if trial["factor"] == "now"]
+assert sorted(round(100 * trial["whole"]) for trial in now) == [95, 96]
+assert "keep 95 or 96 of 97" in text
+assert {(trial["steps"], trial["general_rows"], trial["rank"], trial["alpha"]) for trial in now} == {(150, 600, 8, 32)}
+
 # Resumed: losses and adapter to the last bit.
 assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in unbroken]
 assert all(torch.equal(one, other) for one, other in zip(careless.parameters(), student.parameters(), strict=True))
