@@ -86,9 +86,8 @@ class Explorer:
         return dict(self.plan.device_map)
 
     def picture(self) -> SVG:
-        """The current picture, for pages without widgets: black on white."""
-        ground = "display:block;background:white;color:black"
-        return SVG(self.drawing.value.replace("display:block", ground))
+        """The current picture with its words, black on white, for pages without widgets."""
+        return SVG(plan_svg(self.plan, *self._seen(None), page=True))
 
     def __str__(self) -> str:
         """The current plan in words."""
@@ -246,26 +245,29 @@ class Explorer:
         self._words = words
         self._draw(seconds)
 
+    def _seen(self, seconds: float | None) -> tuple[Plan | None, Measured | None, list[str]]:
+        """What is drawn beside the plan, and what is said about it."""
+        plan, answer = self.plan, self._best(seconds)
+        best = answer.plan if isinstance(answer, Explored) else None
+        measured = self.measured if self.measured and is_same(plan, self.measured.plan) else None
+        said = [verdict(plan)]
+        if answer:
+            said.append(compare(best, plan, self.objective.value) if best else "No plan fits.")
+        if measured:
+            said.append(against_measured(measured))
+        return best, measured, said
+
     def _draw(self, seconds: float | None = 0) -> None:
         with self._lock:  # the planner's thread draws too, and the picture must be of the newest state
-            plan, answer = self.plan, self._best(seconds)
-            best = answer.plan if isinstance(answer, Explored) else None
-            measured = self.measured if self.measured and is_same(plan, self.measured.plan) else None
-            said = [
-                verdict(plan),
-                compare(best, plan, self.objective.value) if best else "No plan fits." if answer else "",
-                against_measured(measured) if measured else "",
-            ]
-            at_best = is_same(plan, best)
-            title = f"{' '.join(filter(None, said))} {self}"
-            self.drawing.value = plan_svg(plan, None if at_best else best, measured, title)
+            plan, (best, measured, said) = self.plan, self._seen(seconds)
+            self.drawing.value = plan_svg(plan, best, measured, said)
             lines = "<br>".join(escape(line) for line in [*said[1:], self._words] if line)
             self.message.value = (
                 f"<div style='min-height:4.2em;line-height:1.4'><b class='verdict'>{escape(said[0])}</b> {lines}</div>"
             )
             self.text.value = f"<pre style='line-height:1.2'>{escape(compact_map(plan.device_map))}</pre>"
             for button, on in (
-                (self.best_button, at_best),
+                (self.best_button, is_same(plan, best)),
                 (self.measured_button, measured is not None),
                 (self.use_button, self.chosen == self.device_map),
             ):

@@ -14,6 +14,7 @@ name and size when the pointer rests on them.
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
+from textwrap import wrap
 
 from glmhelpers.cost_model.step_time import busy_share
 from glmhelpers.devicemap.plan import Plan
@@ -21,7 +22,7 @@ from glmhelpers.plots.device_map import GPU_COLORS
 from glmhelpers.plots.memory_bars import FEW_PARTS, Bar, memory_bars
 from glmhelpers.plots.style import COLORS, ink
 from glmhelpers.utils.units import GIB
-from glmhelpers.widgets.explorer_words import Measured
+from glmhelpers.widgets.explorer_words import Measured, is_same
 
 WIDTH, LEFT, RIGHT = 600, 64, 118
 """Units of the picture, and of the room for names and for totals."""
@@ -45,15 +46,23 @@ _OVER = "#D93025"
 """A red that can be read on white and on black."""
 
 
-def plan_svg(plan: Plan, best: Plan | None = None, measured: Measured | None = None, title: str = "") -> str:
+def plan_svg(
+    plan: Plan,
+    best: Plan | None = None,
+    measured: Measured | None = None,
+    words: Sequence[str] = (),
+    page: bool = False,
+) -> str:
     """Blocks, memory and time of a plan, one below the other.
 
     Args:
         plan: what to draw.
-        best: another plan for the same GPUs, drawn as an outline.
+        best: a plan for the same GPUs, drawn as an outline where it is another one.
         measured: what was measured of this very plan.
-        title: the picture in words.
+        words: sentences about it: with the plan's own, they are what screen readers say.
+        page: black on white with the words below, for where nothing else stands around the picture.
     """
+    best = None if is_same(plan, best) else best
     bars = memory_bars(
         plan.with_outside,
         [f"GPU {index}" for index in range(len(plan.gpus))],
@@ -62,17 +71,21 @@ def plan_svg(plan: Plan, best: Plan | None = None, measured: Measured | None = N
         best.total_bytes if best else None,
         measured.peak_bytes if measured else None,
     )
-    body, top = _row(plan, best), 54.0
     end = _end(bars)
+    body, top = _row(plan, best), 54.0
     body += "".join(_bar(bar, number, top, end) for number, bar in enumerate(bars))
-    top += BAR * len(bars) + 6
-    legend, top = _legend(bars, top)
+    legend, top = _legend(bars, top + BAR * len(bars) + 6)
     seconds, height = _time(plan, best, measured, top + 6)
+    for line in [line for each in words for line in wrap(each, 95)] if page else []:
+        height += 16
+        body += _text(0, height - 2, line)
     hatches = "".join(_HATCH.format(color, COLORS[color], ink(color)) for color in ("vermillion", "orange"))
+    ground = "background:white;color:black;" if page else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" fill="currentColor" '
-        'font-family="sans-serif" font-size="12" style="display:block;width:100%;max-width:800px">'
-        f"<title>{escape(title)}</title><defs>{hatches}</defs>{body}{legend}{seconds}</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 4:.0f}" role="img" '
+        f'fill="currentColor" font-family="sans-serif" font-size="12" '
+        f'style="{ground}display:block;width:100%;max-width:800px">'
+        f"<title>{escape(' '.join([*words, str(plan)]))}</title><defs>{hatches}</defs>{body}{legend}{seconds}</svg>"
     )
 
 

@@ -178,6 +178,7 @@ def test_static_forms_for_places_without_widgets():
     picture = ElementTree.fromstring(bundle["image/svg+xml"])
     assert "GPU 0 (T4): blocks 0-13" in picture.findtext(f"{SVG}title")
     assert "background:white" in picture.get("style")
+    assert "This plan fits." in [text.text for text in picture.iter(f"{SVG}text")]
     assert "GPU 0 (T4): blocks 0-13" in bundle["text/plain"]
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.box.model_id
     assert explorer.picture().data == bundle["image/svg+xml"]
@@ -200,7 +201,7 @@ def numbers(root, label, where):
 @pytest.mark.parametrize("gpus", [["T4", "P100"], ["H100"] * 4, ["T4"]])
 def test_the_picture_is_well_formed_and_adds_up(gpus):
     plan = plan_device_map(PUBLISHED, gpus, 8, 1024)
-    root = ElementTree.fromstring(plan_svg(plan, title="<words>"))
+    root = ElementTree.fromstring(plan_svg(plan, words=["<words>"]))
     sizes = [size for group in FEW_PARTS for size in numbers(root, f"{group.label}:", r"([\d.]+) GiB")]
     assert sum(sizes) == pytest.approx(sum(plan.total_bytes) / GIB, abs=0.02)
     texts = [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "total"]
@@ -210,7 +211,7 @@ def test_the_picture_is_well_formed_and_adds_up(gpus):
     assert homes == [gpu for gpu, blocks in enumerate(plan.blocks) for _ in blocks]
     busy = numbers(root, "forward:", r"([\d.]+) s") + numbers(root, "backward:", r"([\d.]+) s")
     assert sum(busy) == pytest.approx(sum(task.end - task.start for task in plan.schedule), abs=0.05)
-    assert root.findtext(f"{SVG}title") == "<words>"
+    assert root.findtext(f"{SVG}title").startswith("<words> batch 8 x 1024")
 
 
 def outlines(drawing):
