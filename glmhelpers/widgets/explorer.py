@@ -17,6 +17,7 @@ The result is `explorer.device_map`, an ordinary dict; "use this map" copies it 
 Works with ipywidgets 7.7 and 8.1; where no widgets run, `explorer.picture()` and `print(explorer)` show the same.
 """
 
+import gc
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from html import escape
@@ -28,6 +29,7 @@ from IPython.display import SVG
 
 from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import LORA_TARGETS, divisors
+from glmhelpers.cost_model.step_memory import stage_terms
 from glmhelpers.devicemap.plan import DoesNotFit, Plan
 from glmhelpers.widgets.explorer_state import CHOICES, LENGTH_STEP, MAX_BATCH, MAX_GPUS, RANKS, Explored
 from glmhelpers.widgets.explorer_svg import plan_svg
@@ -212,7 +214,7 @@ class Explorer:
         if question not in self._answers:
             for each in [each for each, other in self._answers.items() if other.cancel()]:
                 del self._answers[each]  # it was never begun, and the controls stand elsewhere now
-            self._answers[question] = self._planner.submit(question[0].best, question[1])
+            self._answers[question] = self._planner.submit(_ask, *question)
         answer = self._answers[question]
         if not wait([answer], seconds).done:
             if answer not in self._awaited:
@@ -273,6 +275,19 @@ class Explorer:
             ):
                 button.icon, button.button_style = ("check", "success") if on else ("", "")
             self.objective.icons = ["check" if name == self.objective.value else "" for name in self.objective.options]
+
+
+def _ask(question: Explored, objective: str) -> Explored:
+    """The planner's answer. Its search makes so many objects that collecting garbage meanwhile would stop the picture,
+    which is another thread's, for a second: they go when it is done."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return question.best(objective)
+    finally:
+        stage_terms.cache_clear()
+        if collects:
+            gc.enable()
 
 
 _LABELS = {

@@ -199,7 +199,7 @@ def _legend(bars: Sequence[Bar], top: float) -> tuple[str, float]:
     if bars[0].best is not None:
         keys.append((_rect(0, 0, 12, 11, _THIN), "best plan"))
     if bars[0].measured is not None:
-        keys.append((_DIAMOND.format(6, 0), "measured peak: belongs where the grey begins"))
+        keys.append((_DIAMOND.format(6, 0), "measured: due where grey begins"))
     body, x = "", float(LEFT)
     for mark, label in keys:
         width = 18 + len(label) * LETTER + 10
