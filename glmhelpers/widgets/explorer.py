@@ -160,11 +160,7 @@ class Explorer:
             self._show()
 
     def _buttons(self) -> ui.HBox:
-        self.objective = ui.ToggleButtons(
-            options=["speed", "memory"],
-            description="best for",
-            style={"button_width": "74px", "description_width": "56px"},
-        )
+        self.objective = ui.ToggleButtons(options=["speed", "memory"], style={"button_width": "100px"})
         self.objective.observe(lambda _: self._show(), "value")
         self.best_button = ui.Button(description="best plan")
         self.measured_button = ui.Button(description="measured")
@@ -172,10 +168,10 @@ class Explorer:
         for button, press in (
             (self.best_button, self.best), (self.measured_button, self.show_measured), (self.use_button, self.use),
         ):  # fmt: skip
-            button.layout.width = "112px"
+            button.layout.width = "132px"
             button.on_click(lambda _, press=press: press())
         self.measured_button.layout.display = "" if self.measured else "none"
-        buttons = [self.objective, self.best_button, self.measured_button, self.use_button]
+        buttons = [ui.Label("best for"), self.objective, self.best_button, self.measured_button, self.use_button]
         return ui.HBox(buttons, layout=ui.Layout(flex_flow="row wrap", align_items="center"))
 
     def _groups(self) -> ui.HBox:
@@ -254,7 +250,11 @@ class Explorer:
         measured = self.measured if self.measured and is_same(plan, self.measured.plan) else None
         said = [verdict(plan)]
         if answer:
-            said.append(compare(best, plan, self.objective.value) if best else "No plan fits.")
+            said.append(
+                compare(best, plan, self.objective.value)
+                if best
+                else "No plan fits these settings; the button says why."
+            )
         if measured:
             said.append(against_measured(measured))
         return best, measured, said

@@ -74,7 +74,8 @@ def plan_svg(
     end = _end(bars)
     body, top = _row(plan, best), 54.0
     body += "".join(_bar(bar, number, top, end) for number, bar in enumerate(bars))
-    legend, top = _legend(bars, top + BAR * len(bars) + 6)
+    dots = len(plan.checkpointed_layers) < plan.shape.layers
+    legend, top = _legend(bars, dots, top + BAR * len(bars) + 6)
     seconds, height = _time(plan, best, measured, top + 6)
     for line in [line for each in words for line in wrap(each, 95)] if page else []:
         height += 16
@@ -190,12 +191,14 @@ def _bar(bar: Bar, number: int, above: float, end: int) -> str:
     return body + _text(WIDTH, top + 12, words, "end", f'class="total" {more}')
 
 
-def _legend(bars: Sequence[Bar], top: float) -> tuple[str, float]:
+def _legend(bars: Sequence[Bar], dots: bool, top: float) -> tuple[str, float]:
     """What stands for what, in as many lines as it takes; and where they end."""
     keys = [
         (_rect(0, 0, 12, 11, _fill(part.group.color, part.group.hatch)), part.group.label) for part in bars[0].parts
     ]
     keys.append(('<path d="M6,-1 v13" stroke="currentColor" stroke-width="2.4"/>', "limit"))
+    if dots:
+        keys.append(('<circle cx="6" cy="6" r="2.5"/>', "block not checkpointed"))
     if bars[0].best is not None:
         keys.append((_rect(0, 0, 12, 11, _THIN), "best plan"))
     if bars[0].measured is not None:

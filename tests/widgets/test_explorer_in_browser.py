@@ -152,6 +152,8 @@ def test_pictures_come_first_and_need_no_ground_of_their_own(lab, theme, width):
     from selenium.webdriver.common.keys import Keys
 
     lab.use_theme(theme)
+    if lab.driver.execute_script("return document.querySelector('#jp-left-stack').offsetWidth > 0"):
+        run_command(lab.driver, "application:toggle-left-area")
     lab.driver.set_window_size(width, 900)
     lab.slide("GPUs", [Keys.END])
     lab.wait("return document.querySelectorAll('.widget-html text.total').length == 4")
