@@ -153,20 +153,7 @@ def test_the_smallest_letters_can_be_read(name, tmp_path):
     assert min(sizes) >= SMALLEST
 
 
-WITHOUT_WORDS = {"draw_bounds", "draw_decoding", "plot_cache", "plot_sampling", "plot_speeds", "plot_top_p"}
-"""Functions that do not describe their figure yet. Take out the one that does."""
-
-NOT_RUN_AGAIN = {"05_inference"}
-"""Notebooks with outputs older than the words of their figures. Take out the one that was run again."""
-
-
-def late(names: Any, pending: set[str]) -> list[Any]:
-    """Parameters of which the pending ones must fail: they leave the list when they no longer do."""
-    mark = pytest.mark.xfail(strict=True, reason="in a list of this file, until it has words")
-    return [pytest.param(name, marks=mark) if name in pending else name for name in names]
-
-
-@pytest.mark.parametrize("name", late(FIGURES, WITHOUT_WORDS))
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_has_words(name, tmp_path):
     drawn = FIGURES[name](tmp_path)
     if hasattr(drawn, "data"):  # SVG
@@ -182,7 +169,7 @@ NOTEBOOKS = {
 }
 
 
-@pytest.mark.parametrize("name", late(NOTEBOOKS, NOT_RUN_AGAIN))
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_picture_of_a_committed_notebook_has_words(name):
     cells = json.loads(NOTEBOOKS[name].read_text("utf-8"))["cells"]
     for place, cell in enumerate(cells):
