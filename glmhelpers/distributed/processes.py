@@ -22,6 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
+REFUSED = "refused: "
+"""Begins the line in which a process says why it was refused; `launch` looks for it."""
+
 
 class StartError(RuntimeError):
     """The processes were started in a way that cannot work; the message is one sentence that says what to do."""

@@ -137,7 +137,10 @@ class PipelineStep:
 
 def make_scaler(device: torch.device, **settings: Any) -> torch.amp.GradScaler:
     """A GradScaler whose verdict is that of all ranks: an overflow on one of them makes all skip the step."""
-    return ShardedGradScaler(device.type, **settings)
+    scaler = ShardedGradScaler(device.type, **settings)
+    # It makes its scale when it first scales something, which only the rank with the loss ever does.
+    scaler.scale(torch.zeros((), device=device))
+    return scaler
 
 
 def update(

@@ -1,10 +1,5 @@
 """The step of many processes has the loss and the gradients of one process, however it is cut."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,14 +7,6 @@ from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.training.pipeline import run_step
 from tests.helpers.process_cases import CASES, a_batch, draw_adapter
 from thuglm import ChatGLMForConditionalGeneration
-
-PROJECT = Path(__file__).resolve().parents[2]
-TINY = PROJECT / "data" / "tiny-chatglm"
-
-
-@pytest.fixture(scope="module")
-def folders(grown):
-    return {"tiny": TINY, "grown": grown}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +20,6 @@ def expected(folders):
         loss = run_step(model, a_batch(base.config))
         found[name] = loss.item(), {name: weight.grad for name, weight in adapter_weights(model).items()}
     return found
-
-
-@pytest.fixture(scope="module")
-def results(folders, tmp_path_factory):
-    """Case -> (loss, gradients) of all groups of processes."""
-    out = tmp_path_factory.mktemp("cases")
-    command = [sys.executable, "-m", "tests.helpers.process_cases", folders["tiny"], folders["grown"], out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(map(str, command), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return {name: case for world in CASES for name, case in torch.load(out / f"{world}.pt").items()}
 
 
 @pytest.mark.parametrize("name", [name for cases in CASES.values() for name in cases])

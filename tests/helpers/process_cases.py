@@ -4,6 +4,8 @@
 of each group gathered: case -> loss and gradient of every LoRA matrix. The test compares them with one process.
 """
 
+import contextlib
+import json
 import os
 import socket
 import sys
@@ -14,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 from glmhelpers.cost_model.placement import Placement, part_names
+from glmhelpers.distributed import loop
+from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.plan import ProcessPlan
 from glmhelpers.distributed.processes import joined
 from glmhelpers.distributed.stage import build_stage
-from glmhelpers.distributed.step import PipelineStep
+from glmhelpers.distributed.step import PipelineStep, make_scaler, update
 from glmhelpers.lora.attach import adapter_weights
 from thuglm import ChatGLMConfig
 
@@ -113,6 +117,72 @@ def one_step(folders, checkpoint, counts, schedule, checkpointed, stages_per_ran
     return loss.item(), gradients
 
 
+SCHEDULE = {"max_steps": 12, "rows_per_step": 4, "logging_steps": 3, "save_steps": 4, "warmup_steps": 2}
+JOB = {**SCHEDULE, "micro_batches": 2, "learning_rate": 5e-3, "dropout": 0.0, "max_length": 40}
+"""A run of several epochs of 18 rows, whose last step in each has two rows only."""
+
+RUNS = {
+    4: {
+        # Begun by one process with the Trainer, stopped behind checkpoint-4.
+        "begun_by_one": ({"blocks": "5,3"}, None),
+    },
+    2: {
+        "two": ({"schedule": "Interleaved1F1B", "stages_per_rank": 2}, None),
+        # Stopped in step 7, after checkpoint-4: goes on with one pipeline less, and then in one process.
+        "handed_over": ({"blocks": "8"}, 7),
+    },
+}
+"""Processes -> folder of the output -> (how the job is cut, the step in which it is stopped)."""
+
+
+def write_rows(folder):
+    """18 rows of several lengths, as `convert_alpaca` writes them."""
+    rows = [{"instruction": f"数字{i}", "output": f"答案是{i}。" * (1 + i % 4)} for i in range(18)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+
+
+def a_run(tiny, folder, name, cut, stop):
+    """Run this rank's part of a job, perhaps to the step in which it is stopped."""
+    job = Job(folder=tiny, rows=str(folder / "rows.jsonl"), output=str(folder / name), device="cpu", **JOB, **cut)
+    real, steps = loop.update, []
+
+    def stopping(*args):
+        steps.append(1)
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    loop.update = stopping
+    try:
+        with joined_again(job.ranks) as processes, contextlib.suppress(KeyboardInterrupt):
+            loop.train(job, processes)
+    finally:
+        loop.update = real
+
+
+def overflow(tiny):
+    """Two steps with a GradScaler, an infinite gradient on the last rank in the first: what each rank did."""
+    plan = ProcessPlan.of(placed(5, 3), 8, "1F1B", micro_batches=4)
+    with joined_again(plan.ranks) as processes:
+        cut, scaler = plan.stages[processes.stage_rank], make_scaler(processes.device, init_scale=1024.0)
+        stage = build_stage(tiny, plan, cut, processes.device, torch.float32, dropout=0.0)
+        draw_adapter(stage.model)
+        step = PipelineStep([stage], plan, processes, scaler=scaler)
+        weights, batch = adapter_weights(stage.model), a_batch(ChatGLMConfig.from_pretrained(tiny))
+        optimizer, found = torch.optim.SGD(weights.values(), 0.1), []
+        for poisoned in (True, False):
+            before, loss = {name: weight.detach().clone() for name, weight in weights.items()}, step(batch)
+            if poisoned and processes.rank == 3:
+                next(iter(weights.values())).grad[0, 0] = float("inf")
+            _, norm, taken = update(optimizer, loss, processes, scaler, 0.5)
+            moved = sum((weight - before[name]).norm() ** 2 for name, weight in weights.items()).sqrt()
+            found.append((taken, scaler.get_scale(), norm, moved.item()))
+        everybody = [None] * 4
+        dist.all_gather_object(everybody, found)
+    return everybody
+
+
 def joined_again(ranks, timeout=60):
     """As `joined`, at a new port for each case."""
     os.environ["MASTER_PORT"] = PORTS.pop(0)
@@ -162,10 +232,14 @@ def main(tiny, grown, results):
     torch.set_num_threads(1)
     folders = {"tiny": tiny, "grown": grown}
     for world, cases in CASES.items():
-        PORTS[:] = free_ports(len(cases))
+        PORTS[:] = free_ports(len(cases) + len(RUNS[world]) + 1)
 
         def work(rank, world=world, cases=cases):
             found = {name: one_step(folders, *case) for name, case in cases.items()}
+            for name, (cut, stop) in RUNS[world].items():
+                a_run(tiny, Path(results), name, cut, stop)
+            if world == 4:
+                found["overflow"] = overflow(tiny)
             if rank == 0:
                 torch.save(found, Path(results) / f"{world}.pt")
 
