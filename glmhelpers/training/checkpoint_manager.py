@@ -54,19 +54,22 @@ COUNTED = (
 """The training arguments that decide what is learnt. How the work is cut and where it is done do not."""
 
 
-def run_settings(model: Model, dataset: Iterable[Mapping[str, Any]], args: Any) -> dict[str, Any]:
+def run_settings(
+    model: Model, dataset: Iterable[Mapping[str, Any]], args: Any, base: str | None = None
+) -> dict[str, Any]:
     """What makes a run this run and no other, ready for JSON.
 
     Args:
         model: a PeftModel.
         dataset: encoded rows.
-        args: `TrainingArguments`.
+        args: `TrainingArguments`, or something with the same attributes.
+        base: fingerprint of the whole base, if the model is only a part of it.
     """
     adapter = model.peft_config[model.active_adapter]
     count, digest = rows_digest(dataset)
     counted = {name: getattr(args, name) for name in COUNTED}
     return {
-        "base": fingerprint(model),
+        "base": base or fingerprint(model),
         "starts_from": origin_of(model).starts_from,
         "rows": count,
         "rows_digest": digest,
@@ -92,11 +95,16 @@ def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any)
     if not known:
         origin.starts_from = settings["starts_from"] = f"trained before, {now}"
         folder = run_folder(args.output_dir, settings)
+    write_settings(folder, settings)
+    origin.run = folder.resolve()
+    return folder
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run into its folder, unless they are there."""
     if not (folder / "settings.json").is_file():
         with whole_file(folder / "settings.json") as draft:
             draft.write_text(_as_text(settings) + "\n", encoding="utf-8")
-    origin.run = folder.resolve()
-    return folder
 
 
 def rows_digest(dataset: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
