@@ -109,14 +109,14 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
     return setting.tokens * shape.hidden * setting.element
 
 
-def label_rows(setting: Setting) -> int:
+def target_rows(setting: Setting) -> int:
     """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1)."""
     return round(setting.rows * (setting.seq_length - 1) * setting.label_share)
 
 
 def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
-    kept = label_rows(setting) * shape.hidden * setting.element
+    kept = target_rows(setting) * shape.hidden * setting.element
     return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
@@ -126,7 +126,7 @@ def loss_working_bytes(shape: Shape, setting: Setting) -> int:
 
     Then the probabilities in the base dtype take the place of the logits: the same size.
     """
-    rows = label_rows(setting)
+    rows = target_rows(setting)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
     return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 

@@ -38,7 +38,7 @@ from functools import partial, reduce
 from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import hidden_bytes, label_rows
+from glmhelpers.cost_model.step_memory import hidden_bytes, target_rows
 
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
 """Bytes moved by elementwise work in one block without LoRA, in units of its hidden states: forward two LayerNorms 4,
@@ -107,7 +107,7 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
 def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
     """Head and loss of one micro-batch: two products over the vocabulary for each chunk, and what is moved of a logit:
     it is written, read for the softmax, 4 bytes are written and read, the probability is written and read."""
-    rows = label_rows(setting) if setting.training else setting.rows
+    rows = target_rows(setting) if setting.training else setting.rows
     times, chunks = (2, max(1, -(-rows // setting.loss_chunk))) if setting.training else (1, 1)
     logits, element = rows * shape.vocab, setting.element
     operations = 2 * times * logits * shape.hidden

@@ -17,6 +17,7 @@ from glmhelpers.inference.scores import Kept
 from glmhelpers.lora.attach import lora_b_norms
 from glmhelpers.lora.fingerprint import base_checksum
 from glmhelpers.utils.types import Model
+from thuglm.modeling_chatglm import evaluating
 
 SAME_LOGITS = 1e-3
 """Logits that differ by no more are the same."""
@@ -163,10 +164,14 @@ class Closeness:
 
 @torch.no_grad()
 def next_logits(model: Model, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Logits of the token after each prompt, [n, V] float32 on the CPU; so one model can go before the other comes."""
+    """Logits of the token after each prompt, [n, V] float32 on the CPU; so one model can go before the other comes.
+
+    Without dropout, in whatever mode the model is.
+    """
     device = model.get_input_embeddings().weight.device
     ids = [tokenizer([text], return_tensors="pt")["input_ids"].to(device) for text in texts]
-    return torch.cat([model(input_ids=row, logits_to_keep=1).logits[:, -1].float().cpu() for row in ids])
+    with evaluating(model):
+        return torch.cat([model(input_ids=row, logits_to_keep=1).logits[:, -1].float().cpu() for row in ids])
 
 
 def closeness(logits: Tensor, others: Tensor) -> Closeness:
