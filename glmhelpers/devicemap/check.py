@@ -24,7 +24,6 @@ __all__ = [
     "Placement",
     "as_device",
     "check_device_map",
-    "check_filled",
     "check_placement",
     "device_of",
     "part_names",
@@ -75,9 +74,13 @@ def check_placement(model: PreTrainedModel, placement: Placement, dtype: torch.d
     Raises:
         RuntimeError: names the first offender, what it is and what it should be.
     """
-    check_filled(model)
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta":
+            raise RuntimeError(f"the buffer {name} is still on meta: the model was built without memory and not filled")
     count = len(list(model.named_buffers()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type == "meta":
+            raise RuntimeError(f"{name} is still on meta: no weight was loaded into it")
         wanted = device_of(name, placement)
         if wanted is not None and parameter.device != wanted:
             raise RuntimeError(f"{name} is on {parameter.device}, the device map says {wanted}")
@@ -85,17 +88,3 @@ def check_placement(model: PreTrainedModel, placement: Placement, dtype: torch.d
             raise RuntimeError(f"{name} is {parameter.dtype}, {dtype} was asked for")
         count += 1
     return count
-
-
-def check_filled(model: PreTrainedModel) -> None:
-    """Assert that no parameter and no buffer is left without memory.
-
-    Raises:
-        RuntimeError: names the first one.
-    """
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type == "meta":
-            raise RuntimeError(f"{name} is still on meta: no weight was loaded into it")
-    for name, buffer in model.named_buffers():
-        if buffer.device.type == "meta":
-            raise RuntimeError(f"the buffer {name} is still on meta: the model was built without memory and not filled")

@@ -60,13 +60,12 @@ class Calibration:
         return markdown_table(rows) if self.gpus else "no GPU: nothing to measure"
 
 
-def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
+def measure_machine(refresh: bool = False) -> Calibration:
     """Measure the GPUs and the host of this machine, or take what was kept of an earlier time.
 
     Needs some 300 MB on each GPU for three seconds; call it before a model is loaded.
 
     Args:
-        config: ChatGLMConfig whose shapes the products have; None: those of ChatGLM-6B.
         refresh: measure again.
 
     Returns:
@@ -82,15 +81,15 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
         measured = {}
         for index, name in enumerate(names):
             if name not in measured:
-                measured[name] = {**card_rates(index, cards[index], config or ChatGLMConfig()), **link, **host}
+                measured[name] = {**card_rates(index, cards[index]), **link, **host}
         keep_rates(measured)
         torch.cuda.empty_cache()
     return Calibration(gpus_here(), time.perf_counter() - started)
 
 
-def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
+def card_rates(index: int, card: GPU) -> dict[str, float]:
     """Shares of the datasheet's rates that one GPU reaches, and what cuBLAS and the driver take on it."""
-    device = torch.device("cuda", index)
+    device, config = torch.device("cuda", index), ChatGLMConfig()
     hidden, inner, heads = config.hidden_size, config.inner_hidden_size, config.num_attention_heads
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
@@ -130,10 +129,10 @@ def _workspace() -> int:
     return torch.cuda.memory_allocated() - before - product.nbytes
 
 
-def gpu_seconds(work: Callable[[], Tensor], repeats: int = 5) -> float:
-    """Seconds of GPU time for one call, the shortest of some."""
+def gpu_seconds(work: Callable[[], Tensor]) -> float:
+    """Seconds of GPU time for one call, the shortest of five."""
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
@@ -143,9 +142,9 @@ def gpu_seconds(work: Callable[[], Tensor], repeats: int = 5) -> float:
     return min(times)
 
 
-def copy_rate(source: int, target: int, size: int = 8 * MIB, repeats: int = 20) -> float:
-    """Bytes a second from one GPU to another."""
-    block = torch.ones(size, device=f"cuda:{source}", dtype=torch.uint8)
+def copy_rate(source: int, target: int) -> float:
+    """Bytes a second from one GPU to another, in pieces of 8 MiB."""
+    repeats, block = 20, torch.ones(8 * MIB, device=f"cuda:{source}", dtype=torch.uint8)
     for count in (2, repeats):
         torch.cuda.synchronize(target)
         begin = time.perf_counter()
@@ -153,7 +152,7 @@ def copy_rate(source: int, target: int, size: int = 8 * MIB, repeats: int = 20) 
             block.to(f"cuda:{target}")
         torch.cuda.synchronize(source)
         torch.cuda.synchronize(target)
-    return repeats * size / (time.perf_counter() - begin)
+    return repeats * block.nbytes / (time.perf_counter() - begin)
 
 
 def host_launches(devices: list[str], repeats: int = 4) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from glmhelpers.lora.attach import origin_of, weights_digest
 from glmhelpers.lora.fingerprint import fingerprint
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import write_json
 from glmhelpers.utils.types import Model
 
 MARKER = "complete.json"
@@ -55,13 +55,7 @@ COUNTED = (
 
 
 def run_settings(model: Model, dataset: Iterable[Mapping[str, Any]], args: Any) -> dict[str, Any]:
-    """What makes a run this run and no other, ready for JSON.
-
-    Args:
-        model: a PeftModel.
-        dataset: encoded rows.
-        args: `TrainingArguments`.
-    """
+    """What makes a run of a PeftModel on encoded rows this run and no other, ready for JSON."""
     adapter = model.peft_config[model.active_adapter]
     count, digest = rows_digest(dataset)
     counted = {name: getattr(args, name) for name in COUNTED}
@@ -93,8 +87,7 @@ def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any)
         origin.starts_from = settings["starts_from"] = f"trained before, {now}"
         folder = run_folder(args.output_dir, settings)
     if not (folder / "settings.json").is_file():
-        with whole_file(folder / "settings.json") as draft:
-            draft.write_text(_as_text(settings) + "\n", encoding="utf-8")
+        write_json(folder / "settings.json", settings)
     origin.run = folder.resolve()
     return folder
 
@@ -122,11 +115,8 @@ def _columns(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, A
 
 def run_folder(parent: str | Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the run with these settings, below `parent`."""
-    return Path(parent) / f"run-{hashlib.sha256(_as_text(settings).encode()).hexdigest()[:8]}"
-
-
-def _as_text(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    return Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
@@ -139,8 +129,7 @@ def mark_complete(folder: Path, **facts: Any) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    with whole_file(folder / MARKER) as draft:
-        draft.write_text(json.dumps({"files": sizes, **facts}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MARKER, {"files": sizes, **facts})
 
 
 def marker_facts(folder: Path) -> dict[str, Any]:
