@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from glmhelpers.utils.files import write_json
+from glmhelpers.utils.folders import user_cache
 
 RATES = (
     *("matrix_share", "memory_share", "attention_share", "link"),
@@ -27,8 +28,7 @@ BYTES = ("gemm_workspace", "context")
 
 def kept_file() -> Path:
     """Where they are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "glmhelpers" / "machine.json"
+    return user_cache() / "machine.json"
 
 
 def machine_key() -> str:

@@ -80,9 +80,8 @@ def weight_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
 
 
 def embedding_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
-    """Embedding and head: vocabulary * hidden each; once where the embedding is the head's own tensor (tied)."""
-    copies = int(stage.head) + int(stage.embedding and not stage.shared)
-    return copies * shape.head_parameters * setting.element
+    """Embedding and head: vocabulary * hidden; where both are on one GPU, they are one tensor (tied)."""
+    return (stage.head or stage.embedding) * shape.head_parameters * setting.element
 
 
 def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
@@ -143,13 +142,7 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 @lru_cache(maxsize=200_000)
 def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0) -> tuple[str, dict[str, int]]:
-    """The worst moment of one GPU and its terms.
-
-    Args:
-        shape: sizes of the model.
-        setting: how it is run.
-        stage: what lives on this GPU.
-        workspace: bytes of one cuBLAS workspace on this GPU.
+    """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -311,7 +304,6 @@ def predict(
     *,
     checkpointed: str | int | Iterable[int] = "all",
     gpus: Sequence[GPU | str | int] | None = None,
-    tied: bool = True,
     **settings: Any,
 ) -> Prediction:
     """What each GPU will hold at the worst moment of a step.
@@ -323,7 +315,6 @@ def predict(
         seq_length: tokens in a row.
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
-        tied: embedding and head are one tensor where they are on the same GPU.
         settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
             base_bits, loss_chunk, label_share, training, kv_length.
 
@@ -334,7 +325,7 @@ def predict(
     setting = Setting(batch_size, seq_length, **settings)
     known = find_gpus(list(gpus)) if gpus else None
     placement = Placement.of(device_map, shape.layers, len(known) if known else None)
-    stages = find_stages(placement, checkpointed, tied)
+    stages = find_stages(placement, checkpointed)
     cards = tuple(known[device if isinstance(device, int) else 0] if known else CATALOGUE["T4"] for device in stages)
     results = [
         stage_terms(shape, setting, stage, card.gemm_workspace if device != "cpu" else 0)

@@ -35,19 +35,12 @@ class Room:
 
 
 def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
-    """The last four fields of a Stage."""
-    here = (place == "first" and first) or (place == "tied" and head)
-    return here, head, here and head, first
+    """The last three fields of a Stage."""
+    return (place == "first" and first) or (place == "tied" and head), head, first
 
 
 class Bounds:
-    """Bounds for one room.
-
-    Args:
-        room: the model and the GPUs.
-        checkpointed: "auto", "all" or "none".
-        embeddings: places that the embedding may have.
-    """
+    """Bounds for one room; `embeddings` are the places that the embedding may have."""
 
     def __init__(self, room: Room, checkpointed: str, embeddings: tuple[str, ...]):
         self.room, self.checkpointed, self.embeddings = room, checkpointed, embeddings

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from glmhelpers.utils.files import write_json
+from glmhelpers.utils.folders import user_cache
 from glmhelpers.utils.progress import reading
 
 MANIFEST_NAME = "weights_manifest.json"
@@ -103,9 +104,8 @@ def sha256_of(path: Path, progress: Callable[[int], None]) -> str:
 
 def memory_places(folder: Path) -> list[Path]:
     """Where the sha256 of a folder's files are remembered: beside them, or in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"
     known_as = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return [folder / MEMORY_NAME, cache / f"{known_as}.json"]
+    return [folder / MEMORY_NAME, user_cache() / f"{known_as}.json"]
 
 
 def remembered(folder: Path) -> dict[str, list]:
@@ -132,21 +132,15 @@ def remember(folder: Path, facts: dict[str, list]) -> None:
 
 def read_facts(path: Path, progress: Callable[[int], None] = lambda count: None) -> list:
     """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
-    return [*(_size_and_time(path) or [0, 0]), sha256_of(path, progress)]
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, sha256_of(path, progress)]
 
 
 def _is_now(path: Path, facts: Any) -> bool:
     """Whether remembered facts have the right form, and the file still has that size and time."""
-    has_form = isinstance(facts, list) and len(facts) == 3 and isinstance(facts[2], str)
-    return has_form and facts[:2] == _size_and_time(path)
-
-
-def _size_and_time(path: Path) -> list[int] | None:
-    try:
-        now = path.stat()
-    except OSError:
-        return None
-    return [now.st_size, now.st_mtime_ns]
+    if not isinstance(facts, list) or len(facts) != 3 or not isinstance(facts[2], str) or not path.is_file():
+        return False
+    return facts[:2] == [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def checksums(

@@ -48,7 +48,6 @@ def try_everything(config, gpus, batch, length, objective, reserve=0):
                         kept,
                         embedding=here,
                         head=head,
-                        shared=here and head,
                         first=number == used[0],
                     )
                     _, terms = stage_terms(shape, setting, stage, cards[number].gemm_workspace)
