@@ -7,8 +7,7 @@
                                      runtime.preflight()
 
 What cannot go on ends in `Stop`: one sentence that says what to click or type, and a cell that has failed. Until the
-packages are there, nothing may be imported here but the standard library and `packaging`, which every kernel has.
-The cell itself: `scripts/first_cell.py`.
+packages are there, nothing but the standard library may be imported here. The cell itself: `scripts/first_cell.py`.
 """
 
 import importlib
@@ -19,8 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from packaging.version import Version
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +131,7 @@ def _torch_version() -> str:
     except metadata.PackageNotFoundError:
         raise Stop(f"torch is not installed: {how}") from None
     oldest = next(need.split(">=")[1] for need in _needs() if need.startswith("torch>="))
-    if Version(found) < Version(oldest):
+    if _order(found) < _order(oldest):
         raise Stop(f"torch {found} is too old, {oldest} is needed: {how}")
     return found
 
@@ -147,6 +144,16 @@ def _needs() -> list[str]:
     return [*project["dependencies"], *extras.get("notebooks", ()), *extras.get("scores", ())]
 
 
+def _order(version: str) -> tuple[list[int], bool]:
+    """A key to compare versions by, without `packaging`: numbers, then whether it is no pre-release."""
+    numbers = version[: len(version) - len(version.lstrip("0123456789."))]
+    rest = version[len(numbers) :]
+    parts = [int(part) for part in numbers.split(".") if part]
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return parts, not re.match(r"a|b|rc|dev", rest)
+
+
 def _install(notebook: str, torch: str) -> None:
     """Install what this notebook needs and what is missing here or too old, in a version that passed; never torch."""
     pinned = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -156,7 +163,7 @@ def _install(notebook: str, torch: str) -> None:
         if name in {"torch", "jupyterlab"} | NOT_NEEDED.get(notebook, set()):
             continue
         found = next(iter(metadata.distributions(name=name)), None)
-        if found is None or Version(found.version) < Version(oldest):
+        if found is None or _order(found.version) < _order(oldest):
             lacking.append((name, pins.get(name, need)))
     if not lacking:
         return

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from glmhelpers.cost_model.gpus import GPU, find_gpus, one_host
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, stage_terms, with_outside
+from glmhelpers.cost_model.step_memory import Prediction, predict, stage_terms, with_outside
 from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.check import Label, Placement, part_names
@@ -134,8 +134,6 @@ class Plan:
         """For each GPU, bytes by term (keys of step_memory.TERMS) at its worst moment; the sum is the peak."""
         return [
             dict(stage_terms(self.shape, self.setting, stage, gpu.gemm_workspace)[1])
-            if stage != Stage()
-            else dict.fromkeys(TERMS, 0)
             for stage, gpu in zip(self.stages, self.gpus, strict=True)
         ]
 

@@ -25,7 +25,6 @@ from glmhelpers.weights.manifest import checksums, mending_command, read_manifes
 from glmhelpers.weights.shards import ShardError, read_entries
 from thuglm.configuration_chatglm import is_v1_0
 
-KINDS = ("missing", "lfs_pointer", "truncated", "checksum", "version")
 LFS_HEADER = b"version https://git-lfs"
 
 
