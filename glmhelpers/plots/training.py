@@ -1,4 +1,7 @@
-"""Figures of a training: LoRA drawn, the loss curve, what each GPU holds while it runs, the size of what was learnt."""
+"""Figures of a training: LoRA drawn, the loss curve, what each GPU holds while it runs, the size of what was learnt.
+
+And what it costs: `draw_interference`, from trainings that were counted beforehand (`data/interference_ablation.json`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from glmhelpers.plots.style import COLORS, HATCHES
+from glmhelpers.plots.style import COLORS, HATCHES, describe
 from glmhelpers.utils.units import GIB
 
 
@@ -89,3 +93,78 @@ def plot_b_norms(norms: Mapping[str, float]) -> Axes:
     axes.bar(np.arange(len(norms)), list(norms.values()), color=COLORS["orange"], hatch=HATCHES[1], edgecolor="black")
     axes.set(xlabel="block", ylabel="norm of lora_B", xticks=np.arange(len(norms)))
     return axes
+
+
+ANSWERS: dict[str, tuple[str, str, str]] = {
+    "name": ("black", "D", "the new name"),
+    "right": ("orange", "o", "the right words"),
+    "whole": ("blue", "s", "a whole answer"),
+}
+"""What an answer has -> colour, marker, words of the legend."""
+
+
+def draw_interference(found: Mapping[str, Any], may_lose: float = 0.05) -> Figure:
+    """What a new name costs, and what helps: left the name, right the general questions, a row for each training.
+
+    Args:
+        found: what `data/interference_ablation.json` holds.
+        may_lose: share of the general questions that may be lost, drawn as a line.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in found["runs"]:
+        groups.setdefault((run["factor"], _changed(run, found["runs"][0])), []).append(run)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 1.5 + 0.3 * len(groups)), sharey=True, width_ratios=[1, 2])
+    places: list[float] = []
+    labels: list[str] = []
+    said: list[str] = []
+    latest = ""
+    for (factor, setting), runs in groups.items():
+        # A wider gap before each setting that is changed.
+        places.append(places[-1] + (1.0 if factor == latest else 1.5) if places else 0.0)
+        labels.append(setting)
+        latest = factor
+        means = {}
+        for key, (color, marker, _) in ANSWERS.items():
+            each = [100 * run[key] for run in runs]
+            means[key] = sum(each) / len(each)
+            axes, at = (left if key == "name" else right), places[-1] + {"right": -0.17, "whole": 0.17}.get(key, 0.0)
+            axes.plot([min(each), max(each)], [at, at], color=COLORS[color], linewidth=1.5)
+            axes.plot(means[key], at, marker, color=COLORS[color], markeredgecolor="black", markersize=6)
+        shares = f"name {means['name']:.4g}, right {means['right']:.4g}, whole {means['whole']:.4g}"
+        said.append(f"{' '.join(setting.split())}: {shares}")
+    known = 100 * found["base"]["whole"]
+    for share, style, text in ((known, "-", "base"), (known - 100 * may_lose, "--", "at least")):
+        right.axvline(share, color=COLORS["dark"], linestyle=style, linewidth=1)
+        right.annotate(f"{text} {share:.0f}", (share, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+    left.set(yticks=places, yticklabels=labels, xlim=(-4, 104), ylim=(places[-1] + 0.6, -0.6))
+    left.set(xticks=(0, 50, 100), xlabel="the new name (%)")
+    right.set(xlabel=f"{found['questions']} general questions (%)")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    keys = [
+        Line2D([], [], color=COLORS[color], marker=marker, markeredgecolor="black", label=words)
+        for color, marker, words in ANSWERS.values()
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3)
+    seeds = len({run["seed"] for run in found["runs"]})
+    describe(
+        left,
+        f"What a new name costs the tiny model, means of {seeds} seeds in percent; the base has {known:.0f} whole "
+        f"answers. {'; '.join(said)}.",
+    )
+    return figure
+
+
+def _changed(run: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """The settings in which a run differs from the first one; if it is the first, or differs in more than two, all."""
+    words = {
+        "steps": f"{run['steps']} steps",
+        "rate": f"rate {run['rate']:.4f}",
+        "general_rows": f"{run['general_rows'] or 'no'} rows mixed in",
+        "rank": f"rank {run['rank']}",
+        "alpha": f"alpha {run['alpha']}",
+    }
+    changed = [text for key, text in words.items() if run[key] != before[key]]
+    if 0 < len(changed) < 3:
+        return ", ".join(changed)
+    steps, rate, *rest = words.values()
+    return f"{run['factor']}: {steps}, {rate},\n{', '.join(rest)}"
