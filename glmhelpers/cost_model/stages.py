@@ -19,13 +19,15 @@ class Stage:
     Attributes:
         blocks: for each of its blocks, in order: is it checkpointed?
         first: is the first of its blocks block 0 of the model, whose input needs no gradient?
-        embedding: does it look up the embedding? With a head, in the head's own tensor.
+        embedding: does it hold an embedding of its own?
         head: does it hold the final norm and the head?
+        shared: is the embedding it looks up in the head's own tensor?
     """
 
     blocks: tuple[bool, ...] = ()
     embedding: bool = False
     head: bool = False
+    shared: bool = False
     first: bool = False
 
     @classmethod
@@ -55,8 +57,16 @@ def is_checkpointed(layers: int, checkpointed: str | int | Iterable[int]) -> lis
     return [block in chosen for block in range(layers)]
 
 
-def find_stages(placement: Placement, checkpointed: str | int | Iterable[int] = "all") -> dict[Label, Stage]:
-    """What each device holds, device label -> Stage, in the order of `placement.devices`; see is_checkpointed."""
+def find_stages(
+    placement: Placement, checkpointed: str | int | Iterable[int] = "all", tied: bool = True
+) -> dict[Label, Stage]:
+    """What each device holds, device label -> Stage, in the order of `placement.devices`.
+
+    Args:
+        placement: where the parts are.
+        checkpointed: see is_checkpointed.
+        tied: embedding and head are one tensor where they are on the same device.
+    """
     embedding, head, blocks = placement.embedding, placement.head, placement.blocks
     marks = is_checkpointed(len(placement.map) - 3, checkpointed)
     return {
@@ -64,6 +74,7 @@ def find_stages(placement: Placement, checkpointed: str | int | Iterable[int] = 
             tuple(marks[layer] for layer in blocks.get(device, ())),
             embedding=embedding == device,
             head=head == device,
+            shared=tied and embedding == head == device,
             first=0 in blocks.get(device, ()),
         )
         for device in placement.devices

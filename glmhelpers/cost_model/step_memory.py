@@ -80,8 +80,9 @@ def weight_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
 
 
 def embedding_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
-    """Embedding and head: vocabulary * hidden; where both are on one GPU, they are one tensor (tied)."""
-    return (stage.head or stage.embedding) * shape.head_parameters * setting.element
+    """Embedding and head: vocabulary * hidden each; once where the embedding is the head's own tensor (tied)."""
+    copies = int(stage.head) + int(stage.embedding and not stage.shared)
+    return copies * shape.head_parameters * setting.element
 
 
 def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
@@ -304,6 +305,7 @@ def predict(
     *,
     checkpointed: str | int | Iterable[int] = "all",
     gpus: Sequence[GPU | str | int] | None = None,
+    tied: bool = True,
     **settings: Any,
 ) -> Prediction:
     """What each GPU will hold at the worst moment of a step.
@@ -315,6 +317,7 @@ def predict(
         seq_length: tokens in a row.
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
+        tied: embedding and head are one tensor where they are on the same GPU.
         settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
             base_bits, loss_chunk, label_share, training, kv_length.
 
@@ -325,7 +328,7 @@ def predict(
     setting = Setting(batch_size, seq_length, **settings)
     known = find_gpus(list(gpus)) if gpus else None
     placement = Placement.of(device_map, shape.layers, len(known) if known else None)
-    stages = find_stages(placement, checkpointed)
+    stages = find_stages(placement, checkpointed, tied)
     cards = tuple(known[device if isinstance(device, int) else 0] if known else CATALOGUE["T4"] for device in stages)
     results = [
         stage_terms(shape, setting, stage, card.gemm_workspace if device != "cpu" else 0)

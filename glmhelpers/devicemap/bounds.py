@@ -35,8 +35,9 @@ class Room:
 
 
 def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
-    """The last three fields of a Stage."""
-    return (place == "first" and first) or (place == "tied" and head), head, first
+    """The last four fields of a Stage."""
+    here = (place == "first" and first) or (place == "tied" and head)
+    return here, head, here and head, first
 
 
 class Bounds:

@@ -24,6 +24,7 @@ __all__ = [
     "Placement",
     "as_device",
     "check_device_map",
+    "check_filled",
     "check_placement",
     "device_of",
     "part_names",
@@ -74,13 +75,9 @@ def check_placement(model: PreTrainedModel, placement: Placement, dtype: torch.d
     Raises:
         RuntimeError: names the first offender, what it is and what it should be.
     """
-    for name, buffer in model.named_buffers():
-        if buffer.device.type == "meta":
-            raise RuntimeError(f"the buffer {name} is still on meta: the model was built without memory and not filled")
+    check_filled(model)
     count = len(list(model.named_buffers()))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type == "meta":
-            raise RuntimeError(f"{name} is still on meta: no weight was loaded into it")
         wanted = device_of(name, placement)
         if wanted is not None and parameter.device != wanted:
             raise RuntimeError(f"{name} is on {parameter.device}, the device map says {wanted}")
@@ -88,3 +85,17 @@ def check_placement(model: PreTrainedModel, placement: Placement, dtype: torch.d
             raise RuntimeError(f"{name} is {parameter.dtype}, {dtype} was asked for")
         count += 1
     return count
+
+
+def check_filled(model: PreTrainedModel) -> None:
+    """Assert that no parameter and no buffer is left without memory.
+
+    Raises:
+        RuntimeError: names the first one.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type == "meta":
+            raise RuntimeError(f"{name} is still on meta: no weight was loaded into it")
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta":
+            raise RuntimeError(f"the buffer {name} is still on meta: the model was built without memory and not filled")

@@ -269,12 +269,12 @@ def plan_device_map(
     return Plan(room.shape, found.setting, found.stages, room.gpus, numbers, room.usable, found.embedding, objective)
 
 
-def largest_batch(config: Any, gpus: Any, seq_length: int, **settings: Any) -> int:
+def largest_batch(config: Any, gpus: Any, seq_length: int, *, reserve: Any = 0, **settings: Any) -> int:
     """Most rows of `seq_length` tokens, up to 4096, that fit in one step, in micro-batches of one row; 0 if none does.
 
     The arguments are those of plan_device_map.
     """
-    room, setting = _room_and_setting(config, gpus, 0, 1, seq_length, None, settings)
+    room, setting = _room_and_setting(config, gpus, reserve, 1, seq_length, None, settings)
     search = Search(room, "memory", "all", None)
 
     def fits(batch: int) -> bool:
@@ -283,14 +283,16 @@ def largest_batch(config: Any, gpus: Any, seq_length: int, **settings: Any) -> i
     return _last_that(fits, 4096)
 
 
-def longest_length(config: Any, gpus: Any, batch_size: int, *, limit: int | None = None, **settings: Any) -> int:
+def longest_length(
+    config: Any, gpus: Any, batch_size: int, *, reserve: Any = 0, limit: int | None = None, **settings: Any
+) -> int:
     """Most tokens in a row, in steps of 8, that fit with `batch_size` rows a step; 0 if not even 8 do.
 
     Args:
-        config, gpus, batch_size, settings: as for plan_device_map.
+        config, gpus, batch_size, reserve, settings: as for plan_device_map.
         limit: do not look beyond; by default the length the model was trained for.
     """
-    room, setting = _room_and_setting(config, gpus, 0, batch_size, 8, None, settings)
+    room, setting = _room_and_setting(config, gpus, reserve, batch_size, 8, None, settings)
     search = Search(room, "memory", "all", None)
     parts = batch_size if setting.training else 1
 

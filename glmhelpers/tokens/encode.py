@@ -202,12 +202,13 @@ def encode_example(tokenizer: Any, row: Mapping[str, Any], **settings: Any) -> d
     return {"input_ids": ids, "labels": [IGNORE_INDEX] * first + ids[first:]}
 
 
-def encode_file(path: str | Path, tokenizer: Any, **settings: Any) -> datasets.Dataset:
-    """Tokens of a JSON Lines file; they are kept in the folder `tokens` beside it.
+def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = None, **settings: Any) -> datasets.Dataset:
+    """Tokens of a JSON Lines file, from the cache if they are there.
 
     Args:
         path: a file as `convert_alpaca` writes it.
         tokenizer: ChatGLM's tokenizer.
+        cache: folder for token files; by default `tokens` beside the file.
         **settings: fields of `Settings`.
 
     Returns:
@@ -220,7 +221,8 @@ def encode_file(path: str | Path, tokenizer: Any, **settings: Any) -> datasets.D
         ValueError: a line is no row (the message names it), or not one example is left.
     """
     path, chosen = Path(path), Settings(**settings)
-    target = path.parent / "tokens" / f"{path.stem}-{cache_key(path, tokenizer, chosen)}.arrow"
+    folder = Path(cache) if cache else path.parent / "tokens"
+    target = folder / f"{path.stem}-{cache_key(path, tokenizer, chosen)}.arrow"
     if not (target.is_file() and target.with_suffix(".json").is_file()):
         _write(path, target, _Encoder(tokenizer, chosen))
     return datasets.Dataset.from_file(str(target))

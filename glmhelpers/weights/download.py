@@ -39,6 +39,7 @@ def download_weights(
     source: str | Path = "huggingface",
     manifest: dict[str, Any] | str | Path | None = None,
     endpoint: str | None = None,
+    revision: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Bring every file of the manifest into `folder`; fetch only what is missing or wrong; go on after a break.
@@ -50,6 +51,7 @@ def download_weights(
         manifest: what to bring, see `weights/manifest.py`; None: what the folder's own `weights_manifest.json` lists,
             as in `verify_weights`; ChatGLM-6B v1.1 if it has none.
         endpoint: a mirror of the Hugging Face hub; None: the environment variable HF_ENDPOINT, else the hub itself.
+        revision: another revision of the repository than the manifest's.
         progress: print one line of text for what is fetched, and for what must be read to be checked.
 
     Returns:
@@ -64,7 +66,7 @@ def download_weights(
     """
     folder = Path(folder)
     facts = read_manifest(manifest, folder)
-    origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint)
+    origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
     say: Callable[[str], None] = print if progress else lambda _: None
     try:
         kaggle = "on Kaggle download_weights('/kaggle/temp/chatglm-6b')"
@@ -113,7 +115,7 @@ def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False
     """Name -> kind of fault, of the files that must be fetched."""
     files = facts["files"]
     faults = {name: check_size(folder, name, wanted) for name, wanted in files.items()}
-    found, _ = checksums(folder, [name for name, fault in faults.items() if fault is None], progress)
+    found, _ = checksums(folder, [name for name, fault in faults.items() if fault is None], progress=progress)
     return {
         name: fault.kind if fault else "checksum"
         for name, fault in faults.items()
@@ -209,7 +211,7 @@ def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[st
         hint = f" (there is one in {deeper[0]}: give that as source)" if deeper else ""
         text = "; ".join(f"{fault}. Mend: {again}" for fault in faults)
         raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: {text}")
-    found, _ = checksums(origin, wanted, progress, keep=False)
+    found, _ = checksums(origin, wanted, progress=progress, keep=False)
     for name in wanted:
         if found[name] != files[name]["sha256"]:
             raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: {again}")

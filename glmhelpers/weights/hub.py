@@ -70,11 +70,13 @@ class Remote:
         facts: the manifest.
         source: "huggingface", "modelscope" or a base URL.
         endpoint: a mirror of the hub; None: HF_ENDPOINT, else the hub itself.
+        revision: of the repository; None: the manifest's.
     """
 
     facts: dict[str, Any]
     source: str
     endpoint: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse with a ValueError what cannot be a source, before anything is touched."""
@@ -95,7 +97,8 @@ class Remote:
             place = self.facts["huggingface"]
             # Read now and not at import: a learner sets the mirror in a cell, long after the import.
             endpoint = (self.endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
-            return hf_hub_url(place["repo_id"], name, revision=place.get("revision"), endpoint=endpoint)
+            revision = self.revision or place.get("revision")
+            return hf_hub_url(place["repo_id"], name, revision=revision, endpoint=endpoint)
         if self.source == "modelscope":
             return f"modelscope {self.facts['modelscope']['model_id']}"
         return f"{self.source.rstrip('/')}/{quote(name)}"
@@ -150,7 +153,8 @@ class Remote:
         place = self.facts["modelscope"]
         # It resumes by itself, in a folder of its own beside the final one.
         folder = part.parent / ".modelscope"
-        found = model_file_download(place["model_id"], name, revision=place.get("revision"), local_dir=str(folder))
+        revision = self.revision or place.get("revision")
+        found = model_file_download(place["model_id"], name, revision=revision, local_dir=str(folder))
         progress(Path(found).stat().st_size - (part.stat().st_size if part.is_file() else 0))
         os.replace(found, part)
 

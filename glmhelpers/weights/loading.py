@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from glmhelpers.devicemap.check import Placement, check_placement, device_of
+from glmhelpers.devicemap.check import Placement, check_filled, check_placement, device_of
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
@@ -128,6 +128,7 @@ def load_model(
             if progress:
                 print(report.memory_line(report.shards[-1]))
     model.tie_weights()
+    check_filled(model)
     model.place(placement.map)
     model.config.dtype = dtype
     model.name_or_path = model.config.name_or_path = str(folder)

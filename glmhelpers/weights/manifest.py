@@ -144,14 +144,20 @@ def _is_now(path: Path, facts: Any) -> bool:
 
 
 def checksums(
-    folder: Path, names: Iterable[str], progress: bool = False, keep: bool = True
+    folder: Path,
+    names: Iterable[str],
+    workers: int | None = None,
+    progress: bool | Callable[[int], None] = False,
+    keep: bool = True,
 ) -> tuple[dict[str, str], int]:
-    """sha256 of files in `folder`, several at a time, without reading those that are remembered.
+    """sha256 of files in `folder`, without reading those that are remembered.
 
     Args:
         folder: where the files lie.
         names: which files.
-        progress: print one line of text while it takes longer than a moment.
+        workers: how many files are read at a time; None: as many as there are cores, at most 8.
+        progress: True prints one line of text while it takes longer than a moment; a function is called with the number
+            of bytes after every block, from any thread.
         keep: False writes no memory: the folder is somebody else's.
 
     Returns:
@@ -160,9 +166,11 @@ def checksums(
     names, known = list(names), remembered(folder)
     sizes = {name: (folder / name).stat().st_size for name in names if name not in known}
     # The longest first: otherwise the last thread works alone on a long one at the end.
-    to_read, pool = sorted(sizes, key=lambda name: -sizes[name]), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    with pool, reading(f"sha256 of {len(names)} files", sum(sizes.values()), show=progress) as count:
-        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, count), to_read), strict=True))
+    to_read = sorted(sizes, key=lambda name: -sizes[name])
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    with pool, reading(f"sha256 of {len(names)} files", sum(sizes.values()), show=progress is True) as count:
+        say = progress if callable(progress) else count
+        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, say), to_read), strict=True))
     known |= fresh
     if keep:
         remember(folder, fresh)

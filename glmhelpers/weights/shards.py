@@ -17,13 +17,13 @@ is needed. `.bin` files are opened with `weights_only=True`: a pickle can run co
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -142,13 +142,31 @@ def _of_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def _of_bin(path: Path) -> dict[str, Entry]:
-    # Without its data, a storage knows where it begins in the file, as torch's tutorial on GPUDirect Storage reads it.
-    with FakeTensorMode():
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # The tensors are views of the mapped file, so their addresses are offsets once the address of byte 0 is known:
+    # the zip directory says where the storages lie, and both lists must agree in every one.
+    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
+    offsets = _storage_offsets(path)
+    base = addresses[0] - offsets[0] if addresses and offsets else 0
+    if [address - base for address in addresses] != offsets:
+        raise ValueError(f"{len(offsets)} stored blocks for {len(addresses)} tensors")
     entries = {}
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not stored in one piece")
-        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), begin)
+        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), tensor.data_ptr() - base)
     return entries
+
+
+def _storage_offsets(path: Path) -> list[int]:
+    offsets = []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if info.filename.split("/")[-2:-1] != ["data"] or not info.file_size:
+                continue
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            # A local header has 30 bytes, then name and extra field; their lengths stand at its end (APPNOTE 4.3.7).
+            file.seek(info.header_offset + 26)
+            offsets.append(info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
+    return sorted(offsets)

@@ -15,6 +15,7 @@ Everything above the last line takes well under a second. The sha256 of 13.4 GB 
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def verify_weights(
     folder: str | Path,
     manifest: dict[str, Any] | str | Path | None = None,
     checksums: bool = True,
-    progress: bool = False,
+    workers: int | None = None,
+    progress: bool | Callable[[int], None] = False,
 ) -> Report:
     """Compare a checkpoint folder with its manifest.
 
@@ -75,7 +77,9 @@ def verify_weights(
         folder: where the files lie.
         manifest: a manifest or its path; None: the folder's own `weights_manifest.json`, else that of ChatGLM-6B v1.1.
         checksums: False leaves out sha256: under a second, and finds everything but changed bytes.
-        progress: print one line of text while the sha256 take longer than a moment.
+        workers: files read at a time for the sha256; None: one a core, at most 8.
+        progress: True prints one line of text while the sha256 take longer than a moment; or a function that is called
+            with a number of bytes after each block read.
 
     Returns:
         a report: `.ok`, `.problems` (each with `.file`, `.kind`, `.message`), and times in seconds.
@@ -93,7 +97,7 @@ def verify_weights(
             found.setdefault(problem.file, problem)
     report.seconds_quick = time.perf_counter() - started
     if checksums:
-        _compare_checksums(report, facts, found, progress)
+        _compare_checksums(report, facts, found, workers, progress)
     for name, problem in found.items():
         # A message may end in dots.
         text = f"{problem.message.removesuffix('.')}. Mend: {mending_command(facts, folder, name)}"
@@ -174,10 +178,12 @@ def _whole_file_of_other_release(path: Path) -> str:
     return ""
 
 
-def _compare_checksums(report: Report, facts: dict, found: dict[str, Problem], progress: bool) -> None:
+def _compare_checksums(
+    report: Report, facts: dict, found: dict[str, Problem], workers: int | None, progress: bool | Callable[[int], None]
+) -> None:
     """Add to `found` the files whose sha256 is not the manifest's; those with a problem are not read."""
     started, names = time.perf_counter(), [name for name in facts["files"] if name not in found]
-    sha256, report.bytes_read = checksums(report.folder, names, progress)
+    sha256, report.bytes_read = checksums(report.folder, names, workers, progress)
     for name in names:
         if sha256[name] != (wanted := facts["files"][name]["sha256"]):
             text = f"sha256 {sha256[name][:12]}... instead of {wanted[:12]}..."

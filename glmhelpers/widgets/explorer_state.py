@@ -169,6 +169,7 @@ class Explored:
                 tuple(block not in skipped for block in blocks),
                 embedding=number == home,
                 head=number == last,
+                shared=number == home == last,
                 first=number == first,
             )
             for number, blocks in enumerate(self.blocks)

@@ -181,7 +181,7 @@ def track_model(
 def test_whole_step_equals_the_real_model(rows, length, micro_batches, kept, share, chunk, rank, fused, when):
     shape = Shape.of(MIDDLE)
     marks = [layer < shape.layers - kept for layer in range(shape.layers)]
-    stage = Stage(tuple(marks), embedding=True, head=True, first=True)
+    stage = Stage(tuple(marks), embedding=True, head=True, shared=True, first=True)
     setting = Setting(rows, length, micro_batches, rank, lora_fused=fused, label_share=share, loss_chunk=chunk)
     moment, terms = stage_terms(shape, setting, stage)
     assert moment == when
@@ -193,7 +193,7 @@ def test_whole_step_equals_the_real_model(rows, length, micro_batches, kept, sha
 
 def test_whole_step_in_float32_equals_the_real_model():
     shape, setting = Shape.of(MIDDLE), Setting(4, 1024, 1, 8, loss_chunk=512, dtype="float32")
-    stage = Stage((True,) * shape.layers, embedding=True, head=True, first=True)
+    stage = Stage((True,) * shape.layers, embedding=True, head=True, shared=True, first=True)
     moment, terms = stage_terms(shape, setting, stage)
     assert moment == "loss of the last micro-batch"
     predicted = sum(terms[name] for name in set(terms) - {"weights", "embedding", "lora", "adam", "workspace"})
@@ -206,7 +206,7 @@ def test_parameters_of_the_real_model_are_predicted_exactly():
         model = ChatGLMForConditionalGeneration(PUBLISHED).half()
     model.lm_head.weight = model.transformer.word_embeddings.weight
     shape, setting = Shape.of(PUBLISHED), Setting()
-    stage = Stage((True,) * 28, embedding=True, head=True)
+    stage = Stage((True,) * 28, embedding=True, head=True, shared=True)
     whole = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) * 2
     assert memory.weight_bytes(shape, setting, stage) + memory.embedding_bytes(shape, setting, stage) == whole
     adapted = lora(model, LORA_TARGETS, rank=4)
@@ -222,9 +222,11 @@ def seed_map(embedding=0, cut=15):
 def test_terms_add_up_and_tying_saves_one_matrix():
     untied = predict(PUBLISHED, seed_map(0), 4, 1024)
     tied = predict(PUBLISHED, seed_map(1), 4, 1024)
+    copies = predict(PUBLISHED, seed_map(1), 4, 1024, tied=False)
     assert [sum(terms.values()) for terms in untied.breakdown] == untied.peak_bytes
     assert all(set(terms) == set(TERMS) for terms in untied.breakdown)
     assert sum(untied.peak_bytes) - sum(tied.peak_bytes) == 130528 * 4096 * 2
+    assert copies.peak_bytes[1] - tied.peak_bytes[1] == 130528 * 4096 * 2
     assert all(total > peak for total, peak in zip(tied.total_bytes, tied.peak_bytes, strict=True))
     assert "peak" in str(tied)
 

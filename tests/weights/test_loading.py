@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from glmhelpers.devicemap.check import DeviceMapError, Placement, check_placement, part_names
 from glmhelpers.utils.files import _HERE
-from glmhelpers.weights import convert, reading
+from glmhelpers.weights import convert, loading, reading
 from glmhelpers.weights.convert import convert_to_safetensors
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.layout import HEAD, part_of, tensor_shapes
@@ -140,6 +140,19 @@ def test_a_damaged_shard_is_named(folder):
     (folder / "pytorch_model.bin.index.json").unlink()
     os.truncate(folder / SECOND, 5000)
     with pytest.raises(ShardError, match=SECOND):
+        load_model(folder, progress=False)
+
+
+def test_a_tensor_that_was_forgotten_is_found(folder, monkeypatch):
+    real = loading.choose_entries
+
+    def forgetful(headers, model):
+        shards = real(headers, model)
+        del shards[folder / SECOND]["transformer.layers.1.input_layernorm.bias"]
+        return shards
+
+    monkeypatch.setattr(loading, "choose_entries", forgetful)
+    with pytest.raises(RuntimeError, match=r"transformer.layers.1.input_layernorm.bias is still on meta"):
         load_model(folder, progress=False)
 
 

@@ -257,6 +257,10 @@ def test_progress_of_the_checksums(folder, capsys, monkeypatch):
     assert "all" not in printed[-1]
     verify_weights(folder, progress=True)
     assert capsys.readouterr().out == "", "nothing was read"
+    seen: list[int] = []
+    (folder / checksums_module.MEMORY_NAME).unlink()
+    verify_weights(folder, progress=seen.append)
+    assert sum(seen) == report.bytes
 
 
 def test_a_folder_under_the_name_of_a_file(folder, published):
@@ -274,11 +278,13 @@ def test_a_folder_under_the_name_of_a_file(folder, published):
     check_row("a folder where a file belongs", message, recovery, folder)
 
 
-def test_checksums_against_hashlib(folder):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_checksums_against_hashlib(folder, workers):
     names = [path.name for path in folder.glob("*.bin")]
-    found, size = checksums_module.checksums(folder, names)
+    seen = []
+    found, size = checksums_module.checksums(folder, names, workers, seen.append)
     assert found == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    assert size == sum((folder / name).stat().st_size for name in names)
+    assert size == sum(seen) == sum((folder / name).stat().st_size for name in names)
 
 
 def test_consistency_says_nothing_about_a_good_folder(folder):
