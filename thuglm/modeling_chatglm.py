@@ -538,7 +538,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             before = (part.to(device) for part in prefix[layer]) if prefix else ()
             hidden_states, weights = block(hidden_states, *on_device[device], *before, past_key_values=past_key_values)
             all_attentions.append(weights)
-        hidden_states = self.final_layernorm(hidden_states.to(self.final_layernorm.weight.device))
+        norm = self.final_layernorm
+        hidden_states = norm(hidden_states.to(getattr(norm, "weight", hidden_states).device))
         outputs = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
@@ -548,8 +549,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
     def _device_of(self, layer: int, default: Tensor) -> torch.device:
-        blocks: Any = self.layers  # whose items are mere modules to a type checker
-        return blocks[layer].input_layernorm.weight.device if len(blocks) else default.device
+        # A stage of a pipeline has only some of the blocks; what stands for the others holds no weights.
+        norm = getattr(self.layers[layer], "input_layernorm", None) if len(self.layers) else None
+        return default.device if norm is None else norm.weight.device
 
     def _positions(self, all_ids: Tensor, mask: Tensor | None, prompt_positions: Tensor | None) -> Tensor:
         if prompt_positions is not None:

@@ -8,7 +8,7 @@ One model in memory serves both: PEFT can switch the adapter off for the length 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -163,14 +163,3 @@ def is_whole(text: str, *references: str) -> bool:
 
 def _bare(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".!。")
-
-
-def share_whole(texts: Sequence[str], rows: Sequence[Mapping[str, str]]) -> float:
-    """Share (0 to 1) of the answers that are whole, see `is_whole`.
-
-    Args:
-        texts: an answer for each row.
-        rows: `expect` and, where a sentence is a right answer too, `answer`, as in data/general.json.
-    """
-    whole = [is_whole(text, row["expect"], row.get("answer", "")) for text, row in zip(texts, rows, strict=True)]
-    return sum(whole) / max(1, len(whole))

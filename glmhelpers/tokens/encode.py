@@ -34,7 +34,7 @@ import pyarrow as pa
 import thuglm.prompt
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.prompts import build_prompt, with_input
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import whole_file, write_json
 from thuglm.chunked_loss import IGNORE_INDEX
 from thuglm.prompt import as_turns
 
@@ -316,8 +316,7 @@ def _write(path: Path, target: Path, encoder: _Encoder) -> None:
                 stream.write_batch(_encode_chunk(encoder, chunk, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
-        with whole_file(target.with_suffix(".json")) as notes:
-            notes.write_text(json.dumps(vars(report)), "utf-8")
+        write_json(target.with_suffix(".json"), vars(report))
 
 
 def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:

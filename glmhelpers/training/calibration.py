@@ -39,8 +39,9 @@ from glmhelpers.utils.units import MIB
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 TOKENS, ROWS, LENGTH = 2048, 2, 1024
-BLOCKS, PARTS = 2, 2
-"""Blocks on each GPU that are run, and micro-batches of the step that measures the host."""
+BLOCKS, PARTS = 6, 2
+"""Blocks on each GPU that are run, and micro-batches of the step that measures the host. It is one block, run so often
+that what a step needs once hardly counts."""
 SLEEP = 60_000_000
 """Cycles of the GPU's clock, 30 to 40 ms: longer than the host needs to start the blocks' kernels."""
 SMALL_VOCABULARY: dict[str, Any] = {"vocab_size": 1000}
@@ -156,15 +157,14 @@ def copy_rate(source: int, target: int, size: int = 8 * MIB, repeats: int = 20) 
 
 
 def random_blocks(devices: list[str], config: Any) -> Any:
-    """A model of a few random blocks of these sizes with adapters, split over the devices, none checkpointed."""
-    blocks = BLOCKS * len(devices)
+    """A model with one random block of these sizes on each device, run `BLOCKS` times, with adapters."""
+    blocks = len(devices)
     own = {name: getattr(config, name) for name in ("hidden_size", "inner_hidden_size", "num_attention_heads")}
     few = ChatGLMConfig(num_layers=blocks, **own, **SMALL_VOCABULARY, **SPECIAL)
     embedding, *layers, norm, head = part_names(blocks)
-    homes = [devices[at * len(devices) // blocks] for at in range(blocks)]
     with torch.device("meta"):
         model: Any = ChatGLMForConditionalGeneration(few)
-    places = {embedding: devices[-1], **dict(zip(layers, homes, strict=True)), norm: devices[-1], head: devices[-1]}
+    places = {embedding: devices[-1], **dict(zip(layers, devices, strict=True)), norm: devices[-1], head: devices[-1]}
     for name, parameter in list(model.named_parameters()):
         home = next(place for part, place in places.items() if name.startswith(f"{part}."))
         value = torch.empty(parameter.shape, dtype=torch.float16 if "cuda" in home else torch.float32, device=home)
@@ -174,7 +174,10 @@ def random_blocks(devices: list[str], config: Any) -> Any:
     model.tie_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return prepare(model.place(places), [])
+        model = prepare(model.place(places), [])
+    inner = model.get_base_model().transformer
+    inner.layers = nn.ModuleList([layer for layer in inner.layers for _ in range(BLOCKS)])
+    return model
 
 
 def block_passes(device: torch.device, config: Any, repeats: int = 3) -> tuple[float, float]:

@@ -41,11 +41,7 @@ def target_rows(labels: Tensor) -> Tensor:
 def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     """Cut a batch into `parts` micro-batches of equal or nearly equal numbers of rows.
 
-    Parts without a single label are left out: their loss is 0, and so is its gradient.
-
-    Args:
-        batch: tensors with B rows each; `labels` on the CPU.
-        parts: 1 to B.
+    Parts without a single label are left out: their loss is 0, and so is its gradient. `labels` are on the CPU.
 
     Raises:
         ValueError: more parts than rows, labels on a GPU, or no label in the whole batch.
