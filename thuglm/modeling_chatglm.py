@@ -799,13 +799,22 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         check_input_ids(ids, self.config)
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size cuts the prompt, in which every token sees every other: leave it out, and let the "
                 "model read the prompt in one pass."
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        # peft lends its own method to the model while it generates.
+        learnt = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+        guessed = "ASSISTED" in str(getattr(mode, "name", mode)).upper()
+        if getattr(learnt, "is_prompt_learning", False) and (guessed or generation_config.cache_implementation):
+            raise ValueError(
+                "peft puts a learnt prefix or prompt into the cache of plain generation alone: leave out "
+                "cache_implementation, assistants and prompt_lookup_num_tokens."
+            )
+        room = max_cache_length + (self.config.pre_seq_len or 0)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, room)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
         parent: Any = super()

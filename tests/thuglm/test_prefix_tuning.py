@@ -241,6 +241,27 @@ def test_beams_and_chats_with_the_prefix_and_without():
     assert net.generate(**batch, **beams).tolist() == net.generate(**batch, **beams, use_cache=False).tolist()
 
 
+FASTER = {
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "early exit": {"assistant_early_exit": 2},
+    "static": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("how", FASTER)
+def test_faster_ways_give_the_same_answer_or_are_refused(how, ptuning):
+    net, by_peft = published(ptuning), tuned()
+    for prompt in PROMPTS:
+        inputs = tokenizer()([prompt], return_tensors="pt")
+        want = net.generate(**inputs, **GREEDY).tolist()
+        assert net.generate(**inputs, **GREEDY, **FASTER[how]).tolist() == want
+        with pytest.raises(ValueError, match="a learnt prefix or prompt"):
+            by_peft.generate(**inputs, **GREEDY, **FASTER[how])
+        with by_peft.disable_adapter():
+            plain = fresh_model().generate(**inputs, **GREEDY).tolist()
+            assert by_peft.generate(**inputs, **GREEDY, **FASTER[how]).tolist() == plain
+
+
 # The authors' checkpoints --------------------------------------------------------------------------------------------
 
 
