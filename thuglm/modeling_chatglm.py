@@ -576,6 +576,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
         if new == 1 and mask is None and isinstance(past, int) and past and kv_length == past + new:
             return None
+        if mask is not None and self.config.pre_seq_len is not None and mask.shape[1] == ids.shape[1]:
+            mask = F.pad(mask, (self.config.pre_seq_len, 0), value=1)  # the cache may not say how much it holds
         before = past + new - ids.shape[1]
         return make_visible(
             ids.to(device), self.config, mask, new=new, before=before, keys=kv_length, answer_only=answer_only
