@@ -3,11 +3,11 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -44,13 +44,19 @@ def test_killed_half_written_and_hanging_ends_as_an_unbroken_run(results, runs, 
 
 
 def agent(job, port, first):
-    """A torchrun agent, as on a machine of its own, with ranks in its own process group."""
+    """A torchrun agent, as on a machine of its own."""
     command = torchrun_command(job, 1, 3, "1:2", f"127.0.0.1:{port}", FAULTY)
     settings = f"is_host={first},keep_alive_interval=1,last_call_timeout=3"
     command[3:3] = ["--rdzv-conf", settings, "--local-addr", "127.0.0.1"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), OWN_STORE: "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def lose(process):
+    """All that runs on a machine, gone at once: torchrun's ranks have sessions of their own."""
+    for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+        one.kill()
 
 
 def test_one_of_two_machines_is_lost_and_the_other_goes_on(results, runs, faulty):
@@ -64,12 +70,12 @@ def test_one_of_two_machines_is_lost_and_the_other_goes_on(results, runs, faulty
         for line in first.stdout:
             seen.append(line)
             if "step 6 of 12" in line:
-                os.killpg(second.pid, signal.SIGKILL)
+                lose(second)
         assert first.wait() == 0, "".join(seen)
     finally:
         for process in (first, second):
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                lose(process)
             process.stdout.close()
             process.wait()
     text = "".join(seen)
