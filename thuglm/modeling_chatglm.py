@@ -14,6 +14,7 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
 
+import contextlib
 import difflib
 import inspect
 import queue
@@ -33,10 +34,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entropy, chunked_cross_entropy, is_matrix
 from thuglm.configuration_chatglm import ChatGLMConfig
-from thuglm.prefix_mask import check_input_ids, continued_positions, make_position_ids, make_visible
-from thuglm.prompt import chat_prompt, process_response
+from thuglm.prefix_encoder import PrefixEncoder, taken_from
+from thuglm.prefix_mask import check_input_ids, continued_positions, has_prompts, make_position_ids, make_visible
+from thuglm.prompt import as_turns, chat_prompt, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
 ALPHA = (2 * 28) ** 0.5
@@ -158,12 +160,26 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
-        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+        past_key_values=None,
+    ):
+        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them.
+
+        A prefix, [B, heads, P, head_dim], stands in front of the other keys and values.
+        """
         batch, length, hidden = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
         split = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
         query, key, value = (x.transpose(1, 2) for x in split(mixed, cos, sin, self.heads))
+        if prefix_key is not None and prefix_value is not None:
+            key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.config._attn_implementation == "eager":
@@ -196,10 +212,19 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+        past_key_values=None,
+    ):
         """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normed, bias, cos, sin, past_key_values)
+        attended, weights = self.attention(normed, bias, cos, sin, prefix_key, prefix_value, past_key_values)
         normed = self.post_attention_layernorm(attended.add(normed, alpha=ALPHA))
         return self.mlp(normed).add(normed, alpha=ALPHA), weights
 
@@ -227,10 +252,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; `device_map` may name "cpu", which then computes too (nothing is copied back and forth).
 
+        Of a model with a learnt prefix (`pre_seq_len`) all else is frozen, as in the published code.
+
         See `PreTrainedModel.from_pretrained`.
         """
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "transformer.layers.0" in device_map:
+            # Maps are made for the model without a prefix; a name that a model does not have is passed over.
+            kwargs["device_map"] = {"transformer.prefix_encoder": device_map["transformer.layers.0"], **device_map}
         model = super().from_pretrained(*args, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
+        if loaded.config.pre_seq_len is not None:
+            loaded.requires_grad_(False)
+            loaded.base_model.prefix_encoder.requires_grad_(True)
+        elif hasattr(loaded, "hf_device_map"):
+            loaded.hf_device_map.pop("transformer.prefix_encoder", None)
         if len(set(getattr(loaded, "hf_device_map", {}).values())) > 1:
             loaded.place(loaded.hf_device_map)
         return model
@@ -307,6 +343,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.rotary_emb = ChatGLMRotaryEmbedding(config)
         self.layers = nn.ModuleList(ChatGLMBlock(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -345,7 +384,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
             return_dict: False: a tuple of what is there, in the same order.
             all_ids: [B, T], prompt and answer so far, of which `input_ids` are the last: mask and positions are derived
-                from them. What the cache holds beyond them stands before the prompt, and everybody sees it.
+                from them. What the cache holds beyond them (a learnt prefix, see `prefix_encoder`; a text that many
+                prompts share) stands before the prompt, and everybody sees it. By default, `input_ids` that start with
+                a prompt are all ids.
             prompt_positions: [B, 2, P], positions of the first P of `all_ids`, if they are not the derived ones.
 
         Returns:
@@ -362,17 +403,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         new = input_ids.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        first = isinstance(past, int) and past == 0
+        prefix = None
+        if past_key_values is not None and not use_cache and (prefix := taken_from(past_key_values)):
+            past_key_values = None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past, int) and past + new > config.max_sequence_length:
+        # Ids that are a prompt by themselves, behind keys of something else: those keys stand before it.
+        if all_ids is None and position_ids is None and not first and has_prompts(input_ids, config):
+            all_ids = input_ids
+        length = past + new if all_ids is None else all_ids.shape[1]
+        if isinstance(length, int) and length > config.max_sequence_length:
             raise ValueError(
-                f"The sequence has {past + new} tokens, this model was trained for max_sequence_length="
+                f"The sequence has {length} tokens, this model was trained for max_sequence_length="
                 f"{config.max_sequence_length}. Shorten the prompt or the history, or ask for fewer new tokens."
             )
-        first = isinstance(past, int) and past == 0
         if input_ids.device.type == "cpu":
-            check_input_ids(input_ids, config, prompt=first, mask_token=position_ids is None)
+            whole = first or all_ids is input_ids
+            check_input_ids(input_ids, config, prompt=whole, mask_token=position_ids is None)
         if position_ids is None:
             if all_ids is None and not first:
                 raise ValueError(
@@ -388,8 +437,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = table(input_ids.to(table.weight.device))
         device = self._device_of(0, inputs_embeds)
         hidden_states = inputs_embeds.to(device)
-        kv_length = new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
-        visible = self._visible(input_ids, all_ids, attention_mask, past, kv_length, device)
+        if first and config.pre_seq_len is not None:
+            prefix, past = self.prefix_encoder(len(input_ids), hidden_states.dtype), config.pre_seq_len
+        added = prefix[0][0].shape[2] if prefix else 0
+        kv_length = added + new if past_key_values is None else past_key_values.get_mask_sizes(added + new, 0)[0]
+        visible = self._visible(input_ids, all_ids, attention_mask, past, kv_length, device, first)
         bias = None
         if visible is not None:
             bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
@@ -407,7 +459,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states = hidden_states.to(device)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = block(hidden_states, *on_device[device], past_key_values=past_key_values)
+            before = (part.to(device) for part in prefix[layer]) if prefix else ()
+            hidden_states, weights = block(hidden_states, *on_device[device], *before, past_key_values=past_key_values)
             all_attentions.append(weights)
         norm = self.final_layernorm
         hidden_states = norm(hidden_states.to(getattr(norm, "weight", hidden_states).device))
@@ -438,6 +491,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past: int | Tensor,
         kv_length: int,
         device: torch.device,
+        first: bool,
     ) -> Tensor | None:
         """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
         new = input_ids.shape[1]
@@ -445,7 +499,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if mask is not None and mask.dim() == 4:
             visible = ~mask if mask.dtype == torch.bool else mask == 0
             return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
-        first = isinstance(past, int) and past == 0
         if new == 1 and mask is None and isinstance(past, int) and not first and kv_length == past + new:
             return None
         ids = (input_ids if all_ids is None else all_ids).to(device)
@@ -458,6 +511,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             keys=kv_length,
             answer_only=all_ids is None and not first,
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout for the length of a `with` block; afterwards every part is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _IdStreamer(BaseStreamer):
@@ -549,7 +614,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
-        label_rows: Tensor | None = None,
+        target_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = DEFAULT_CHUNK,
         cache: Cache | None = None,
@@ -564,7 +629,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
             logits_to_keep: compute the logits of the last so many positions only; 0 means all.
             return_logits: by default logits are returned unless a loss is computed in training mode.
-            label_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
+            target_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
                 `labels[:, 1:]`. Known to whoever made the labels on the CPU; with it rows without label cost nothing.
                 Without it they are found here if `labels` is on the CPU, and otherwise computed for nothing, since
                 finding them would wait for the GPU.
@@ -578,6 +643,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             lie where `lm_head` does cost no copy between GPUs, and such a copy makes both of them wait.
         """
         refuse_unknown(kwargs, ChatGLMForConditionalGeneration.forward)
+        if labels is not None and position_ids is None and all_ids is None:
+            all_ids = input_ids  # a row with labels is whole; looking for its prompt would wait for the GPU
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -598,7 +665,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             home = input_ids.device if labels.device.type == "cpu" else labels.device
-            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(home)
+            loss = self._loss(hidden, labels, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -608,24 +675,28 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         return answer.to_tuple() if return_dict is False else answer
 
-    def _loss(self, hidden, labels, label_rows, num_items_in_batch, chunk) -> Tensor:
+    def _loss(self, hidden, labels, target_rows, num_items_in_batch, chunk) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        if label_rows is None and labels.device.type == "cpu":
-            label_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-            if label_rows.numel() == 0:
+        if target_rows is None and labels.device.type == "cpu":
+            target_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            if target_rows.numel() == 0:
                 raise ValueError(
                     "No row of this batch has a label: every entry of labels[:, 1:] is -100. Were the answers cut off "
                     "by a length limit, or the prompt masked twice?"
                 )
-        if label_rows is not None:
-            targets = targets.index_select(0, label_rows.to(targets.device))
-            rows = rows.index_select(0, label_rows.to(rows.device))
+        if target_rows is not None:
+            targets = targets.index_select(0, target_rows.to(targets.device))
+            rows = rows.index_select(0, target_rows.to(rows.device))
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(rows.device)
-        total = chunked_cross_entropy(rows, self.lm_head.weight, targets.to(rows.device), chunk)
+        targets, head = targets.to(rows.device), self.lm_head
+        if is_matrix(head):
+            total = chunked_cross_entropy(rows, head.weight, targets, chunk)
+        else:
+            total = called_cross_entropy(rows, head, targets, chunk)
         return total / num_items_in_batch
 
     # Generation ------------------------------------------------------------------------------------------------------
@@ -669,6 +740,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = parent.prepare_inputs_for_generation(
             input_ids, next_sequence_length, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        # peft looks for the cache under this name, to put a learnt prefix into it.
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return {**inputs, "all_ids": input_ids, "prompt_positions": prompt_positions}
 
     # The published model was run with a transformers whose beam search divides a score by the length of prompt *and*
@@ -683,6 +756,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
         prompt = chat_prompt(query, history or ())
+        if settings.get("num_return_sequences") not in (None, 1):
+            raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
         if "max_new_tokens" not in settings:
             settings.setdefault("max_length", self.config.max_sequence_length)
@@ -693,22 +768,22 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return {**inputs, **settings, "logits_processor": processors}
 
     @torch.no_grad()
-    def chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings):
+    def chat(self, tokenizer, query: str, history: list | None = None, **settings):
         """Answer `query`; returns (answer, history with this turn).
 
         Args:
-            history: earlier (question, answer) turns.
+            history: earlier (question, answer) turns, or role/content messages, see `as_turns`.
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
         """
         inputs = self._chat_inputs(tokenizer, query, history, settings)
-        output = self.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        with evaluating(self):
+            output = self.generate(**inputs)
+        output = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
         response = process_response(tokenizer.decode(output.tolist()))
-        return response, [*(history or []), (query, response)]
+        return response, [*as_turns(history or ()), (query, response)]
 
-    def stream_chat(
-        self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings
-    ) -> Iterator[tuple[str, list]]:
+    def stream_chat(self, tokenizer, query: str, history: list | None = None, **settings) -> Iterator[tuple[str, list]]:
         """Like `chat`, but yields (answer so far, history with it) after each token.
 
         As in the published code the very last token is never yielded: it is `<eop>`, or the one that reached the length
@@ -720,7 +795,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         def work():
             try:
-                self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
+                with evaluating(self):
+                    self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
             except BaseException as error:  # handed to the reader's thread
                 failed.append(error)
                 streamer.end()
@@ -733,7 +809,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             while token is not None and (following := streamer.queue.get()) is not None:
                 ids += token
                 response = process_response(tokenizer.decode(ids))
-                yield response, [*(history or []), (query, response)]
+                yield response, [*as_turns(history or ()), (query, response)]
                 token = following
         finally:
             leave.set()

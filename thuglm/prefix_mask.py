@@ -72,6 +72,11 @@ def check_input_ids(input_ids: Tensor, config: ChatGLMConfig, *, prompt: bool = 
             )
 
 
+def has_prompts(input_ids: Tensor, config: ChatGLMConfig) -> bool:
+    """Whether each row of [B, L] holds a prompt of its own, up to `<sop>`. Waits for a GPU that holds the ids."""
+    return input_ids.shape[1] > 1 and bool((input_ids == config.bos_token_id).any(dim=1).all())
+
+
 def first_index(matches: Tensor) -> Tensor:
     """Index of the first True in each row, [B, L] -> [B, 1]; the row length where there is none. Does not wait."""
     index = torch.arange(matches.shape[1], device=matches.device)

@@ -23,7 +23,7 @@ from glmhelpers.devicemap.check import check_filled
 from glmhelpers.distributed.plan import ProcessPlan, StageCut
 from glmhelpers.lora.attach import check_adapter, lora_config, origin_of, quiet_peft
 from glmhelpers.lora.layer import fuse_lora
-from glmhelpers.training.pipeline import label_rows
+from glmhelpers.training.pipeline import target_rows
 from glmhelpers.utils.types import Model
 from glmhelpers.weights.loading import load_parts
 from thuglm.chunked_loss import chunked_cross_entropy
@@ -66,7 +66,7 @@ class StageModule(nn.Module):
         0, with a gradient of 0, if there is no label.
         """
         net: Model = self.model.get_base_model()
-        chosen = label_rows(labels)
+        chosen = target_rows(labels)
         targets = labels[:, 1:].reshape(-1)[chosen].to(hidden.device)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, chosen.to(hidden.device))
         return chunked_cross_entropy(rows, net.lm_head.weight, targets, chunk)

@@ -28,7 +28,7 @@ from glmhelpers.devicemap.devices import to_device
 from glmhelpers.distributed.plan import ProcessPlan
 from glmhelpers.distributed.processes import Processes
 from glmhelpers.distributed.stage import StageModule
-from glmhelpers.training.pipeline import label_rows
+from glmhelpers.training.pipeline import target_rows
 from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX
 
 
@@ -91,7 +91,7 @@ class PipelineStep:
         Returns:
             This rank's share of the mean loss, float32 on its device: the shares of all ranks add up to it.
         """
-        device, self.num_items, self.losses = self.processes.device, len(label_rows(batch["labels"])), []
+        device, self.num_items, self.losses = self.processes.device, len(target_rows(batch["labels"])), []
         mine = my_rows(batch, self.processes.pipelines, self.processes.pipeline, self.plan.micro_batches)
         if mine["input_ids"].shape != self.shape:
             self._announce(mine["input_ids"].shape)

@@ -39,7 +39,7 @@ class Guard(TrainerCallback):
         skips_allowed: see SKIPS_ALLOWED.
     """
 
-    def __init__(self, last_good: Callable[[], Path | None] = lambda: None, skips_allowed: int = SKIPS_ALLOWED):
+    def __init__(self, last_good: Callable[[], Path | None], skips_allowed: int = SKIPS_ALLOWED):
         self.last_good, self.skips_allowed = last_good, skips_allowed
         self.losses: list[Tensor] = []
         self.skipped = 0

@@ -27,12 +27,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from glmhelpers.devicemap.check import (
-    Placement,
-    check_filled,
-    check_placement,
-    device_of,
-)
+from glmhelpers.devicemap.check import Placement, check_filled, check_placement, device_of
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
