@@ -8,7 +8,8 @@
       ▼
     lines, and the log of the finished run
 
-Several machines: run `torchrun_command(job, 2, nodes=2, meet="10.0.0.1:29500")` on each of them, from a shell.
+Several machines: run `torchrun_command(job, 2, nodes=2, meet="10.0.0.1:29500")` on each of them, from a shell,
+with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set.
 """
 
 import json

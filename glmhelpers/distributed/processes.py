@@ -22,6 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1, torchrun makes a new store for each attempt; without it restarts of several machines do not work."""
+
 REFUSED = "refused: "
 """Begins the line in which a process says why it was refused; `launch` looks for it."""
 
@@ -84,6 +87,10 @@ def check_start(ranks: int, on_gpu: bool, environment: Mapping[str, str] | None 
     world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
     if ranks and world % ranks:
         raise StartError(f"{world} processes cannot be pipelines of {ranks} ranks each: start {count} or a multiple")
+    restarts, machines = (int(environment.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts and machines > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Each agent counts attempts for itself: with a store that outlives them, ranks would meet the dead.
+        raise StartError(f"several machines and restarts need {OWN_STORE}=1 in torchrun's environment: set it on all")
     if on_gpu and local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise StartError(f"process {local} of this machine has no GPU, there are {gpus}: start {gpus} a machine")
@@ -107,7 +114,11 @@ def joined(ranks: int, on_gpu: bool, timeout: float) -> Iterator[Processes]:
     if on_gpu:
         torch.cuda.set_device(device)
     patience = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun may keep one store for all attempts, with addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
         yield Processes(make_mesh(ranks or dist.get_world_size(), device.type, patience), device, local)
     finally:

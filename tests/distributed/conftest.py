@@ -3,17 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.one_process import one_run
-from tests.helpers.process_cases import CASES, write_rows
+from tests.helpers.process_cases import CASES, PROJECT, TINY, write_rows
 from tests.helpers.resumable_run import StopAt
-
-PROJECT = Path(__file__).resolve().parents[2]
-TINY = PROJECT / "data" / "tiny-chatglm"
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from glmhelpers.lora.adapter import load_adapter, save_adapter
-from tests.helpers.one_process import TINY, matrices, one_run
+from tests.helpers.one_process import matrices, one_run
+from tests.helpers.process_cases import TINY
 from thuglm import ChatGLMForConditionalGeneration
 
 

@@ -1,17 +1,13 @@
 """The runs of `process_cases`, made by the Trainer in one process."""
 
-from pathlib import Path
-
 import torch
 
 from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_file
 from glmhelpers.training.finetune import train, training_arguments
-from tests.helpers.process_cases import JOB, SCHEDULE
+from tests.helpers.process_cases import JOB, SCHEDULE, TINY
 from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-chatglm"
 
 
 def one_run(folder, name, callbacks=()):

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,11 +20,14 @@ from glmhelpers.cost_model.placement import Placement, part_names
 from glmhelpers.distributed import loop
 from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.plan import ProcessPlan
-from glmhelpers.distributed.processes import joined
+from glmhelpers.distributed.processes import StartError, joined
 from glmhelpers.distributed.stage import build_stage
 from glmhelpers.distributed.step import PipelineStep, make_scaler, update
 from glmhelpers.lora.attach import adapter_weights
 from thuglm import ChatGLMConfig
+
+PROJECT = Path(__file__).resolve().parents[2]
+TINY = PROJECT / "data" / "tiny-chatglm"
 
 ROWS = ((5, 9), (12, 3), (7, 7), (3, 14), (9, 4), (2, 2))
 """(tokens of the prompt, of the answer): six rows, which neither 4 parts nor 2 x 4 parts share out evenly."""
@@ -130,6 +134,8 @@ RUNS = {
         "two": ({"schedule": "Interleaved1F1B", "stages_per_rank": 2}, None),
         # Stopped in step 7, after checkpoint-4: goes on with one pipeline less, and then in one process.
         "handed_over": ({"blocks": "8"}, 7),
+        # What a run with faults is compared with.
+        "unbroken": ({"blocks": "5,3", "dropout": 0.2}, None),
     },
 }
 """Processes -> folder of the output -> (how the job is cut, the step in which it is stopped)."""
@@ -142,9 +148,39 @@ def write_rows(folder):
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
 
 
+def a_job(tiny, folder, name, **changes):
+    """The job of `JOB` whose output goes to `folder`/`name`."""
+    places = {"folder": str(tiny), "rows": str(folder / "rows.jsonl"), "output": str(folder / name)}
+    return Job(**places, device="cpu", **{**JOB, **changes})
+
+
+def refusals(tiny, folder, rank):
+    """What both ranks say if the second has another torch, another plan, other rows."""
+    other = folder / "other"
+    other.mkdir(exist_ok=True)
+    (other / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    said = []
+    for name in ("torch", "plan", "rows"):
+        job = a_job(tiny, other if rank and name == "rows" else folder, "refused")
+        if rank and name == "plan":
+            job = replace(job, blocks="3,5")
+        real = loop.facts_here
+        if rank and name == "torch":
+            loop.facts_here = lambda real=real: {**real(), "torch": "1.0"}
+        with joined_again(0) as processes:
+            try:
+                loop.train(job, processes)
+            except StartError as error:
+                said.append(str(error))
+            loop.facts_here = real
+            everybody = [None, None]
+            dist.all_gather_object(everybody, said)
+    return everybody
+
+
 def a_run(tiny, folder, name, cut, stop):
     """Run this rank's part of a job, perhaps to the step in which it is stopped."""
-    job = Job(folder=tiny, rows=str(folder / "rows.jsonl"), output=str(folder / name), device="cpu", **JOB, **cut)
+    job = a_job(tiny, folder, name, **cut)
     real, steps = loop.update, []
 
     def stopping(*args):
@@ -232,7 +268,7 @@ def main(tiny, grown, results):
     torch.set_num_threads(1)
     folders = {"tiny": tiny, "grown": grown}
     for world, cases in CASES.items():
-        PORTS[:] = free_ports(len(cases) + len(RUNS[world]) + 1)
+        PORTS[:] = free_ports(len(cases) + len(RUNS[world]) + 3)
 
         def work(rank, world=world, cases=cases):
             found = {name: one_step(folders, *case) for name, case in cases.items()}
@@ -240,6 +276,8 @@ def main(tiny, grown, results):
                 a_run(tiny, Path(results), name, cut, stop)
             if world == 4:
                 found["overflow"] = overflow(tiny)
+            else:
+                found["refusals"] = refusals(tiny, Path(results), rank)
             if rank == 0:
                 torch.save(found, Path(results) / f"{world}.pt")
 
