@@ -454,7 +454,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
         """
         refuse_unknown(kwargs, ChatGLMModel.forward)
-        norms = (cast(ChatGLMBlock, block).input_layernorm for block in self.layers)
+        # A block may stand for one of another process, and have no parts.
+        norms = (getattr(block, "input_layernorm", block) for block in self.layers)
         refuse_offloaded(self.word_embeddings, *norms, self.final_layernorm)
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
@@ -801,7 +802,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         check_input_ids(ids, self.config)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size cuts the prompt, in which every token sees every other: leave it out, and let the "
@@ -809,14 +812,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         # peft lends its own method to the model while it generates.
         learnt = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
-        guessed = "ASSISTED" in str(getattr(mode, "name", mode)).upper()
+        guessed = "ASSISTED" in str(generation_mode).upper()
         if getattr(learnt, "is_prompt_learning", False) and (guessed or generation_config.cache_implementation):
             raise ValueError(
                 "peft puts a learnt prefix or prompt into the cache of plain generation alone: leave out "
                 "cache_implementation, assistants and prompt_lookup_num_tokens."
             )
         room = max_cache_length + (self.config.pre_seq_len or 0)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, room)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, room)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
         parent: Any = super()
