@@ -28,7 +28,7 @@ import torch
 from benchmarks.decode import random_model
 from benchmarks.random_checkpoint import make_config
 from glmhelpers.cost_model import GPU, gpus_here
-from glmhelpers.cost_model.kept_rates import RATES, forget_rates
+from glmhelpers.cost_model.kept_rates import RATES, keep_rates
 from glmhelpers.devicemap import DoesNotFit, plan_device_map
 from glmhelpers.devicemap.plan import Plan
 from glmhelpers.training import measure_machine, run_step
@@ -97,7 +97,7 @@ def main() -> None:
         sys.exit("this machine has no GPU that torch can use: there is nothing to calibrate")
     deadline = time.perf_counter() + options.budget_s
     config = ChatGLMConfig.from_pretrained(TINY) if options.tiny else make_config("full")
-    forget_rates()
+    keep_rates({})
     catalogue = gpus_here()
     found = measure_machine(refresh=True)
     gpus = found.gpus

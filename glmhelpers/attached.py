@@ -54,15 +54,12 @@ def _lacks(folder: Path) -> list[str] | None:
     except ValueError:  # somebody else's file of that name
         return None
     files = {name: facts["size"] for name, facts in manifest["files"].items()}
-    if total_bytes(manifest) < REAL_BYTES or not any((folder / name).is_file() for name in files if name != TOKENIZER):
+    here = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
+    if total_bytes(manifest) < REAL_BYTES or not here.keys() - {TOKENIZER}:
         return None
-    lack = [name for name, size in files.items() if not _has_size(folder / name, size)]
+    lack = [name for name, size in files.items() if here.get(name) != size]
     lack += [] if (folder / "config.json").is_file() else ["config.json"]
     return lack if any((folder / name).is_file() for name in INDEX_NAMES) else [*lack, INDEX_NAMES[1]]
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def find_adapter(adapter: str | Path = "auto", output: Path | None = None, root: Path | None = None) -> Path:

@@ -30,6 +30,7 @@ NOT_NEEDED = {
     "03": SCORES | {"datasets"},
     "04": SCORES,
     "solutions": SCORES,
+    **dict.fromkeys("ABCD", SCORES),
 }
 """Notebook -> packages of pyproject.toml that it does without; one that is not named here gets them all."""
 

@@ -12,7 +12,6 @@ Nothing here imports the model or reads a weight. Environment variables that ans
 GLM_WEIGHTS (tiny, real or a folder), GLM_DEVICES (cpu, or GPU numbers as in 0,1), GLM_OUTPUT (a folder).
 """
 
-import json
 import os
 import platform
 import shutil
@@ -37,7 +36,7 @@ from glmhelpers.utils.environment import (
     output_folder,
     short,
 )
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import write_json
 from glmhelpers.utils.markdown import markdown_table
 from glmhelpers.utils.units import GIB
 
@@ -330,6 +329,5 @@ def report_result(notebook: str, **values: Any) -> Path:
     """
     print("RESULT " + " ".join(f"{key}={value}" for key, value in values.items()))
     path = output_folder() / "results" / f"{notebook}.json"
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(path, values)
     return path

@@ -7,7 +7,7 @@
     | /absolute/path/data, 0x7f3a..., /tmp/.. | ->  | ./data, 0x..., no names of this machine |
     | commit 1a2b3c4 of 2026-01-02             | ->  | commit ... of ...                     |
     | PNG with the name of its software        | ->  | PNG with pixels only                  |
-    | a widget that needs a live kernel        | ->  | a line that says so                   |
+    | a widget that needs a live kernel        | ->  | its picture, or a line that says so   |
     +------------------------------------------+     +---------------------------------------+
 
 `keep_committed` then drops what is left of the noise: where only durations differ, the committed output stays.
@@ -129,8 +129,9 @@ def _clean_output(result: NotebookNode, project: Path, output: Path) -> None:
         return
     data = result.data
     if WIDGET_VIEW in data:
-        result.data = NotebookNode({"text/plain": WIDGET_LINE})
-        return
+        # Its picture for pages without a kernel stays, if it has one.
+        kept = {kind: data[kind] for kind in ("image/svg+xml",) if kind in data}
+        data = result.data = NotebookNode({"text/plain": WIDGET_LINE, **kept})
     for kind in TEXT_TYPES:
         if kind in data:
             data[kind] = normalise_text(data[kind], project, output)

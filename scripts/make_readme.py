@@ -38,7 +38,7 @@ ROOMS = {
         f"glmhelpers/{room}": ()
         for room in (
             *("weights", "data", "tokens", "cost_model", "devicemap", "training", "lora", "inference"),
-            *("plots", "widgets", "utils"),
+            *("distributed", "plots", "widgets", "utils"),
         )
     },
 }

@@ -9,11 +9,18 @@
 `lm_head` is frozen while LoRA trains, so the gradient of the hidden rows is known as soon as the chunk's softmax is:
 nothing of size V is kept for the backward pass. One copy of all logits would be 1.07 GB in float16 at batch 4 x 1024,
 and the usual loss keeps several.
+
+A head that is more than its matrix (an adapter, a copy to be trained, 8 bits, a hook) is called, chunk by chunk, and
+again in the backward pass: twice the work, and no more memory.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 DEFAULT_CHUNK = 512
@@ -57,8 +64,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
 
     Args:
         hidden: [N, H], the final hidden states, any floating dtype.
-        weight: [V, H], `lm_head.weight`, of the same dtype and device. If it requires a gradient the plain, unchunked
-            computation is used, since the gradient of the weight needs all logits.
+        weight: [V, H], `lm_head.weight`, of the same dtype and device.
         labels: [N] int64; -100 marks a row without a label (it costs time, but counts as 0).
         chunk: rows per chunk; at most this many rows of logits are alive at once.
 
@@ -66,5 +72,25 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
         float32 scalar on the device of `hidden`.
     """
     if weight.requires_grad and torch.is_grad_enabled():
-        return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return called_cross_entropy(hidden, partial(F.linear, weight=weight), labels, chunk)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+
+
+def is_matrix(head: nn.Module) -> bool:
+    """Whether calling a head is nothing but `hidden @ weight.T`."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is None and not hooked and "forward" not in vars(head)
+
+
+def called_cross_entropy(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, chunk: int = DEFAULT_CHUNK
+) -> Tensor:
+    """`chunked_cross_entropy` for a head, [N, H] -> [N, V], that must be called."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + checkpoint(_sum_of_losses, head, rows, targets, use_reentrant=False)
+    return total
+
+
+def _sum_of_losses(head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(rows).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")

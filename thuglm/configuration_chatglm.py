@@ -35,12 +35,15 @@ class ChatGLMConfig(PreTrainedConfig):
         inner_hidden_size: width of the MLP.
         layernorm_epsilon: epsilon of every LayerNorm.
         max_sequence_length: longest sequence (prompt and answer, in tokens) the model was trained for.
-        bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end.
+        bos_token_id, eos_token_id: `<sop>`, start of the answer, and `<eop>`, its end (several ids end it as well;
+            None: only the length does).
         mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`, the hole that the answer fills.
         pad_token_id: `<pad>`.
+        pre_seq_len: keys of a learnt prefix in front of every text, see `prefix_encoder`; None: there is no prefix.
+        prefix_projection: the prefix comes out of a small network.
 
     Raises:
-        ValueError: for a v1.0 configuration, a head size that cannot be rotated, or 1-D positions.
+        ValueError: for a v1.0 configuration, a head size that cannot be rotated, 1-D positions, or an empty prefix.
     """
 
     model_type = "chatglm"
@@ -62,10 +65,12 @@ class ChatGLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int = 130004
-    eos_token_id: int = 130005
+    eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
-    pad_token_id: int = 3
+    pad_token_id: int | None = 3
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -82,7 +87,15 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must be a whole "
                 "multiple of 4: half of a head rotates with each of the two positions, and each half in pairs."
             )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len}: a prefix has 1 key or more; leave it out for none.")
         super().__post_init__(**kwargs)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return frozenset(token for token in ids if token is not None)
 
     @property
     def head_dim(self) -> int:

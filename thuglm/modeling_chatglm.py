@@ -14,6 +14,7 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 `inv_freq` and `lm_head` tensors of the checkpoint are ignored.
 """
 
+import contextlib
 import difflib
 import inspect
 import queue
@@ -33,10 +34,21 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entropy, chunked_cross_entropy, is_matrix
 from thuglm.configuration_chatglm import ChatGLMConfig
-from thuglm.prefix_mask import check_input_ids, continued_positions, make_position_ids, make_visible
-from thuglm.prompt import chat_prompt, process_response
+from thuglm.prefix_encoder import PrefixEncoder, taken_from
+from thuglm.prefix_mask import (
+    check_input_ids,
+    check_position_ids,
+    continued_positions,
+    has_prompts,
+    ids_of,
+    make_position_ids,
+    make_visible,
+    positions_before,
+    visible_of,
+)
+from thuglm.prompt import as_turns, chat_prompt, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
 ALPHA = (2 * 28) ** 0.5
@@ -60,6 +72,11 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument, and differ here: give one of them.")
     return cache if past_key_values is None else past_key_values
+
+
+def wants_dict(return_dict: bool | None, config: ChatGLMConfig) -> bool:
+    """Whether forward returns a dictionary, and not a tuple: what was asked, or what the configuration says."""
+    return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
@@ -113,6 +130,16 @@ class _SplitAndRotate(torch.autograd.Function):
         return query, key, value
 
     @staticmethod
+    def not_in_place(mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from operations that torch.export and torch.compile can follow."""
+        batch, length, width = mixed.shape
+        mixed = mixed.view(batch, length, heads, 3, width // (3 * heads))
+        first, second = _SplitAndRotate.pairs(mixed[:, :, :, :2])
+        rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-2).flatten(-3)
+        query, key = rotated.unbind(3)
+        return query, key, mixed[:, :, :, 2]
+
+    @staticmethod
     def forward(ctx, mixed: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         return _SplitAndRotate.split_and_rotate_(mixed, cos, sin, heads)
@@ -158,12 +185,28 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
-        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+        past_key_values=None,
+    ):
+        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them.
+
+        A prefix, [B, heads, P, head_dim], stands in front of the other keys and values.
+        """
         batch, length, hidden = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
-        split = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
+        split: Callable = _SplitAndRotate.apply if torch.is_grad_enabled() else _SplitAndRotate.split_and_rotate_
+        if torch.compiler.is_compiling():
+            split = _SplitAndRotate.not_in_place
         query, key, value = (x.transpose(1, 2) for x in split(mixed, cos, sin, self.heads))
+        if prefix_key is not None and prefix_value is not None:
+            key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.config._attn_implementation == "eager":
@@ -196,12 +239,36 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden_states: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+        past_key_values=None,
+    ):
         """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normed, bias, cos, sin, past_key_values)
+        attended, weights = self.attention(normed, bias, cos, sin, prefix_key, prefix_value, past_key_values)
         normed = self.post_attention_layernorm(attended.add(normed, alpha=ALPHA))
         return self.mlp(normed).add(normed, alpha=ALPHA), weights
+
+
+NO_OFFLOAD = (
+    'Offload is not supported: put whole parts on GPUs or on "cpu", which computes too (plan_device_map finds a map).'
+)
+
+
+def refuse_offloaded(*modules: nn.Module) -> None:
+    """Refuse modules whose weights accelerate brings only for their own call: the model looks at them before.
+
+    Raises:
+        RuntimeError: names the remedy.
+    """
+    if any(hasattr(module, "_hf_hook") and module.weight.device.type == "meta" for module in modules):
+        raise RuntimeError(f"accelerate has taken weights of this model away, to disk or CPU. {NO_OFFLOAD}")
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -218,6 +285,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     # The published shards store each block's rotary frequencies; the original ignores them, and so do we.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for names of its own functions in this file; each layer asks the configuration.
+        return True
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, ChatGLMRotaryEmbedding):
@@ -227,13 +299,31 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; `device_map` may name "cpu", which then computes too (nothing is copied back and forth).
 
+        Of a model with a learnt prefix (`pre_seq_len`) all else is frozen, as in the published code.
+
         See `PreTrainedModel.from_pretrained`.
         """
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "transformer.layers.0" in device_map:
+            # Maps are made for the model without a prefix; a name that a model does not have is passed over.
+            kwargs["device_map"] = {"transformer.prefix_encoder": device_map["transformer.layers.0"], **device_map}
         model = super().from_pretrained(*args, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
+        if loaded.config.pre_seq_len is not None:
+            loaded.requires_grad_(False)
+            loaded.base_model.prefix_encoder.requires_grad_(True)
+        elif hasattr(loaded, "hf_device_map"):
+            loaded.hf_device_map.pop("transformer.prefix_encoder", None)
         if len(set(getattr(loaded, "hf_device_map", {}).values())) > 1:
             loaded.place(loaded.hf_device_map)
         return model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here a map is whole, also one that transformers made, and no weight has been read.
+        if any(str(device) == "disk" for device in (load_config.device_map or {}).values()):
+            raise ValueError(f'device_map sends a part of the model to "disk". {NO_OFFLOAD}')
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def place(self, device_map: dict[str, int | str | torch.device]):
         """Put each module where `device_map` says, and keep the map as `hf_device_map`.
@@ -307,6 +397,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.rotary_emb = ChatGLMRotaryEmbedding(config)
         self.layers = nn.ModuleList(ChatGLMBlock(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -320,7 +413,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -338,14 +431,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             input_ids: [B, L]. With an empty cache each row holds a prompt up to its `<sop>`, and perhaps an answer.
-            attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D bool mask
-                [B, 1, L, past + L] is taken as the published model takes it: True = *masked*.
+            attention_mask: [B, L] (with a cache [B, past + L]), 1 = real token; None: no padding. A 4-D mask
+                [B, 1, L, past + L] says itself who sees whom, see `visible_of`.
             position_ids: [B, 2, L]; derived from the ids if not given. A step of an answer needs them, or `all_ids`.
-            inputs_embeds: [B, L, H], looked up beforehand; `input_ids` is needed all the same, for the mask.
+            inputs_embeds: [B, L, H], looked up beforehand. Without `input_ids` they hold the rows of `[gMASK]` and
+                `<sop>` unchanged, by which mask and positions are found; looking for them waits for a GPU. What stands
+                before the first of `all_ids` (a learnt prompt) has the places before 0.
             cache: another name of `past_key_values`, the one that transformers uses from 5.24 on.
             return_dict: False: a tuple of what is there, in the same order.
             all_ids: [B, T], prompt and answer so far, of which `input_ids` are the last: mask and positions are derived
-                from them. What the cache holds beyond them stands before the prompt, and everybody sees it.
+                from them. What the cache holds beyond them (a learnt prefix, see `prefix_encoder`; a text that many
+                prompts share) stands before the prompt, and everybody sees it. By default, `input_ids` that start with
+                a prompt are all ids.
             prompt_positions: [B, 2, P], positions of the first P of `all_ids`, if they are not the derived ones.
 
         Returns:
@@ -357,22 +454,44 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
         """
         refuse_unknown(kwargs, ChatGLMModel.forward)
+        # A block may stand for one of another process, and have no parts.
+        norms = (getattr(block, "input_layernorm", block) for block in self.layers)
+        refuse_offloaded(self.word_embeddings, *norms, self.final_layernorm)
         config = self.config
         past_key_values = one_cache(past_key_values, cache)
-        new = input_ids.shape[1]
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError('Attention weights exist with attn_implementation="eager" alone: set_attn_implementation.')
+        if position_ids is not None:
+            check_position_ids(position_ids)
+        table = self.word_embeddings
+        if input_ids is None:
+            if inputs_embeds is None:
+                raise ValueError("forward needs input_ids [B, L]; or inputs_embeds [B, L, H].")
+            input_ids = ids_of(inputs_embeds, table.weight, config) if all_ids is None else all_ids
+        new = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        first = isinstance(past, int) and past == 0
+        prefix = None
+        if past_key_values is not None and not use_cache and (prefix := taken_from(past_key_values)):
+            past_key_values = None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past, int) and past + new > config.max_sequence_length:
+        # Ids that are a prompt by themselves, behind keys of something else: those keys stand before it.
+        if all_ids is None and position_ids is None and not first and has_prompts(input_ids, config):
+            all_ids = input_ids
+        length = past + new if all_ids is None else all_ids.shape[1]
+        if isinstance(length, int) and length > config.max_sequence_length:
             raise ValueError(
-                f"The sequence has {past + new} tokens, this model was trained for max_sequence_length="
+                f"The sequence has {length} tokens, this model was trained for max_sequence_length="
                 f"{config.max_sequence_length}. Shorten the prompt or the history, or ask for fewer new tokens."
             )
-        first = isinstance(past, int) and past == 0
-        if input_ids.device.type == "cpu":
-            check_input_ids(input_ids, config, prompt=first, mask_token=position_ids is None)
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            whole = first or all_ids is input_ids
+            check_input_ids(input_ids, config, prompt=whole, mask_token=position_ids is None)
         if position_ids is None:
             if all_ids is None and not first:
                 raise ValueError(
@@ -381,15 +500,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "model.generate() does this by itself."
                 )
             position_ids = self._positions(input_ids if all_ids is None else all_ids, attention_mask, prompt_positions)
-            position_ids = position_ids[..., -new:]
+            position_ids = positions_before(position_ids[..., -new:], new)
 
         if inputs_embeds is None:
-            table = self.word_embeddings
             inputs_embeds = table(input_ids.to(table.weight.device))
         device = self._device_of(0, inputs_embeds)
         hidden_states = inputs_embeds.to(device)
-        kv_length = new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
-        visible = self._visible(input_ids, all_ids, attention_mask, past, kv_length, device)
+        if first and config.pre_seq_len is not None:
+            prefix, past = self.prefix_encoder(len(input_ids), hidden_states.dtype), config.pre_seq_len
+        added = prefix[0][0].shape[2] if prefix else 0
+        kv_length = added + new if past_key_values is None else past_key_values.get_mask_sizes(added + new, 0)[0]
+        visible = self._visible(
+            new,
+            input_ids if all_ids is None else all_ids,
+            attention_mask,
+            past,
+            kv_length,
+            device,
+            all_ids is None and not first,
+        )
         bias = None
         if visible is not None:
             bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device)
@@ -407,20 +536,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states = hidden_states.to(device)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = block(hidden_states, *on_device[device], past_key_values=past_key_values)
+            before = (part.to(device) for part in prefix[layer]) if prefix else ()
+            hidden_states, weights = block(hidden_states, *on_device[device], *before, past_key_values=past_key_values)
             all_attentions.append(weights)
-        hidden_states = self.final_layernorm(hidden_states.to(self.final_layernorm.weight.device))
+        norm = self.final_layernorm
+        hidden_states = norm(hidden_states.to(getattr(norm, "weight", hidden_states).device))
         outputs = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
-        return outputs.to_tuple() if return_dict is False else outputs
+        return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
     def _device_of(self, layer: int, default: Tensor) -> torch.device:
-        blocks: Any = self.layers  # whose items are mere modules to a type checker
-        return blocks[layer].input_layernorm.weight.device if len(blocks) else default.device
+        # A stage of a pipeline has only some of the blocks; what stands for the others holds no weights.
+        norm = getattr(self.layers[layer], "input_layernorm", None) if len(self.layers) else None
+        return default.device if norm is None else norm.weight.device
 
     def _positions(self, all_ids: Tensor, mask: Tensor | None, prompt_positions: Tensor | None) -> Tensor:
         if prompt_positions is not None:
@@ -430,32 +562,39 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _visible(
         self,
-        input_ids: Tensor,
-        all_ids: Tensor | None,
+        new: int,
+        ids: Tensor,
         mask: Tensor | None,
         past: int | Tensor,
         kv_length: int,
         device: torch.device,
+        answer_only: bool,
     ) -> Tensor | None:
-        """Bool [B or 1, 1, L, kv_length], True = visible, or None if everything is."""
-        new = input_ids.shape[1]
+        """Bool [B or 1, 1, new, kv_length], True = visible, or None if everything is."""
         mask = None if mask is None else mask.to(device)
         if mask is not None and mask.dim() == 4:
-            visible = ~mask if mask.dtype == torch.bool else mask == 0
+            visible = visible_of(mask)
             return F.pad(visible, (0, kv_length - visible.shape[-1]), value=False)
-        first = isinstance(past, int) and past == 0
-        if new == 1 and mask is None and isinstance(past, int) and not first and kv_length == past + new:
+        if new == 1 and mask is None and isinstance(past, int) and past and kv_length == past + new:
             return None
-        ids = (input_ids if all_ids is None else all_ids).to(device)
+        if mask is not None and self.config.pre_seq_len is not None and mask.shape[1] == ids.shape[1]:
+            mask = F.pad(mask, (self.config.pre_seq_len, 0), value=1)  # the cache may not say how much it holds
+        before = past + new - ids.shape[1]
         return make_visible(
-            ids,
-            self.config,
-            mask,
-            new=new,
-            before=past + new - ids.shape[1],
-            keys=kv_length,
-            answer_only=all_ids is None and not first,
+            ids.to(device), self.config, mask, new=new, before=before, keys=kv_length, answer_only=answer_only
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout for the length of a `with` block; afterwards every part is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _IdStreamer(BaseStreamer):
@@ -527,16 +666,25 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """As in transformers, but the embedding always wins: the `lm_head.weight` of a file is ignored, as originally.
 
         transformers would leave the two untied if their values differ.
+
+        Raises:
+            ValueError: neither was in the files.
         """
         embedding = self.get_input_embeddings()
         stored = missing_keys is None or "transformer.word_embeddings.weight" not in missing_keys
+        # transformers may name one of the two alone, and leave the other without memory.
+        if missing_keys and "lm_head.weight" in missing_keys and (not stored or embedding.weight.is_meta):
+            raise ValueError(
+                "The checkpoint has no transformer.word_embeddings.weight (and no lm_head.weight, which is the same "
+                "matrix): a shard is missing, or it holds an adapter alone. Download it again, or load the base first."
+            )
         if self.config.tie_word_embeddings and stored:
             self.lm_head.weight = embedding.weight
         super().tie_weights(missing_keys, recompute_mapping)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -545,9 +693,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
-        label_rows: Tensor | None = None,
+        target_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = DEFAULT_CHUNK,
         cache: Cache | None = None,
@@ -560,9 +708,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
-            logits_to_keep: compute the logits of the last so many positions only; 0 means all.
+            logits_to_keep: compute the logits of the last so many positions only; 0 means all. Or their indices, [n].
             return_logits: by default logits are returned unless a loss is computed in training mode.
-            label_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
+            target_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
                 `labels[:, 1:]`. Known to whoever made the labels on the CPU; with it rows without label cost nothing.
                 Without it they are found here if `labels` is on the CPU, and otherwise computed for nothing, since
                 finding them would wait for the GPU.
@@ -576,6 +724,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             lie where `lm_head` does cost no copy between GPUs, and such a copy makes both of them wait.
         """
         refuse_unknown(kwargs, ChatGLMForConditionalGeneration.forward)
+        if labels is not None and position_ids is None and all_ids is None:
+            all_ids = input_ids  # a row with labels is whole; looking for its prompt would wait for the GPU
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -588,15 +738,19 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             all_ids=all_ids,
             prompt_positions=prompt_positions,
+            return_dict=True,
         )
+        refuse_offloaded(self.lm_head)
         hidden = outputs.last_hidden_state.to(self.lm_head.weight.device)
         if return_logits is None:
             return_logits = labels is None or not self.training
-        logits = self.lm_head(hidden[:, -logits_to_keep:]) if return_logits else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(hidden.device)
+        logits = self.lm_head(hidden[:, kept]) if return_logits else None
         loss = None
         if labels is not None:
-            home = input_ids.device if labels.device.type == "cpu" else labels.device
-            loss = self._loss(hidden, labels, label_rows, num_items_in_batch, loss_chunk).to(home)
+            given = inputs_embeds if input_ids is None else input_ids
+            home = cast(Tensor, given).device if labels.device.type == "cpu" else labels.device
+            loss = self._loss(hidden, labels, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -604,26 +758,30 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return answer.to_tuple() if return_dict is False else answer
+        return answer if wants_dict(return_dict, self.config) else answer.to_tuple()
 
-    def _loss(self, hidden, labels, label_rows, num_items_in_batch, chunk) -> Tensor:
+    def _loss(self, hidden, labels, target_rows, num_items_in_batch, chunk) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        if label_rows is None and labels.device.type == "cpu":
-            label_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-            if label_rows.numel() == 0:
+        if target_rows is None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            target_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            if target_rows.numel() == 0:
                 raise ValueError(
                     "No row of this batch has a label: every entry of labels[:, 1:] is -100. Were the answers cut off "
                     "by a length limit, or the prompt masked twice?"
                 )
-        if label_rows is not None:
-            targets = targets.index_select(0, label_rows.to(targets.device))
-            rows = rows.index_select(0, label_rows.to(rows.device))
+        if target_rows is not None:
+            targets = targets.index_select(0, target_rows.to(targets.device))
+            rows = rows.index_select(0, target_rows.to(rows.device))
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(rows.device)
-        total = chunked_cross_entropy(rows, self.lm_head.weight, targets.to(rows.device), chunk)
+        targets, head = targets.to(rows.device), self.lm_head
+        if is_matrix(head) and not torch.compiler.is_compiling():
+            total = chunked_cross_entropy(rows, head.weight, targets, chunk)
+        else:
+            total = called_cross_entropy(rows, head, targets, chunk)
         return total / num_items_in_batch
 
     # Generation ------------------------------------------------------------------------------------------------------
@@ -636,20 +794,38 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> None:
         """No positions: each step derives its own from all ids. transformers would extend them, or cut them off, along
         the wrong dimension: 3-D ones are multimodal for it."""
-        check_input_ids(inputs_tensor, self.config)
+        ids = inputs_tensor if inputs_tensor.dim() == 2 else model_kwargs.get("input_ids")
+        if ids is None or not ids.shape[1]:
+            raise ValueError(
+                "generate with inputs_embeds alone: every step derives mask and positions from the ids, so give "
+                "input_ids beside them."
+            )
+        check_input_ids(ids, self.config)
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size cuts the prompt, in which every token sees every other: leave it out, and let the "
                 "model read the prompt in one pass."
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        # peft lends its own method to the model while it generates.
+        learnt = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+        guessed = "ASSISTED" in str(generation_mode).upper()
+        if getattr(learnt, "is_prompt_learning", False) and (guessed or generation_config.cache_implementation):
+            raise ValueError(
+                "peft puts a learnt prefix or prompt into the cache of plain generation alone: leave out "
+                "cache_implementation, assistants and prompt_lookup_num_tokens."
+            )
+        room = max_cache_length + (self.config.pre_seq_len or 0)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, room)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, position_ids: Tensor | None = None, **kwargs):
         parent: Any = super()
         input_ids, model_kwargs = parent._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if position_ids is not None:
+            check_position_ids(position_ids)
             model_kwargs["prompt_positions"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs
 
@@ -667,6 +843,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = parent.prepare_inputs_for_generation(
             input_ids, next_sequence_length, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        # peft looks for the cache under this name, to put a learnt prefix into it.
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return {**inputs, "all_ids": input_ids, "prompt_positions": prompt_positions}
 
     # The published model was run with a transformers whose beam search divides a score by the length of prompt *and*
@@ -681,6 +859,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
         prompt = chat_prompt(query, history or ())
+        if settings.get("num_return_sequences") not in (None, 1):
+            raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
         if "max_new_tokens" not in settings:
             settings.setdefault("max_length", self.config.max_sequence_length)
@@ -691,22 +871,22 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return {**inputs, **settings, "logits_processor": processors}
 
     @torch.no_grad()
-    def chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings):
+    def chat(self, tokenizer, query: str, history: list | None = None, **settings):
         """Answer `query`; returns (answer, history with this turn).
 
         Args:
-            history: earlier (question, answer) turns.
+            history: earlier (question, answer) turns, or role/content messages, see `as_turns`.
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
         """
         inputs = self._chat_inputs(tokenizer, query, history, settings)
-        output = self.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        with evaluating(self):
+            output = self.generate(**inputs)
+        output = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
         response = process_response(tokenizer.decode(output.tolist()))
-        return response, [*(history or []), (query, response)]
+        return response, [*as_turns(history or ()), (query, response)]
 
-    def stream_chat(
-        self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **settings
-    ) -> Iterator[tuple[str, list]]:
+    def stream_chat(self, tokenizer, query: str, history: list | None = None, **settings) -> Iterator[tuple[str, list]]:
         """Like `chat`, but yields (answer so far, history with it) after each token.
 
         As in the published code the very last token is never yielded: it is `<eop>`, or the one that reached the length
@@ -718,7 +898,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         def work():
             try:
-                self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
+                with evaluating(self):
+                    self.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
             except BaseException as error:  # handed to the reader's thread
                 failed.append(error)
                 streamer.end()
@@ -731,7 +912,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             while token is not None and (following := streamer.queue.get()) is not None:
                 ids += token
                 response = process_response(tokenizer.decode(ids))
-                yield response, [*(history or []), (query, response)]
+                yield response, [*as_turns(history or ()), (query, response)]
                 token = following
         finally:
             leave.set()

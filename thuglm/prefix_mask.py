@@ -72,6 +72,71 @@ def check_input_ids(input_ids: Tensor, config: ChatGLMConfig, *, prompt: bool = 
             )
 
 
+def check_position_ids(position_ids: Tensor) -> None:
+    """Refuse positions with one number a token.
+
+    Raises:
+        ValueError: they are not [B, 2, L].
+    """
+    if position_ids.dim() != 3 or position_ids.shape[1] != 2:
+        raise ValueError(
+            f"position_ids is {list(position_ids.shape)}: [B, 2, L] is needed, the place of each token in the "
+            "prompt and in the answer. Leave them out, and they are derived from the ids."
+        )
+
+
+def visible_of(mask: Tensor) -> Tensor:
+    """A 4-D mask [B, 1, L, keys] as bool, True = visible.
+
+    Args:
+        mask: bool, as the published model takes it: True = *masked*; or float, added to the scores: 0 = visible, the
+            lowest number or -inf = masked. Values are looked at on the CPU only.
+
+    Raises:
+        ValueError: neither; or True = visible, as transformers has it.
+    """
+    look = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if mask.dtype == torch.bool:
+        own = mask.diagonal(mask.shape[-1] - mask.shape[-2], -2, -1)
+        if look and (own & ~mask.all(dim=-1)).any():
+            raise ValueError(
+                "The 4-D bool attention_mask hides a token from itself and shows it others: here True means masked, as "
+                "in the published model. Pass ~attention_mask, or the [B, L] one."
+            )
+        return ~mask
+    if not mask.is_floating_point() or (look and ((mask != 0) & (mask > -100)).any()):
+        raise ValueError(
+            f"A 4-D attention_mask of {mask.dtype} is bool (True = masked) or float (0 = visible, -inf = masked) and "
+            "nothing between. Pass one of these, or the [B, L] one."
+        )
+    return mask == 0
+
+
+def has_prompts(input_ids: Tensor, config: ChatGLMConfig) -> bool:
+    """Whether each row of [B, L] holds a prompt of its own, up to `<sop>`. Waits for a GPU that holds the ids."""
+    return input_ids.shape[1] > 1 and bool((input_ids == config.bos_token_id).any(dim=1).all())
+
+
+def ids_of(embeddings: Tensor, table: Tensor, config: ChatGLMConfig) -> Tensor:
+    """[B, L] ids: `[MASK]`, `[gMASK]` and `<sop>` where [B, L, H] has their rows of `table`, another one elsewhere.
+
+    Raises:
+        ValueError: there is a row without `<sop>`, or without a hole.
+    """
+    special = (config.mask_token_id, config.gmask_token_id, config.bos_token_id)
+    other = next(number for number in range(4) if number not in special)
+    ids = torch.full(embeddings.shape[:2], other, device=embeddings.device)
+    for token in special:
+        ids[(embeddings == table[token].to(embeddings)).all(dim=-1)] = token
+    holes = (ids == config.gmask_token_id) | (ids == config.mask_token_id)
+    if not (has_prompts(ids, config) and holes.any(dim=1).all()):
+        raise ValueError(
+            "inputs_embeds alone: mask and positions are derived from the places of [gMASK] and <sop>, and a row has "
+            "no embedding that is exactly theirs. Give input_ids beside inputs_embeds."
+        )
+    return ids
+
+
 def first_index(matches: Tensor) -> Tensor:
     """Index of the first True in each row, [B, L] -> [B, 1]; the row length where there is none. Does not wait."""
     index = torch.arange(matches.shape[1], device=matches.device)
@@ -111,6 +176,15 @@ def continued_positions(prompt_positions: Tensor, length: int) -> Tensor:
     steps = torch.arange(1, length - prompt_positions.shape[-1] + 1, device=prompt_positions.device)
     last = prompt_positions[..., -1:]
     return torch.cat((prompt_positions, last + torch.stack((torch.zeros_like(steps), steps))), dim=-1)
+
+
+def positions_before(position_ids: Tensor, length: int) -> Tensor:
+    """[B, 2, L] -> [B, 2, length]: what stands before a prompt has the places before its 0, and none in the answer."""
+    missing = length - position_ids.shape[-1]
+    if missing <= 0:
+        return position_ids
+    places = torch.arange(-missing, 0, device=position_ids.device).expand(position_ids.shape[0], -1)
+    return torch.cat((torch.stack((places, torch.zeros_like(places)), dim=1), position_ids), dim=-1)
 
 
 def make_visible(

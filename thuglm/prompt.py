@@ -11,21 +11,63 @@ with history    [Round 0]
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
-def chat_prompt(query: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """The published chat prompt for `query` after `history`, a sequence of (question, answer)."""
-    if not history:
+def as_turns(history: Iterable[Any]) -> list[tuple[str, str]]:
+    """A history as (question, answer) turns: of such pairs, of role/content messages, or of both.
+
+    Raises:
+        ValueError: names the first element that is neither, or a message without its partner.
+    """
+    if isinstance(history, str | Mapping):
+        raise ValueError(f"the history is a {type(history).__name__}; expected a list of (question, answer)")
+    turns: list[tuple[str, str]] = []
+    asked: str | None = None
+    for number, turn in enumerate(history):
+        wrong = f"turn {number} of the history is {turn!r}; expected (question, answer)"
+        if isinstance(turn, Mapping):
+            role, text = turn.get("role"), turn.get("content")
+            if role not in ("user", "assistant") or not isinstance(text, str) or (role == "user") != (asked is None):
+                raise ValueError(f"{wrong}, or in turns {{'role': 'user', ...}} and {{'role': 'assistant', ...}} texts")
+            if asked is not None:
+                turns.append((asked, text))
+            asked = text if role == "user" else None
+        elif asked is not None:
+            raise ValueError(f"{wrong[: -len('(question, answer)')]}the assistant's answer to the message before it")
+        elif not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(wrong)
+        else:
+            turns.append((turn[0], turn[1]))
+    if asked is not None:
+        raise ValueError(f"the history ends with the question {asked!r}, unanswered: ask it as the query")
+    return turns
+
+
+def chat_prompt(query: str, history: Sequence[Any] = ()) -> str:
+    """The published chat prompt for `query` after `history`, see `as_turns`.
+
+    Raises:
+        TypeError: the query is no text.
+        ValueError: the history cannot be read.
+    """
+    if not isinstance(query, str):
+        raise TypeError(f"the query is a {type(query).__name__}; expected text")
+    turns = as_turns(history)
+    if not turns:
         return query
-    rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
-    return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+    rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(turns)]
+    return "".join(rounds) + f"[Round {len(turns)}]\n问：{query}\n答："
 
 
 def process_response(response: str) -> str:
     """Trim an answer and give back the full-width punctuation that the tokenizer's NFKC normalisation took from
-    Chinese text: an ASCII `, ! : ; ?` that touches a Chinese character becomes `，！：；？`."""
-    response = response.strip().replace("[[训练时间]]", "2023年")
+    Chinese text: an ASCII `, ! : ; ?` that touches a Chinese character becomes `，！：；？`.
+
+    A character of several byte tokens whose last ones were not written is left out.
+    """
+    response = response.rstrip("\ufffd").strip().replace("[[训练时间]]", "2023年")
     for ascii_mark, full_width in zip(",!:;?", "，！：；？", strict=True):
         mark = re.escape(ascii_mark)
         response = re.sub(rf"([\u4e00-\u9fff]){mark}", rf"\1{full_width}", response)

@@ -86,8 +86,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("special_tokens_pattern", "none")
         # transformers makes every "..._token" of tokenizer_config.json special, and writes such lists itself when it
         # saves. Only the five below are: otherwise a text that spells "[gMASK]" would become the token.
-        for name in ("model_specific_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
-            kwargs.pop(name, None)
+        # What a user added has an id behind the pieces, and is kept.
+        kwargs.pop("model_specific_special_tokens", None)
+        added = kwargs.pop("added_tokens_decoder", {})
+        kwargs["added_tokens_decoder"] = {id: token for id, token in added.items() if id >= len(self._pieces)}
+        extra = kwargs.pop("extra_special_tokens", None) or ()
+        kwargs["extra_special_tokens"] = [token for token in extra if str(token) not in self._pieces]
         super().__init__(
             bos_token=bos_token,
             eos_token=eos_token,
@@ -166,17 +170,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return text
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
-        """Text -> pieces. The text around a special token is stripped, as the published tokenizer does."""
-        special = set(self.all_special_tokens)
+        """Text -> pieces. The text around a special token is stripped, as the published tokenizer does; that around an
+        ordinary token of `add_tokens` is not."""
+        special, added = set(self.all_special_tokens), self.added_tokens_encoder
         parts = self.tokens_trie.split(text)
         pieces: list[str] = []
         for position, part in enumerate(parts):
-            if part in special:
+            if part in special or part in added:
                 pieces.append(part)
                 continue
-            if position > 0:
+            if position > 0 and parts[position - 1] in special:
                 part = part.lstrip()
-            if position < len(parts) - 1:
+            if position < len(parts) - 1 and parts[position + 1] in special:
                 part = part.rstrip()
             if part:
                 pieces.extend(self._tokenize(part))

@@ -6,7 +6,7 @@ shapes         what one block keeps                  one GPU         the step   
 
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.decoding_time import GOALS, bytes_for_token, read_speeds, token_time
-from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpu, find_gpus, gpu_here, gpus_here
+from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpu, find_gpus, gpus_here
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import predict
@@ -26,7 +26,6 @@ __all__ = [
     "bytes_for_token",
     "find_gpu",
     "find_gpus",
-    "gpu_here",
     "gpus_here",
     "predict",
     "read_speeds",

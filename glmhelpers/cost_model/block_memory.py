@@ -110,7 +110,8 @@ class _Block:
         # Query, key and value are views of one tensor: all of it lives as long as attention needs any of them.
         book.make("context", unit)
         if self.keep:
-            book.make("logsumexp", self._logsumexp())
+            # float32, one for each row and head, the length rounded up to 32 by the kernel
+            book.make("logsumexp", 4 * self.setting.rows * self.shape.heads * ceil(self.setting.seq_length / 32) * 32)
             book.share("context")
         book.step("attention")
         attention_kept = self.keep
@@ -291,12 +292,12 @@ class _Block:
             book.make(mask, tokens * inputs)
         self._cast(rank * inputs)
         book.make(f"{name} low", tokens * rank * element)
-        self._uncast()
+        book.drop("cast")
         if self.dropout:
             book.drop(dropped)
         book.make(name, tokens * outputs * element)
         self._cast(rank * outputs)
-        self._uncast()
+        book.drop("cast")
         if self.keep:
             book.share(source)
         else:
@@ -312,7 +313,7 @@ class _Block:
         self._gradient(f"{name} grad B", rank * outputs)
         self._cast(rank * outputs)
         book.make("grad low", tokens * rank * element)
-        self._uncast()
+        book.drop("cast")
         if self.dropout:
             book.make("dropped again", narrow)
         self._gradient(f"{name} grad A", rank * inputs, last=["dropped again"] * self.dropout)
@@ -320,7 +321,7 @@ class _Block:
             return
         self._cast(rank * inputs)
         book.make("correction", narrow)
-        self._uncast()
+        book.drop("cast")
         if self.dropout:
             book.make("grad new", narrow)
             book.drop("correction")
@@ -333,9 +334,6 @@ class _Block:
     def _cast(self, numbers: int) -> None:
         """A float32 adapter matrix rounded to the base's dtype for one product; nothing to do if that is float32."""
         self.book.make("cast", numbers * self.setting.element if self.half else 0)
-
-    def _uncast(self) -> None:
-        self.book.drop("cast")
 
     def _gradient(self, name: str, numbers: int, last: Sequence[str] = ()) -> None:
         """The gradient of an adapter matrix: computed in the dtype of the base, kept in float32."""
@@ -356,10 +354,6 @@ class _Block:
             book.alive[target] = book.alive.pop("grad sum")
         else:
             book.alive[target] = book.alive.pop("grad new")
-
-    def _logsumexp(self) -> int:
-        """float32, one for each row and head, the length rounded up to 32 by the kernel."""
-        return 4 * self.setting.rows * self.shape.heads * ceil(self.setting.seq_length / 32) * 32
 
 
 _SOURCE = {

@@ -59,8 +59,8 @@ def bytes_for_token(config: Any, kv_length: int = 0, dtype: str = "float16") -> 
     return weights * element + cache_bytes(shape, Setting(1, dtype=dtype, training=False), kv_length, shape.layers)
 
 
-def token_time(config: Any, gpu: GPU | str, host: float, kv_length: int = 512) -> TokenTime:
-    """Predicted time of one token on a GPU of the catalogue.
+def token_time(config: Any, gpu: GPU | str, host: float) -> TokenTime:
+    """Predicted time of one token on a GPU of the catalogue, with 512 tokens in the cache.
 
     A model split over several equal GPUs takes as long: they work one after the other.
 
@@ -69,9 +69,8 @@ def token_time(config: Any, gpu: GPU | str, host: float, kv_length: int = 512) -
         gpu: name or GPU; the datasheet's bandwidth is taken, which no program reaches quite.
         host: seconds that the host needs to start the kernels of a token, such as `Speeds.host_seconds`: another
             machine's host may be slower.
-        kv_length: tokens in the cache.
     """
-    return TokenTime(bytes_for_token(config, kv_length) / find_gpu(gpu).bandwidth, host)
+    return TokenTime(bytes_for_token(config, 512) / find_gpu(gpu).bandwidth, host)
 
 
 def timeline(work: float, launch: float, kernels: int) -> tuple[list[float], list[float]]:

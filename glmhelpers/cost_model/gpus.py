@@ -116,7 +116,7 @@ def known_gpu(name: str, total: int) -> GPU:
     words = re.split(r"[ -]", name)
     same = [gpu for gpu in CATALOGUE.values() if gpu.name.partition("-")[0] in words]
     card = min(same, key=lambda gpu: abs(gpu.memory - total)) if same else find_gpu(total)
-    measured: dict[str, Any] = {**kept_rates().get(name, {})}
+    measured: Any = kept_rates().get(name, {})
     return replace(card, memory=total, **measured)
 
 
@@ -143,12 +143,7 @@ def one_host(gpus: "list[GPU]") -> list[GPU]:
     return [replace(gpu, **{name: max(getattr(card, name) for card in gpus) for name in names}) for gpu in gpus]
 
 
-def gpu_here(index: int) -> GPU:
-    """What the planner should take a GPU of this machine for."""
-    facts = torch.cuda.get_device_properties(index)
-    return known_gpu(facts.name, facts.total_memory)
-
-
 def gpus_here() -> list[GPU]:
     """This machine's GPUs, by name where the catalogue has it, else by size; [] where there is none."""
-    return [gpu_here(index) for index in range(torch.cuda.device_count())]
+    cards = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [known_gpu(card.name, card.total_memory) for card in cards]

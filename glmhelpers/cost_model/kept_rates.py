@@ -10,11 +10,13 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import write_json
+from glmhelpers.utils.folders import user_cache
 
 RATES = (
     *("matrix_share", "memory_share", "attention_share", "link"),
@@ -26,8 +28,7 @@ BYTES = ("gemm_workspace", "context")
 
 def kept_file() -> Path:
     """Where they are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "glmhelpers" / "machine.json"
+    return user_cache() / "machine.json"
 
 
 def machine_key() -> str:
@@ -45,24 +46,18 @@ def kept_rates() -> dict[str, dict[str, float]]:
 
 
 def keep_rates(cards: Mapping[str, Mapping[str, float]]) -> None:
-    """Keep the rates of this machine's GPUs in place of older ones; a folder that cannot be written is no error."""
+    """Keep the rates of this machine's GPUs in place of older ones; {}: from now on the catalogue counts again.
+
+    A folder that cannot be written is no error.
+    """
     path = kept_file()
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         others = {key: value for key, value in kept.items() if key != machine_key()}
     except (OSError, ValueError, AttributeError):
         others = {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(others | {machine_key(): cards}, indent=1) + "\n", encoding="utf-8")
-    except OSError:
-        return
-
-
-def forget_rates() -> None:
-    """From now on the catalogue counts again."""
-    keep_rates({})
+    with suppress(OSError):
+        write_json(path, others | {machine_key(): cards})
 
 
 def _checked(rates: Mapping[str, float]) -> dict[str, float]:

@@ -101,7 +101,7 @@ class Setting:
         seq_length: tokens in a row (the prompt's, when not training).
         micro_batches: parts into which the batch is cut; it must divide it.
         lora_rank: rank r of the adapter, 0 for none.
-        lora_targets: which linear layers of each block carry an adapter.
+        lora_targets: which linear layers of each block carry an adapter; one name is one of them.
         lora_dropout: dropout before the adapter; 0 keeps no mask.
         lora_fused: the adapter computes as in `glmhelpers.lora.layer` (a 16-bit base), not as in peft.
         dtype: of base weights and activations; adapters are float32 always.
@@ -132,6 +132,7 @@ class Setting:
         Raises:
             ValueError: a value is out of range; the message names it.
         """
+        object.__setattr__(self, "lora_targets", as_targets(self.lora_targets))
         least = dict.fromkeys(("batch_size", "seq_length", "micro_batches", "loss_chunk"), 1)
         for name, low in (least | {"lora_rank": 0, "kv_length": 0}).items():
             if not _is_whole(value := getattr(self, name), low, MOST):

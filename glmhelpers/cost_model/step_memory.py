@@ -31,7 +31,7 @@ from typing import Any
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpus
 from glmhelpers.cost_model.placement import Placement
-from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, as_targets
+from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape
 from glmhelpers.cost_model.stages import Stage, find_stages
 from glmhelpers.utils.units import GIB, MIB
 
@@ -90,7 +90,7 @@ def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
     return blocks * 4 * setting.lora_rank * sum(sum(shape.linear(name)) for name in setting.adapters)
 
 
-def mask_bytes(shape: Shape, setting: Setting) -> int:
+def mask_bytes(setting: Setting) -> int:
     """Additive mask of one micro-batch, rows * length * length (each row padded to 8), shared by all heads.
 
     Every micro-batch keeps its own until its backward pass is over.
@@ -109,14 +109,14 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
     return setting.tokens * shape.hidden * setting.element
 
 
-def label_rows(setting: Setting) -> int:
+def target_rows(setting: Setting) -> int:
     """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1)."""
     return round(setting.rows * (setting.seq_length - 1) * setting.label_share)
 
 
 def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
-    kept = label_rows(setting) * shape.hidden * setting.element
+    kept = target_rows(setting) * shape.hidden * setting.element
     return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
@@ -126,7 +126,7 @@ def loss_working_bytes(shape: Shape, setting: Setting) -> int:
 
     Then the probabilities in the base dtype take the place of the logits: the same size.
     """
-    rows = label_rows(setting)
+    rows = target_rows(setting)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
     return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 
@@ -143,13 +143,7 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 @lru_cache(maxsize=200_000)
 def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0) -> tuple[str, dict[str, int]]:
-    """The worst moment of one GPU and its terms.
-
-    Args:
-        shape: sizes of the model.
-        setting: how it is run.
-        stage: what lives on this GPU.
-        workspace: bytes of one cuBLAS workspace on this GPU.
+    """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -186,7 +180,7 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
         plain = marks[:blocks].count(False)
         return cost.saved * plain + (cost_of_first.saved - cost.saved) * (plain > 0 and not marks[0])
 
-    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if marks else 0
+    masks = mask_bytes(setting) + table_bytes(shape, setting) if marks else 0
     loss = loss_kept_bytes(shape, setting) if stage.head else 0
     transfer = 0 if stage.head else unit
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
@@ -230,7 +224,7 @@ def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str,
     unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
     tokens = max(setting.kv_length, setting.seq_length)
     logits = stage.head * setting.batch_size * shape.vocab * (4 + setting.element)
-    masks = mask_bytes(shape, setting) + table_bytes(shape, setting) if blocks else 0
+    masks = mask_bytes(setting) + table_bytes(shape, setting) if blocks else 0
     prompt = {"cache": cache_bytes(shape, setting, setting.seq_length, blocks), "masks": masks}
     prompt["block"] = block_cost(shape, setting).forward + unit if blocks else unit
     last = {"cache": cache_bytes(shape, setting, tokens, blocks), "loss": logits, "masks": masks}
@@ -248,13 +242,21 @@ def slack_bytes(terms: Mapping[str, int]) -> int:
     return SLACK_AT_LEAST + (terms["block"] + terms["loss"] + terms["cache"]) // 10
 
 
+def with_outside(breakdown: Sequence[dict[str, int]], gpus: Sequence[GPU]) -> list[dict[str, int]]:
+    """The terms of each GPU with the allocator's slack and the CUDA context; a GPU that holds nothing needs neither."""
+    return [
+        {**terms, "slack": slack_bytes(terms), "context": gpu.context} if any(terms.values()) else terms
+        for terms, gpu in zip(breakdown, gpus, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What every GPU holds at its worst moment.
 
     Attributes:
         devices: labels of the devices, in order: 0, 1, ... or "cpu" where blocks run there.
-        gpus: what is known of each; empty if nothing.
+        gpus: what is known of each.
         breakdown: for each device, bytes by term (the keys of TERMS); the sum is the peak.
         moments: for each device, when that is.
         setting: the settings the figures are for.
@@ -273,12 +275,8 @@ class Prediction:
 
     @property
     def with_outside(self) -> list[dict[str, int]]:
-        """`breakdown` with the allocator's slack and the CUDA context of each GPU that is known, for drawing."""
-        contexts = [gpu.context for gpu in self.gpus] or [0] * len(self.devices)
-        return [
-            {**terms, "slack": slack_bytes(terms), "context": context}
-            for terms, context in zip(self.breakdown, contexts, strict=True)
-        ]
+        """`breakdown` with the allocator's slack and the CUDA context of each GPU, for drawing."""
+        return with_outside(self.breakdown, self.gpus)
 
     @property
     def total_bytes(self) -> list[int]:
@@ -327,8 +325,6 @@ def predict(
         A Prediction; `.peak_bytes` has one number for each device that holds something, in order of index.
     """
     shape = Shape.of(config)
-    if "lora_targets" in settings:
-        settings["lora_targets"] = as_targets(settings["lora_targets"])
     setting = Setting(batch_size, seq_length, **settings)
     known = find_gpus(list(gpus)) if gpus else None
     placement = Placement.of(device_map, shape.layers, len(known) if known else None)

@@ -31,14 +31,13 @@ beside every step measured there with a 16-bit base (what it costs to unpack 8 b
 GPUs are estimates, good for comparing plans on one machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial, reduce
 
 from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import hidden_bytes, label_rows
+from glmhelpers.cost_model.step_memory import hidden_bytes, target_rows
 
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 28, 40
 """Bytes moved by elementwise work in one block without LoRA, in units of its hidden states: forward two LayerNorms 4,
@@ -107,7 +106,7 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
 def head_seconds(shape: Shape, setting: Setting, gpu: GPU) -> float:
     """Head and loss of one micro-batch: two products over the vocabulary for each chunk, and what is moved of a logit:
     it is written, read for the softmax, 4 bytes are written and read, the probability is written and read."""
-    rows = label_rows(setting) if setting.training else setting.rows
+    rows = target_rows(setting) if setting.training else setting.rows
     times, chunks = (2, max(1, -(-rows // setting.loss_chunk))) if setting.training else (1, 1)
     logits, element = rows * shape.vocab, setting.element
     operations = 2 * times * logits * shape.hidden
@@ -132,8 +131,7 @@ def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: in
     """Bringing the embedded batch to the first GPU, if it is looked up elsewhere.
 
     Args:
-        shape: sizes of the model.
-        setting: how it is run.
+        shape, setting: sizes of the model, and how it is run.
         embedding: "first", "tied" (on the last GPU) or "cpu".
         gpus_used: number of GPUs that hold something; with one, "tied" is on the first as well.
         gpu: the first GPU.
@@ -141,11 +139,6 @@ def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: in
     if embedding == "first" or (embedding == "tied" and gpus_used == 1):
         return 0.0
     return hidden_bytes(shape, setting) * setting.micro_batches / gpu.link
-
-
-def combine(how: Callable, one: StageTime, other: StageTime) -> StageTime:
-    """Two stages' times, number by number: `how` is sum or max."""
-    return StageTime(*(how(pair) for pair in zip(astuple(one), astuple(other), strict=True)))
 
 
 def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int) -> float:
@@ -165,8 +158,8 @@ def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int) -> fl
 
 def step_seconds(times: Sequence[StageTime], micro_batches: int) -> float:
     """Seconds from the first forward to the last backward of these stages; see `pass_seconds`."""
-    total, slowest = (reduce(partial(combine, how), times) for how in (sum, max))
-    return pass_seconds(total, slowest, micro_batches)
+    each = list(zip(*map(astuple, times), strict=True))
+    return pass_seconds(StageTime(*map(sum, each)), StageTime(*map(max, each)), micro_batches)
 
 
 def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0) -> list[Task]:

@@ -6,6 +6,7 @@ which files    what format      broken JSON            one row           twice  
 
 from glmhelpers.data.broken_examples import write_broken_files
 from glmhelpers.data.convert import convert_alpaca
+from glmhelpers.data.dedupe import general_rows
 from glmhelpers.data.report import Report
 
-__all__ = ["Report", "convert_alpaca", "write_broken_files"]
+__all__ = ["Report", "convert_alpaca", "general_rows", "write_broken_files"]

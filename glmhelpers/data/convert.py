@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from glmhelpers.data.cleaning import (
     missing_columns,
 )
 from glmhelpers.data.dedupe import repeated
-from glmhelpers.data.files import ENDINGS, SourceFile, open_source, written_by_report
+from glmhelpers.data.files import ENDINGS, open_source, written_by_report
 from glmhelpers.data.json_recovery import Found, Notes
 from glmhelpers.data.readers import read_rows
 from glmhelpers.data.report import FileReport, Report, report_path
@@ -120,7 +120,8 @@ def convert_alpaca(
     if encoding is not None:
         codecs.lookup(encoding)
     flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
-    report = Report(_name(source), output, {name: value for name, value in (flags | limits).items() if value})
+    name = str(source) if isinstance(source, str | Path) else ROWS_SOURCE
+    report = Report(name, output, {option: value for option, value in (flags | limits).items() if value})
     writer = _Writer(report, limits, columns or {}, encoding)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
@@ -181,17 +182,13 @@ class _Writer:
             if not files:
                 lines = [f"{source} holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"]
                 raise ValueError("\n".join(lines + self.report.other_lines()))
-            for each in files:
-                self._write_file(each, file)
+            for path, open_file in files:
+                notes = Notes()
+                self._write_rows(path, self._rows(path, open_file, notes), notes, file)
 
-    def _write_file(self, source: SourceFile, file: BinaryIO) -> None:
-        notes = Notes()
-
-        def rows() -> Iterator[Found]:
-            with source.open() as opened:
-                yield from read_rows(opened, source.path.name, notes, self.columns, self.encoding)
-
-        self._write_rows(source.path, rows(), notes, file)
+    def _rows(self, path: Path, open_file: Callable[[], BinaryIO], notes: Notes) -> Iterator[Found]:
+        with open_file() as opened:
+            yield from read_rows(opened, path.name, notes, self.columns, self.encoding)
 
     def _write_rows(self, path: Path, rows: Iterable[Found], notes: Notes, file: BinaryIO) -> None:
         kept = _Kept(FileReport(path))
@@ -299,7 +296,3 @@ def _rewrite(path: Path, files: list[_Kept]) -> None:
         for line, is_gone in zip(old, gone, strict=True):
             if not is_gone:
                 new.write(line)
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else ROWS_SOURCE

@@ -61,13 +61,7 @@ class _Lines:
 
 
 def read_csv(text: io.TextIOWrapper, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
-    """Rows of one open file.
-
-    Args:
-        text: opened with `newline=""`.
-        notes: lines that were passed over are counted here; why it holds no rows, too.
-        columns: name of a column in the file -> the name it has in this course.
-    """
+    """Rows of one open file (`newline=""`); arguments as for `read_rows`, lines passed over are counted in `notes`."""
     lines = _Lines(text)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:

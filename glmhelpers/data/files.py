@@ -13,33 +13,27 @@ folder/                        -> history/zh/a.json     read
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Of the files that are read in a folder or a zip. A single file is read whatever its name."""
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to read: where it is, and how to open it."""
-
-    path: Path
-    open: Callable[[], BinaryIO]
+SourceFile = tuple[Path, Callable[[], Any]]
+"""A file to read: where it is, and how to open it for reading bytes."""
 
 
 @contextmanager
-def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[list[SourceFile], list[str]]]:
+def open_source(source: Path) -> Iterator[tuple[list[SourceFile], list[str]]]:
     """The files of a source in sorted order, and the names of those that are left alone: no data by their names, or
     what an earlier conversion wrote.
 
     Args:
         source: a file, a folder (all folders below it too) or a zip.
-        leave_out: files that are neither read nor named, such as the unfinished output.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -48,7 +42,7 @@ def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder to read rows from")
     if source.is_dir():
-        yield _in_folder(source, {path.resolve() for path in leave_out})
+        yield _in_folder(source)
     elif _starts_like_zip(source):
         try:
             archive = zipfile.ZipFile(source)
@@ -57,10 +51,10 @@ def open_source(source: Path, leave_out: Iterable[Path] = ()) -> Iterator[tuple[
         with archive:
             yield _in_zip(source, archive)
     else:
-        yield [SourceFile(source, partial(_open, source))], []
+        yield [(source, partial(source.open, "rb"))], []
 
 
-def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], list[str]]:
+def _in_folder(folder: Path) -> tuple[list[SourceFile], list[str]]:
     def stop(error: OSError) -> None:
         raise error
 
@@ -73,22 +67,14 @@ def _in_folder(folder: Path, leave_out: set[Path]) -> tuple[list[SourceFile], li
         own = _own_files(Path(here), names)
         for name in names:
             path = Path(here, name)
-            if _is_hidden(name) or path.resolve() in leave_out:
+            if _is_hidden(name):
                 continue
             if name.lower().endswith(ENDINGS) and name not in own and not path.is_dir():
                 files.append(path)
             else:
                 others.append(path.relative_to(folder).as_posix())
     ordered = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-    return [SourceFile(path, partial(_open, path)) for path in ordered], sorted(others)
-
-
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
-
-
-def _open_inside(archive: zipfile.ZipFile, name: zipfile.ZipInfo) -> BinaryIO:
-    return cast(BinaryIO, archive.open(name))
+    return [(path, partial(path.open, "rb")) for path in ordered], sorted(others)
 
 
 def _own_files(folder: Path, names: list[str]) -> set[str]:
@@ -111,12 +97,13 @@ def written_by_report(path: Path) -> str | None:
 
 
 def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], list[str]]:
-    files, others = [], []
+    files: list[SourceFile] = []
+    others = []
     for member in sorted(archive.infolist(), key=lambda member: member.filename):
         if member.is_dir() or any(_is_hidden(part) for part in Path(member.filename).parts):
             continue
         if member.filename.lower().endswith(ENDINGS):
-            files.append(SourceFile(source / member.filename, partial(_open_inside, archive, member)))
+            files.append((source / member.filename, partial(archive.open, member)))
         else:
             others.append(member.filename)
     return files, others

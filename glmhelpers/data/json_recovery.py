@@ -88,11 +88,7 @@ class _Window:
 
 
 def read_json(file: TextIO, notes: Notes) -> Iterator[Found]:
-    """Rows of a JSON array, or JSON values that follow each other.
-
-    Args:
-        file: text; line ends are left as they are.
-        notes: repairs are counted here.
+    """Rows of a JSON array, or JSON values that follow each other; repairs are counted in `notes`.
 
     Yields:
         Each element of the array and each value outside of one; a region that cannot be parsed as one broken row.

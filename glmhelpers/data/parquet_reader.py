@@ -25,13 +25,7 @@ class _Unreadable(Exception):
 
 
 def read_parquet(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
-    """Rows of one open file, as mappings of our columns only.
-
-    Args:
-        file: opened for reading bytes; it must be able to seek.
-        notes: why it holds no rows is written here.
-        columns: name of a column in the file -> the name it has in this course.
-    """
+    """Rows of one open file, as mappings of our columns only; arguments as for `read_rows`."""
     notes.unit = "row"
     table = pyarrow.parquet.ParquetFile(file)
     names = table.schema_arrow.names

@@ -33,7 +33,7 @@ _BOMS = {
 
 
 def read_rows(
-    file: BinaryIO, name: str, notes: Notes, columns: Mapping[str, str], encoding: str | None = None
+    file: BinaryIO, name: str, notes: Notes, columns: Mapping[str, str], encoding: str | None
 ) -> Iterator[Found]:
     """Rows of one open file.
 

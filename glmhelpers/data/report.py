@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.utils.files import whole_file
-
 ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z", ".rar")
-PROBLEMS_KEPT = 100
-"""Problems of one file that are kept with their line; all are counted."""
+PROBLEMS_KEPT, PROBLEMS_SHOWN = 100, 3
+"""Problems of one file that are kept with their line, and that are printed; all are counted."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,7 @@ class Report:
         return sum((file.rejected for file in self.files), Counter())
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
-
-    def lines(self, problems: int = 3) -> list[str]:
-        """The table, line by line; files that are simply ok share one line.
-
-        Args:
-            problems: most problems shown for one file.
-        """
+        """The table; files that are simply ok share one line."""
         plain = [file for file in self.files if file.status == "ok" and not file.rejected]
         shown = [file for file in self.files if not (file.status == "ok" and not file.rejected)]
         if len(plain) <= 3:
@@ -121,14 +112,14 @@ class Report:
         lines = [_row("file", "status", "rows", "valid", "rejected", width)]
         for file in shown:
             lines.append(_row(self.name_of(file), file.status, file.rows, file.valid, _counts(file.rejected), width))
-            lines += _remarks(file, problems)
+            lines += _remarks(file)
         if plain:
             rows = sum(file.rows for file in plain)
             lines.append(_row(f"{len(plain)} {'more ' * bool(shown)}files", "ok", rows, rows, "", width))
         lines.append(_row("all", "", self.rows, self.rows_valid, _counts(self.rejected), width))
         if self.placeholders:
             lines.append(f"inputs that only said that there is none (无输入, No input ...): {self.placeholders:,}")
-        return lines + self.other_lines()
+        return "\n".join(lines + self.other_lines())
 
     def other_lines(self) -> list[str]:
         """About the files that were not read."""
@@ -139,18 +130,14 @@ class Report:
             lines.append("   unpack what is packed inside the source, if there are rows in it")
         return lines if names else []
 
-    def save(self, folder: Path | None = None) -> Path:
-        """Write the report as JSON beside the output, or under the same name into `folder`; returns its path."""
-        path = report_path(self.output)
-        path = path if folder is None else folder / path.name
+    def save(self, folder: Path) -> None:
+        """Write the report as JSON into `folder`, under its name beside the output."""
         values = asdict(self) | {"source": self.source, "output": self.output.name}
         values["rows"], values["rows_valid"], values["rejected"] = self.rows, self.rows_valid, self.rejected
         for file, saved in zip(self.files, values["files"], strict=True):
             saved |= {"path": self.name_of(file), "rejected": file.rejected, "repairs": file.repairs}
-        with whole_file(path) as unfinished:
-            text = json.dumps(values, ensure_ascii=False, indent=1)
-            unfinished.write_text(text, "utf-8", errors="backslashreplace")
-        return path
+        text = json.dumps(values, ensure_ascii=False, indent=1)
+        (folder / report_path(self.output).name).write_text(text, "utf-8", errors="backslashreplace")
 
     def name_of(self, file: FileReport) -> str:
         """A file's path below the source, in characters that can be printed."""
@@ -171,11 +158,11 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _remarks(file: FileReport, problems: int) -> list[str]:
+def _remarks(file: FileReport) -> list[str]:
     remarks = [file.message] if file.message else []
     remarks += [f"mended: {_counts(file.repairs)}"] if file.repairs and file.status == "repaired" else []
-    remarks += map(str, file.problems[:problems])
-    if (more := sum(file.rejected.values()) - problems) > 0 and file.problems:
+    remarks += map(str, file.problems[:PROBLEMS_SHOWN])
+    if (more := sum(file.rejected.values()) - PROBLEMS_SHOWN) > 0 and file.problems:
         remarks.append(f"... and {more:,} more")
     return [f"   {remark}" for remark in remarks]
 

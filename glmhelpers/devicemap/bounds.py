@@ -41,13 +41,7 @@ def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
 
 
 class Bounds:
-    """Bounds for one room.
-
-    Args:
-        room: the model and the GPUs.
-        checkpointed: "auto", "all" or "none".
-        embeddings: places that the embedding may have.
-    """
+    """Bounds for one room; `embeddings` are the places that the embedding may have."""
 
     def __init__(self, room: Room, checkpointed: str, embeddings: tuple[str, ...]):
         self.room, self.checkpointed, self.embeddings = room, checkpointed, embeddings

@@ -55,7 +55,7 @@ def head_device(model: nn.Module) -> torch.device | None:
 
 def place_part(model: nn.Module, part: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A micro-batch for the model's forward: labels where the head is, everything else on `device`."""
-    homes = dict.fromkeys(("labels", "label_rows"), head_device(model) or device)
+    homes = dict.fromkeys(("labels", "target_rows"), head_device(model) or device)
     return {key: to_device(value, homes.get(key, device)) for key, value in part.items()}
 
 

@@ -16,9 +16,11 @@ the head is there. The search walks the GPUs in order and keeps, for each number
 plans that no other beats in everything that counts. That is exact; tests compare it with trying every cut.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,9 +28,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from glmhelpers.cost_model.gpus import GPU, find_gpus, one_host
-from glmhelpers.cost_model.sizes import Setting, Shape, as_targets
+from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import TERMS, Prediction, predict, slack_bytes, stage_terms
+from glmhelpers.cost_model.step_memory import Prediction, predict, stage_terms, with_outside
 from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.check import Label, Placement, part_names
@@ -132,8 +134,6 @@ class Plan:
         """For each GPU, bytes by term (keys of step_memory.TERMS) at its worst moment; the sum is the peak."""
         return [
             dict(stage_terms(self.shape, self.setting, stage, gpu.gemm_workspace)[1])
-            if stage != Stage()
-            else dict.fromkeys(TERMS, 0)
             for stage, gpu in zip(self.stages, self.gpus, strict=True)
         ]
 
@@ -155,20 +155,13 @@ class Plan:
     @property
     def with_outside(self) -> list[dict[str, int]]:
         """`breakdown` with the allocator's slack and the CUDA context of each GPU that is used, for drawing."""
-        return [
-            {**terms, "slack": slack_bytes(terms), "context": gpu.context} if any(terms.values()) else terms
-            for terms, gpu in zip(self.breakdown, self.gpus, strict=True)
-        ]
+        return with_outside(self.breakdown, self.gpus)
 
     @property
     def blocks(self) -> list[list[int]]:
         """For each GPU, its blocks."""
-        counts, start = [len(stage.blocks) for stage in self.stages], 0
-        result = []
-        for count in counts:
-            result.append(list(range(start, start + count)))
-            start += count
-        return result
+        ends = list(accumulate(len(stage.blocks) for stage in self.stages))
+        return [list(range(start, end)) for start, end in pairwise([0, *ends])]
 
     @property
     def stage_times(self) -> list[StageTime]:
@@ -276,14 +269,10 @@ def plan_device_map(
     return Plan(room.shape, found.setting, found.stages, room.gpus, numbers, room.usable, found.embedding, objective)
 
 
-def largest_batch(
-    config: Any, gpus: Any, seq_length: int, *, reserve: Any = 0, limit: int = 4096, **settings: Any
-) -> int:
-    """Most rows of `seq_length` tokens that fit in one step, in micro-batches of one row; 0 if none does.
+def largest_batch(config: Any, gpus: Any, seq_length: int, *, reserve: Any = 0, **settings: Any) -> int:
+    """Most rows of `seq_length` tokens, up to 4096, that fit in one step, in micro-batches of one row; 0 if none does.
 
-    Args:
-        config, gpus, seq_length, reserve, settings: as for plan_device_map.
-        limit: do not look beyond.
+    The arguments are those of plan_device_map.
     """
     room, setting = _room_and_setting(config, gpus, reserve, 1, seq_length, None, settings)
     search = Search(room, "memory", "all", None)
@@ -291,7 +280,7 @@ def largest_batch(
     def fits(batch: int) -> bool:
         return search.fits([replace(setting, batch_size=batch, micro_batches=batch if setting.training else 1)])
 
-    return _last_that(fits, 1, limit)
+    return _last_that(fits, 4096)
 
 
 def longest_length(
@@ -310,19 +299,12 @@ def longest_length(
     def fits(eights: int) -> bool:
         return search.fits([replace(setting, seq_length=8 * eights, micro_batches=parts)])
 
-    return 8 * _last_that(fits, 1, (limit or room.shape.max_length) // 8)
+    return 8 * _last_that(fits, (limit or room.shape.max_length) // 8)
 
 
-def _last_that(fits, low: int, high: int) -> int:
-    """Largest number from low to high for which `fits` holds, if it holds up to there; low - 1 if for none."""
-    low -= 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _last_that(fits: Callable[[int], bool], most: int) -> int:
+    """Largest number up to `most` for which `fits` holds, if it holds for all below; 0 if for none."""
+    return bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))
 
 
 def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> tuple[Room, Setting]:
@@ -331,8 +313,6 @@ def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> 
     if len(reserves) != len(cards):
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
     usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
-    if "lora_targets" in settings:
-        settings["lora_targets"] = as_targets(settings["lora_targets"])
     setting = Setting(batch, length, 1 if parts is None else parts, **settings)
     return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
 
@@ -349,14 +329,11 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
         return other.fits(variants(changed, parts))
 
     step = micro_batches or 1
-    many = _last_that(
-        lambda n: works(replace(setting, batch_size=n * step, micro_batches=step)), 1, (setting.batch_size - 1) // step
-    )
-    if many:
+    rows, eights = (setting.batch_size - 1) // step, (setting.seq_length - 1) // 8
+    if many := _last_that(lambda n: works(replace(setting, batch_size=n * step, micro_batches=step)), rows):
         changes["batch_size"] = many * step
-    eights = _last_that(lambda n: works(replace(setting, seq_length=8 * n)), 1, (setting.seq_length - 1) // 8)
-    if eights:
-        changes["seq_length"] = 8 * eights
+    if most := _last_that(lambda n: works(replace(setting, seq_length=8 * n)), eights):
+        changes["seq_length"] = 8 * most
     if checkpointed == "none" and works(setting, Search(room, "memory", "all", embedding)):
         changes["checkpointed"] = "all"
     if micro_batches is not None:

@@ -3,7 +3,7 @@
 chat.py: a conversation    decoder.py: one token, quickly    batch.py: many questions    scores.py: BLEU, ROUGE, loss
 """
 
-from glmhelpers.inference.batch import answer, answers, compare, is_whole, share_right, share_whole
+from glmhelpers.inference.batch import answer, answers, compare, is_whole, share_right
 from glmhelpers.inference.chat import ChatSession, Generation
 from glmhelpers.inference.decoder import Decoder, likely
 from glmhelpers.inference.model_state import merged_in_memory
@@ -13,6 +13,7 @@ from glmhelpers.inference.scores import (
     evaluate,
     forgotten,
     held_out_loss,
+    kept,
     score_texts,
 )
 
@@ -29,9 +30,9 @@ __all__ = [
     "forgotten",
     "held_out_loss",
     "is_whole",
+    "kept",
     "likely",
     "merged_in_memory",
     "score_texts",
     "share_right",
-    "share_whole",
 ]

@@ -8,7 +8,7 @@ One model in memory serves both: PEFT can switch the adapter off for the length 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ def answer(
     model: Any,
     tokenizer: Any,
     question: str,
-    history: Sequence[tuple[str, str]] = (),
+    history: Sequence[Any] = (),
     template: str = "chatglm",
     max_new_tokens: int = 48,
     **settings: Any,
@@ -45,7 +45,7 @@ def answers(
     model: Any,
     tokenizer: Any,
     questions: Sequence[str],
-    history: Sequence[tuple[str, str]] = (),
+    history: Sequence[Any] = (),
     template: str = "chatglm",
     max_new_tokens: int = 48,
     batch_size: int = 16,
@@ -54,14 +54,22 @@ def answers(
     """An answer to each question, in batches that are padded on the left.
 
     Raises:
+        TypeError: the questions are one text, or one of them is none.
+        ValueError: several answers to each question are asked for; or a history that `as_turns` cannot read.
         RuntimeError: the model is writing another answer, as in a chat window.
     """
-    prompts = _prompts(tokenizer, questions, history, template)
+    prompts = _prompts(tokenizer, _several(questions), history, template)
     with held_alone(model):
         return _answers(model, tokenizer, prompts, max_new_tokens, batch_size, **settings)
 
 
-def _prompts(tokenizer: Any, questions: Iterable[str], history: Sequence[tuple[str, str]], template: str) -> list[str]:
+def _several(questions: Iterable[str]) -> list[str]:
+    if isinstance(questions, str):
+        raise TypeError("questions is one text: put it in a list, or ask with answer(model, tokenizer, question)")
+    return list(questions)
+
+
+def _prompts(tokenizer: Any, questions: Iterable[str], history: Sequence[Any], template: str) -> list[str]:
     said = plain_turns(history, tokenizer)
     return [build_prompt(plain_text(question, tokenizer), said, template) for question in questions]
 
@@ -70,13 +78,16 @@ def _prompts(tokenizer: Any, questions: Iterable[str], history: Sequence[tuple[s
 def _answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48, batch_size: int = 16, **settings: Any
 ) -> list[str]:
+    if settings.get("num_return_sequences") not in (None, 1):
+        raise ValueError("num_return_sequences: one answer comes back for each question; ask it several times instead")
     texts: list[str] = []
     # The padding rows of the embedding have no text; a random draw could hit one.
-    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    beyond = list(range(len(tokenizer), model.config.vocab_size))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": beyond or None, **settings}
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt").to(model.device)
         ids = model.generate(**batch, **settings)
+        ids = getattr(ids, "sequences", ids)  # return_dict_in_generate
         new = ids[:, batch["input_ids"].shape[1] :].tolist()
         texts += [process_response(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
     return texts
@@ -95,7 +106,7 @@ def compare(
     model: PeftModel,
     tokenizer: Any,
     questions: Iterable[str],
-    history: Sequence[tuple[str, str]] = (),
+    history: Sequence[Any] = (),
     template: str = "chatglm",
     **settings: Any,
 ) -> list[Comparison]:
@@ -107,7 +118,7 @@ def compare(
     """
     if is_merged(model):
         raise ValueError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
-    questions, both = list(questions), []
+    questions, both = _several(questions), []
     prompts = _prompts(tokenizer, questions, history, template)
     with held_alone(model):
         for context in (model.disable_adapter(), nullcontext()):
@@ -152,14 +163,3 @@ def is_whole(text: str, *references: str) -> bool:
 
 def _bare(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".!。")
-
-
-def share_whole(texts: Sequence[str], rows: Sequence[Mapping[str, str]]) -> float:
-    """Share (0 to 1) of the answers that are whole, see `is_whole`.
-
-    Args:
-        texts: an answer for each row.
-        rows: `expect` and, where a sentence is a right answer too, `answer`, as in data/general.json.
-    """
-    whole = [is_whole(text, row["expect"], row.get("answer", "")) for text, row in zip(texts, rows, strict=True)]
-    return sum(whole) / max(1, len(whole))

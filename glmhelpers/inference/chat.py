@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,11 @@ from peft import PeftModel
 
 from glmhelpers.inference.decoder import Decoder
 from glmhelpers.inference.model_state import held_alone, is_merged
-from glmhelpers.tokens.prompts import TEMPLATES, build_prompt, check_history
-from thuglm.prompt import process_response
+from glmhelpers.tokens.prompts import TEMPLATES, build_prompt
+from thuglm.prompt import as_turns, process_response
 
 LEAST_ROOM = 16
-"""A question that leaves fewer tokens than this for its answer is refused."""
+"""A question that leaves fewer tokens than this for its answer is refused, unless a shorter answer is asked for."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,9 @@ def plain_text(text: str, tokenizer: Any) -> str:
     return text
 
 
-def plain_turns(history: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str, str]]:
-    """`plain_text` of every turn.
-
-    Raises:
-        ValueError: a turn is no pair of texts.
-    """
-    check_history(history)
-    return [(plain_text(question, tokenizer), plain_text(answer, tokenizer)) for question, answer in history]
+def plain_turns(history: Sequence[Any], tokenizer: Any) -> list[tuple[str, str]]:
+    """`plain_text` of every turn; a history as `as_turns` reads it, with its errors."""
+    return [(plain_text(question, tokenizer), plain_text(answer, tokenizer)) for question, answer in as_turns(history)]
 
 
 @dataclass
@@ -258,7 +254,7 @@ class ChatSession:
     def _answer(self, question: str) -> Iterator[Answer]:
         started, settings, adapter = time.perf_counter(), self.settings, self.adapter
         input_ids, room, notices = self._fit(question)
-        end, ids = self.tokenizer.eos_token_id, []
+        ends, ids = self.decoder.net.config.ends, []
         answer = Answer(question, adapter=adapter, prompt_tokens=input_ids.shape[1], notices=notices)
         switch = self.model.disable_adapter() if self.has_adapter and not adapter else contextlib.nullcontext()
         tokens = self.decoder.stream(
@@ -267,20 +263,18 @@ class ChatSession:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
-            pieces=self.tokenizer.vocab_size,
+            pieces=len(self.tokenizer),
         )
         try:
             with switch, contextlib.closing(tokens):
                 for (token,) in tokens:
                     ids.append(token)
-                    written = ids[:-1] if token == end else ids
+                    written = ids[:-1] if token in ends else ids
                     seconds = time.perf_counter() - started
                     first = answer.first_seconds or seconds
-                    ended = "eop" if token == end else "length" if len(ids) == room else ""
+                    ended = "eop" if token in ends else "length" if len(ids) == room else ""
                     ended = ended or ("stopped" if self._stop.is_set() else "")
                     text = process_response(self.tokenizer.decode(written))
-                    # A character of several byte tokens is a replacement mark until its last one.
-                    text = text if ended else text.rstrip("\ufffd")
                     answer = replace(
                         answer, text=text, new_tokens=len(ids), first_seconds=first, seconds=seconds, ended=ended
                     )
@@ -297,21 +291,29 @@ class ChatSession:
         """Ids [1, L] of the prompt with as much history as fits, tokens left for the answer, and notices."""
         limit, wanted = self.decoder.net.config.max_sequence_length, self.settings.max_new_tokens
         # An answer, too, may spell a special token, and anybody may have written this list.
-        kept = plain_turns(self.history, self.tokenizer)
-        system, notices = plain_text(self.system, self.tokenizer), []
-        while True:
-            prompt = build_prompt(question, kept, self.template, system=system)
-            input_ids = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
-            room = limit - input_ids.shape[1]
-            if not kept or room >= min(wanted, limit // 4):
-                break
-            kept.pop(0)
-        if room < LEAST_ROOM:
+        said = plain_turns(self.history, self.tokenizer)
+        system, notices, least = plain_text(self.system, self.tokenizer), [], min(LEAST_ROOM, wanted)
+
+        def ids_with(turns: int) -> Any:
+            prompt = build_prompt(question, said[len(said) - turns :], self.template, system=system)
+            return self.tokenizer([prompt], return_tensors="pt")["input_ids"]
+
+        def too_many(turns: int) -> bool:
+            return limit - ids_with(turns).shape[1] < min(wanted, limit // 4)
+
+        # From the last turn on, so that a conversation of any length costs what the model can read of it.
+        most = 1
+        while most < len(said) and not too_many(most):
+            most *= 2
+        kept = bisect_left(range(1, min(most, len(said)) + 1), True, key=too_many)
+        input_ids = ids_with(kept)
+        room = limit - input_ids.shape[1]
+        if room < least:
             raise ValueError(
                 f"the question has {input_ids.shape[1]} tokens; the model reads and writes {limit} together, and "
-                f"{LEAST_ROOM} are kept for the answer: shorten it by {LEAST_ROOM - room} tokens or more"
+                f"{least} are kept for the answer: shorten it by {least - room} tokens or more"
             )
-        if left_out := len(self.history) - len(kept):
+        if left_out := len(said) - kept:
             turns = "turn is" if left_out == 1 else f"{left_out} turns are"
             notices.append(
                 f"a model of {limit} tokens cannot see all of this conversation: the oldest {turns} left out"

@@ -21,13 +21,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
 from glmhelpers.devicemap.check import Placement, as_device
 from glmhelpers.devicemap.devices import side_stream
+from glmhelpers.inference.model_state import learnt_prefix
 from glmhelpers.utils.types import Model
-from thuglm.modeling_chatglm import MASKED_SCORE, ChatGLMRotaryEmbedding
+from thuglm.modeling_chatglm import MASKED_SCORE, ChatGLMRotaryEmbedding, evaluating
+from thuglm.prefix_encoder import Prefix
 from thuglm.prefix_mask import check_input_ids, make_position_ids
 
 BUCKET = 256
@@ -72,14 +75,14 @@ def likely(probabilities: Tensor, top_p: float) -> Tensor:
 class FixedCache:
     """Keys and values of every block, [B, heads, capacity, head_dim] each, at addresses that stay.
 
-    It answers what the model and its blocks ask of a cache. A prompt is written from place 0 on and attends to itself
-    only; a step writes to the place that `slot` of its device names, and attends to the first `bucket` places.
+    It answers what the model and its blocks ask of a cache. A prompt is written behind a learnt prefix, if any, and
+    attends to both; a step writes to the place that `slot` of its device names, and attends to the first `bucket` ones.
     """
 
     def __init__(self, net: Model, batch: int, capacity: int):
         heads, width = net.config.num_attention_heads, net.config.head_dim
         self.capacity, self.batch = capacity, batch
-        self.bucket = 0
+        self.bucket = self.before = 0
         self.slot: dict[torch.device, Tensor] = {}
         self.keys, self.values = (
             [
@@ -89,26 +92,31 @@ class FixedCache:
             for _ in range(2)
         )
 
-    def clear(self) -> None:
-        """Zeros everywhere: a NaN of an earlier answer would come through the mask, since NaN times 0 is NaN."""
+    def start(self, prefix: Prefix) -> None:
+        """Zeros everywhere, or a NaN of an earlier answer would come through the mask, since NaN times 0 is NaN; then
+        the prefix, from place 0 on."""
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
+        self.before = prefix[0][0].shape[2] if prefix else 0
+        for layer, (key, value) in enumerate(prefix):
+            self.keys[layer][:, :, : self.before], self.values[layer][:, :, : self.before] = key, value
 
     def get_seq_length(self) -> int:
-        """A prompt always starts at place 0."""
-        return 0
+        """Places in front of the prompt."""
+        return self.before
 
     def get_mask_sizes(self, new: int, layer: int) -> tuple[int, int]:
         """(keys that a prompt of `new` tokens attends to, the first of them)."""
-        return new, 0
+        return self.before + new, 0
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store [B, heads, new, head_dim]; returns what to attend to."""
         keys, values = self.keys[layer], self.values[layer]
         if not self.bucket:
-            keys[:, :, : key.shape[2]] = key
-            values[:, :, : value.shape[2]] = value
-            return key, value
+            end = self.before + key.shape[2]
+            keys[:, :, self.before : end] = key
+            values[:, :, self.before : end] = value
+            return keys[:, :, :end], values[:, :, :end]
         slot = self.slot[key.device]
         keys.index_copy_(2, slot, key)
         values.index_copy_(2, slot, value)
@@ -209,6 +217,7 @@ class Decoder:
     """
 
     def __init__(self, model: Model, graphs: bool = True):
+        self.model = model
         self.net: Model = model.get_base_model() if isinstance(model, PeftModel) else model
         if not hasattr(self.net, "transformer") or not hasattr(self.net, "lm_head"):
             raise TypeError(f"Decoder needs a ChatGLMForConditionalGeneration, got {type(self.net).__name__}")
@@ -263,50 +272,53 @@ class Decoder:
                 f"A prompt of {length} tokens and {max_new_tokens} new ones: at least 1 is needed, and the model was "
                 f"trained for {limit} together (max_sequence_length)."
             )
-        key = self._prepare(batch, bucket_for(length + max_new_tokens))
-        real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-        positions = make_position_ids(input_ids.cpu(), net.config, real)
-        logits = self._read_prompt(input_ids, real, positions)
-        generator = torch.Generator(logits.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        noise = torch.empty_like(logits[:, :pieces], dtype=torch.float32) if temperature > 0 else None
+        with evaluating(self.model):
+            prefix = learnt_prefix(self.model, batch)
+            before = prefix[0][0].shape[2] if prefix else 0
+            key = self._prepare(batch, bucket_for(before + length + max_new_tokens))
+            real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+            positions = make_position_ids(input_ids.cpu(), net.config, real)
+            logits = self._read_prompt(input_ids, real, positions, prefix)
+            generator = torch.Generator(logits.device)
+            generator.manual_seed(seed) if seed is not None else generator.seed()
+            noise = torch.empty_like(logits[:, :pieces], dtype=torch.float32) if temperature > 0 else None
 
-        def choose(logits: Tensor) -> Callable[[], list[int]]:
-            drawn = None if noise is None else noise.exponential_(generator=generator)
-            token = pick(logits[:, :pieces], temperature, top_p, drawn)
-            self.stages[0].input.copy_(token.clamp_min(0)[:, None], non_blocking=True)
-            return fetch(token)
+            def choose(logits: Tensor) -> Callable[[], list[int]]:
+                drawn = None if noise is None else noise.exponential_(generator=generator)
+                token = pick(logits[:, :pieces], temperature, top_p, drawn)
+                self.stages[0].input.copy_(token.clamp_min(0)[:, None], non_blocking=True)
+                return fetch(token)
 
-        ended = [False] * batch
-        waiting = choose(logits)
-        for number in range(max_new_tokens):
-            here = waiting
-            if number + 1 < max_new_tokens:
-                waiting = choose(self._step(key))
-            tokens = here()
-            if -1 in tokens:
-                raise FloatingPointError(
-                    f"The logits of new token {number + 1} are NaN or all infinite. Usual causes: damaged weights (run "
-                    "verify_weights), an adapter whose training diverged, or float16 overflow (try float32)."
-                )
-            yield tokens
-            ended = [done or token == net.config.eos_token_id for done, token in zip(ended, tokens, strict=True)]
-            if all(ended):
-                return
+            ended = [False] * batch
+            waiting = choose(logits)
+            for number in range(max_new_tokens):
+                here = waiting
+                if number + 1 < max_new_tokens:
+                    waiting = choose(self._step(key))
+                tokens = here()
+                if -1 in tokens:
+                    raise FloatingPointError(
+                        f"The logits of new token {number + 1} are NaN or all infinite. Usual causes: damaged weights "
+                        "(run verify_weights), an adapter whose training diverged, or float16 overflow (try float32)."
+                    )
+                yield tokens
+                ended = [done or token in net.config.ends for done, token in zip(ended, tokens, strict=True)]
+                if all(ended):
+                    return
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> list[list[int]]:
         """The new ids of each row, up to its `<eop>` (included); arguments as for `stream`."""
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
-        end = self.net.config.eos_token_id
         for tokens in self.stream(input_ids, attention_mask, **settings):
             for row, token in zip(rows, tokens, strict=True):
-                if not row or row[-1] != end:
+                if not row or row[-1] not in self.net.config.ends:
                     row.append(token)
         return rows
 
     def _prepare(self, batch: int, bucket: int) -> tuple | None:
         """Buffers and graphs for this size and state of the model; returns the graphs' key, None without graphs."""
-        if self.cache is None or self.cache.batch != batch or self.cache.capacity < bucket or self._moved():
+        moved = [(stage.parts, stage.device) for stage in self.stages] != stage_parts(self.net)
+        if self.cache is None or self.cache.batch != batch or self.cache.capacity < bucket or moved:
             self.forget()  # the old buffers must be gone before the new ones come
             self.cache = FixedCache(self.net, batch, bucket)
             self.stages = [DecodingStage(self.net, *where, self.cache) for where in stage_parts(self.net)]
@@ -317,32 +329,29 @@ class Decoder:
         for stage in self.stages:
             if stage.device.type == "cuda":
                 # A graph of another state may read weights that are gone.
-                stage.graphs = {old: graph for old, graph in stage.graphs.items() if self._same_weights(old, key)}
+                stage.graphs = {old: graph for old, graph in stage.graphs.items() if old[1][0] == key[1][0]}
                 if key not in stage.graphs:
                     stage.record(key)
         return key
 
-    def _moved(self) -> bool:
-        return [(stage.parts, stage.device) for stage in self.stages] != stage_parts(self.net)
-
-    @staticmethod
-    def _same_weights(old: tuple, new: tuple) -> bool:
-        return old[1][0] == new[1][0]
-
-    def _read_prompt(self, input_ids: Tensor, real: Tensor, positions: Tensor) -> Tensor:
+    def _read_prompt(self, input_ids: Tensor, real: Tensor, positions: Tensor, prefix: Prefix) -> Tensor:
         """Fill the cache, set all counters; returns the logits [B, V] of the first new token."""
         net, cache = self.net, self.cache
         assert cache is not None  # made by _prepare
         bucket = cache.bucket
-        cache.clear()
+        cache.start(prefix)
+        all_real = F.pad(real, (cache.before, 0), value=True)
         for stage in self.stages:
-            stage.begin(input_ids.shape[1], positions[..., -1:], real)
+            stage.begin(all_real.shape[1], positions[..., -1:], all_real)
         cache.bucket = 0
+        input_ids = input_ids.to(self.stages[0].device)
         hidden = net.transformer(
-            input_ids.to(self.stages[0].device),
-            attention_mask=None if real.all() else real.to(self.stages[0].device),
+            input_ids,
+            attention_mask=None if real.all() else real.to(input_ids.device),
             position_ids=positions,
             past_key_values=cache,
+            use_cache=True,
+            all_ids=input_ids,
         ).last_hidden_state
         cache.bucket = bucket
         return net.lm_head(hidden[:, -1].to(net.lm_head.weight.device))

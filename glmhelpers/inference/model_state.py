@@ -16,6 +16,10 @@ from weakref import WeakKeyDictionary
 from peft import PeftModel
 from torch import nn
 
+from glmhelpers.utils.types import Model
+from thuglm.modeling_chatglm import evaluating
+from thuglm.prefix_encoder import Prefix, taken_from
+
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
@@ -35,14 +39,23 @@ def held_alone(model: nn.Module) -> Iterator[None]:
             "another answer of this model is still being written: wait for it, stop it (`stop()` of its session, the "
             "button of its window), or `clear()` its session if nobody reads it any more"
         )
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         lock.release()
+
+
+def learnt_prefix(model: Model, batch: int) -> Prefix:
+    """Keys and values that a P-tuning puts in front of every prompt, for `batch` rows; none, or none now: []."""
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.peft_type == "PREFIX_TUNING" and not model._adapters_disabled:
+            cache: Any = model.get_prompt(batch)
+            return taken_from(cache) or []
+        model = model.get_base_model()
+    if model.config.pre_seq_len is None:
+        return []
+    return model.transformer.prefix_encoder(batch, model.transformer.final_layernorm.weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How good are the answers? Counts, the loss on held-out rows, and the scores of the published table.
 
     questions ─► base, tuned ─► right, wrong, empty           by topic: learnt? forgotten?
+                            └─► whole, garbled, forgotten     by question: what did training damage?
     held-out rows ─► loss per token ─► perplexity = e^loss    how surprised is the model by the right answer
     answers, references ─► BLEU-4, ROUGE-1, -2, -L            how much do the words overlap
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmhelpers.inference.batch import Comparison, answers, share_right
+from glmhelpers.inference.batch import Comparison, answers, is_right, is_whole, share_right
 from glmhelpers.inference.model_state import held_alone
 from glmhelpers.utils.types import Model
 
@@ -56,8 +57,7 @@ def count_by_topic(rows: Sequence[Mapping[str, str]], compared: Sequence[Compari
     Raises:
         ValueError: the two do not belong together.
     """
-    if [row["question"] for row in rows] != [pair.question for pair in compared]:
-        raise ValueError("rows and comparisons are not of the same questions in the same order")
+    _same_questions(rows, compared)
     counts = []
     for topic in dict.fromkeys(row["topic"] for row in rows):
         here = [(row, pair) for row, pair in zip(rows, compared, strict=True) if row["topic"] == topic]
@@ -75,6 +75,76 @@ def forgotten(counts: Iterable[TopicCount], allowed: float = 0.15) -> list[str]:
     A topic has few questions: this names where to look. Whether training was sound is `lora.MAY_LOSE`, over all.
     """
     return [c.topic for c in counts if c.base_right - c.tuned_right > allowed * c.questions]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What training left of what the base knew, question by question; printed, it names each answer that was lost.
+
+    Attributes:
+        counted: "whole answers" or "right words", see `kept`.
+        questions: how many were asked.
+        before, after: how many of them base and tuned model answered so that it counts.
+        forgotten: the base's answer counted, and the tuned model's has not even the right words.
+        garbled: the base's answer was whole; the tuned model's has the right words and something else.
+    """
+
+    counted: str
+    questions: int
+    before: int
+    after: int
+    forgotten: tuple[Comparison, ...]
+    garbled: tuple[Comparison, ...]
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Before and after as shares (0 to 1) of the questions."""
+        return self.before / self.questions, self.after / self.questions
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.counted} to {self.questions} questions: {self.before} before, {self.after} after; "
+            f"{len(self.forgotten)} forgotten, {len(self.garbled)} garbled"
+        ]
+        for what, pairs in (("forgotten", self.forgotten), ("garbled", self.garbled)):
+            lines += [f"    {what}: {pair.question} {pair.base} -> {pair.tuned}" for pair in pairs]
+        return "\n".join(lines)
+
+
+def kept(rows: Sequence[Mapping[str, str]], compared: Sequence[Comparison], whole: bool = True) -> Kept:
+    """What the base knew and the tuned model still knows.
+
+    Args:
+        rows: `question`, `expect` and, where a sentence is a right answer too, `answer`, as in data/general.json.
+        compared: what `compare` gave for these questions, in the same order.
+        whole: count whole answers (`inference.is_whole`). A full-size model words its answers freely, and nearly none
+            is one of the references: count the right words (`inference.is_right`) with whole=False, and say so.
+
+    Raises:
+        ValueError: no questions, or the two do not belong together.
+    """
+    _same_questions(rows, compared)
+    if not rows:
+        raise ValueError("no questions: nothing can be counted")
+
+    def counts(row: Mapping[str, str], text: str) -> bool:
+        return is_whole(text, row["expect"], row.get("answer", "")) if whole else is_right(text, row["expect"])
+
+    both = list(zip(rows, compared, strict=True))
+    lost = [(row, pair) for row, pair in both if counts(row, pair.base) and not counts(row, pair.tuned)]
+    return Kept(
+        counted="whole answers" if whole else "right words",
+        questions=len(both),
+        before=sum(counts(row, pair.base) for row, pair in both),
+        after=sum(counts(row, pair.tuned) for row, pair in both),
+        forgotten=tuple(pair for row, pair in lost if not is_right(pair.tuned, row["expect"])),
+        garbled=tuple(pair for row, pair in lost if is_right(pair.tuned, row["expect"])),
+    )
+
+
+def _same_questions(rows: Sequence[Mapping[str, str]], compared: Sequence[Comparison]) -> None:
+    if [row["question"] for row in rows] != [pair.question for pair in compared]:
+        raise ValueError("rows and comparisons are not of the same questions in the same order")
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------

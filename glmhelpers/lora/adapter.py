@@ -14,11 +14,13 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from glmhelpers.lora.adapter_files import CONFIG, KEY, NOTE, TENSORS, read_adapter
 from glmhelpers.lora.attach import adapter_from, lora_b_norms, not_a_number, refuse_second
@@ -43,14 +45,8 @@ def save_adapter(
         ValueError: unknown template, or an adapter that learnt nothing (every lora_B is 0) or holds NaN.
         NotADirectoryError: `folder` is a file, or a link to nothing.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; there are {', '.join(TEMPLATES)}")
-    if name := not_a_number(model):
-        raise ValueError(f"{name} holds NaN or infinity: training diverged. Take an earlier checkpoint.")
-    if not any(norm > 0 for norm in lora_b_norms(model).values()):
-        raise ValueError("Every lora_B is 0: this adapter changes nothing. Train it before saving it.")
+    _refuse_useless(template, not_a_number(model), any(norm > 0 for norm in lora_b_norms(model).values()))
     folder = Path(folder).expanduser().absolute()
-    note = {"template": template, "base": base_note(model), "settings": dict(settings or {}), "format": 1}
     with whole_files(folder, KEY) as draft:
         # peft adds a README.md, which the folder may have too, and gives an adapter not named "default" a folder.
         active = model.active_adapter
@@ -58,8 +54,53 @@ def save_adapter(
             model.save_pretrained(theirs, save_embedding_layers=False, selected_adapters=[active])
             for name in (CONFIG, TENSORS):
                 os.replace(Path(theirs, *([] if active == "default" else [active]), name), draft / name)
-        (draft / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_note(draft, template, base_note(model), settings)
     return folder
+
+
+def write_adapter(
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Any],
+    template: str = "chatglm",
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """As `save_adapter`, for a model that no process holds whole: from its tensors, on the CPU.
+
+    Args:
+        config: as it was attached with.
+        tensors: name as in `adapter_weights` -> matrix.
+        base: the whole base's `note_of`.
+        others: as for `save_adapter`, with the same errors.
+    """
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    _refuse_useless(template, broken, any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name))
+    folder = Path(folder).expanduser().absolute()
+    with whole_files(folder, KEY) as draft:
+        write_peft_files(draft, config, tensors)
+        _write_note(draft, template, base, settings)
+    return folder
+
+
+def write_peft_files(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """PEFT's two files, for an adapter whose tensors [name -> matrix on the CPU] are gathered here."""
+    replace(config, inference_mode=True).save_pretrained(str(folder))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
+
+
+def _refuse_useless(template: str, broken: str | None, learnt: bool) -> None:
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; there are {', '.join(TEMPLATES)}")
+    if broken:
+        raise ValueError(f"{broken} holds NaN or infinity: training diverged. Take an earlier checkpoint.")
+    if not learnt:
+        raise ValueError("Every lora_B is 0: this adapter changes nothing. Train it before saving it.")
+
+
+def _write_note(folder: Path, template: str, base: Mapping[str, Any], settings: Mapping[str, Any] | None) -> None:
+    note = {"template": template, "base": base, "settings": dict(settings or {}), "format": 1}
+    (folder / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_adapter(

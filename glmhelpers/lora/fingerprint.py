@@ -45,6 +45,14 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callab
             yield _plain(name), tuple(parameter.shape), partial(_evenly, flat)
 
 
+def weight_samples(model: nn.Module) -> list[tuple[str, tuple[int, ...], Tensor]]:
+    """(name in the base, shape, up to 64 samples on the CPU) of every frozen weight of a model, or of a part of one.
+
+    The parts' lists, one behind the other, are the weights of `note_of` if each tensor is wrapped in a function.
+    """
+    return [(name, shape, samples().cpu()) for name, shape, samples in _parameters(model)]
+
+
 def _evenly(flat: Tensor) -> Tensor:
     """Up to 64 numbers of a tensor [n]."""
     return flat[:: max(1, len(flat) // 64)][:64]

@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from glmhelpers.inference.scores import Kept
 from glmhelpers.lora.attach import lora_b_norms
 from glmhelpers.lora.fingerprint import base_checksum
 from glmhelpers.utils.types import Model
+from thuglm.modeling_chatglm import evaluating
 
 SAME_LOGITS = 1e-3
 """Logits that differ by no more are the same."""
@@ -42,6 +44,8 @@ class Proof:
     general_before: float | None = None
     """Share of general questions that the base answers as it should; None if it was not given."""
     general_after: float | None = None
+    general_counted: str = "right"
+    """What counts as such an answer: "whole answers", "right words", or "right" by the caller's own count."""
 
     @property
     def claims(self) -> list[tuple[bool, str]]:
@@ -63,7 +67,8 @@ class Proof:
             found.append((self.learnt_after > self.learnt_before, text))
         if self.general_before is not None and self.general_after is not None:
             lost = self.general_before - self.general_after
-            text = f"general questions: {self.general_before:.0%} right before, {self.general_after:.0%} after"
+            text = f"general questions: {self.general_before:.0%} {self.general_counted} before, "
+            text += f"{self.general_after:.0%} after"
             found.append((lost <= MAY_LOSE + 1e-9, f"{text}; {100 * MAY_LOSE:.0f} points may be lost"))
         return found
 
@@ -101,7 +106,7 @@ def prove(
     reloaded: PeftModel,
     input_ids: Tensor,
     base_before: str | None = None,
-    general: tuple[float, float] | None = None,
+    general: Kept | tuple[float, float] | None = None,
     learnt: tuple[float, float] | None = None,
 ) -> Proof:
     """Compare the trained model, the reloaded one and the base on one prompt [B, L], and the base with itself.
@@ -109,13 +114,14 @@ def prove(
     Args:
         trained: the model, or what it said: two copies of ChatGLM-6B do not fit on one T4.
         base_before: `base_checksum` of the base before training.
-        general: shares (0 to 1) of general questions answered rightly before and after. Count whole answers
-            (`inference.share_whole`): one that holds the right words may be damaged all the same.
+        general: what `inference.kept` counted on general questions, or shares (0 to 1) of your own count, before and
+            after. Count whole answers: one that holds the right words may be damaged all the same.
         learnt: the same of questions about what was taught.
     """
     said = trained if isinstance(trained, Witness) else witness(trained, input_ids)
     again = reloaded(input_ids=input_ids).logits.float().cpu()
-    (before, after), (old, new) = general or (None, None), learnt or (None, None)
+    counted, shares = (general.counted, general.shares) if isinstance(general, Kept) else ("right", general)
+    (before, after), (old, new) = shares or (None, None), learnt or (None, None)
     return Proof(
         largest_b_norm=max(lora_b_norms(reloaded).values()),
         trained_to_reloaded=(said.trained - again).abs().max().item(),
@@ -126,6 +132,7 @@ def prove(
         learnt_after=new,
         general_before=before,
         general_after=after,
+        general_counted=counted,
     )
 
 
@@ -157,10 +164,14 @@ class Closeness:
 
 @torch.no_grad()
 def next_logits(model: Model, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Logits of the token after each prompt, [n, V] float32 on the CPU; so one model can go before the other comes."""
+    """Logits of the token after each prompt, [n, V] float32 on the CPU; so one model can go before the other comes.
+
+    Without dropout, in whatever mode the model is.
+    """
     device = model.get_input_embeddings().weight.device
     ids = [tokenizer([text], return_tensors="pt")["input_ids"].to(device) for text in texts]
-    return torch.cat([model(input_ids=row, logits_to_keep=1).logits[:, -1].float().cpu() for row in ids])
+    with evaluating(model):
+        return torch.cat([model(input_ids=row, logits_to_keep=1).logits[:, -1].float().cpu() for row in ids])
 
 
 def closeness(logits: Tensor, others: Tensor) -> Closeness:

@@ -23,7 +23,7 @@ from glmhelpers.plots.inference import (
 from glmhelpers.plots.memory_figure import draw_memory, draw_plan, draw_rest
 from glmhelpers.plots.model import draw_mask, draw_model, draw_positions
 from glmhelpers.plots.style import COLORS, cjk_font, describe, label_bars, use_style
-from glmhelpers.plots.training import draw_lora, plot_b_norms, plot_loss, plot_progress
+from glmhelpers.plots.training import draw_interference, draw_lora, plot_b_norms, plot_loss, plot_progress
 from glmhelpers.plots.weights import draw_loading, draw_parts, draw_shards
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "draw_cut_curve",
     "draw_decoding",
     "draw_example",
+    "draw_interference",
     "draw_lengths",
     "draw_limits",
     "draw_loading",

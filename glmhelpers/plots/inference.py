@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from glmhelpers.cost_model.decoding_time import Speeds, timeline, token_time
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_memory import cache_bytes
-from glmhelpers.plots.style import COLORS, HATCHES, label_bars
+from glmhelpers.plots.style import COLORS, HATCHES, describe, label_bars
 from glmhelpers.utils.units import GIB
 
 
@@ -35,6 +35,10 @@ def draw_decoding(prompt: int = 6, new: int = 5) -> Figure:
         axes.axvline(prompt - 0.5, color="black", linewidth=0.8)
         axes.set_title(f"{'with' if cached else 'without'} a cache: {computed} computed", loc="left")
         axes.set(xticks=range(prompt + new - 1), xlabel="place in the text; the answer begins at the line")
+        how = (
+            "each new token alone, the places before it come from the cache" if cached else "all places for each token"
+        )
+        describe(axes, f"{prompt} tokens of prompt, {new} new tokens, {axes.get_title('left')}: {how}.")
         axes.grid(visible=False)
     both[0].set(yticks=range(new), yticklabels=[f"{step + 1}" for step in range(new)], ylabel="new token")
     both[0].invert_yaxis()
@@ -77,6 +81,11 @@ def draw_bounds(config: Any, speeds: Speeds, predicted: Sequence[str] = ("T4",),
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("microseconds")
+        describe(
+            axes,
+            f"{axes.get_title('left')}: Python needs {launch:.1f} microseconds to start a kernel, "
+            f"the GPU {work:.1f} to run it.",
+        )
     axes.set_xlim(left=0)
     figure.suptitle(f"The first {kernels} of {speeds.launches} kernels of a token", fontsize=11)
     keys = [Patch(**_HOST_BAR, label="Python starts a kernel"), Patch(**_GPU_BAR, label="the GPU runs a kernel")]
@@ -119,6 +128,9 @@ def plot_speeds(cases: Mapping[str, tuple[float, float]], limit: float | None = 
     axes.set_ylim(-0.6, len(cases) - 0.1)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=2)
+    listed = "; ".join(f"{label} {low:.0f} to {high:.0f}" for label, (low, high) in cases.items())
+    known = "" if limit is None else f" Weights read once a token: {limit:.0f}."
+    describe(axes, f"Tokens a second, from the slowest case to the fastest: {listed}.{known}")
     return axes
 
 
@@ -139,12 +151,12 @@ def plot_top_p(probabilities: Mapping[str, Sequence[float]], top_p: float) -> Ax
         top_p: the share to reach.
     """
     _, axes = plt.subplots(figsize=(6.5, 3))
+    keeps = []
     for (label, values), style in zip(probabilities.items(), ("-", "--", ":", "-."), strict=False):
         reached = np.cumsum(np.sort(np.asarray(values))[::-1])
         kept = int(np.searchsorted(reached, top_p)) + 1
-        (line,) = axes.plot(
-            np.arange(1, len(reached) + 1), reached, style, label=f"{label}: keeps {kept} of {len(reached)}"
-        )
+        keeps.append(f"{label}: keeps {kept} of {len(reached)}")
+        (line,) = axes.plot(np.arange(1, len(reached) + 1), reached, style, label=keeps[-1])
         axes.plot(kept, reached[min(kept, len(reached)) - 1], "o", color=line.get_color())
     axes.axhline(top_p, color=COLORS["grey"], linewidth=1)
     place: dict[str, Any] = {
@@ -156,6 +168,7 @@ def plot_top_p(probabilities: Mapping[str, Sequence[float]], top_p: float) -> Ax
     axes.annotate(f"top-p {top_p:g}", (1, top_p), (-2, -3), **place)
     axes.set(xscale="log", xlabel="tokens, the likeliest first", ylabel="share reached", ylim=(0, 1.03))
     axes.legend(loc="lower right")
+    describe(axes, f"Share of the probability against the number of tokens, top-p {top_p:g}. {'; '.join(keeps)}.")
     return axes
 
 
@@ -169,6 +182,8 @@ def plot_cache(config: Any, tokens: Sequence[int] = (256, 512, 1024, 2048), dtyp
     label_bars(axes, sizes)
     axes.set(xticks=places, xticklabels=tokens, xlabel="tokens in the cache", ylabel="GiB")
     axes.grid(axis="x", visible=False)
+    listed = ", ".join(f"{size:.2f} GiB for {count} tokens" for count, size in zip(tokens, sizes, strict=True))
+    describe(axes, f"Key-value cache of one conversation, bars by its length: {listed}.")
     return axes
 
 
@@ -186,4 +201,10 @@ def plot_sampling(probabilities: Mapping[str, Sequence[float]], tokens: Sequence
         axes.bar(place, values, width, label=label, hatch=HATCHES[number % len(HATCHES)], edgecolor="black")
     axes.set(xticks=np.arange(len(tokens)), xticklabels=tokens, ylabel="probability", xlabel="next token (its id)")
     axes.legend()
+    names = [token.replace("\n", " ") for token in tokens]
+    listed = "; ".join(
+        f"{label}: {', '.join(f'{name} {value:.2f}' for name, value in zip(names, values, strict=True))}"
+        for label, values in probabilities.items()
+    )
+    describe(axes, f"Probability of the next token, by its text and id. {listed}.")
     return axes

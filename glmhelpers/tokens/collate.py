@@ -49,6 +49,7 @@ class RightPadCollator(DataCollatorForSeq2Seq):
             raise ValueError(f"{type(tokenizer).__name__} has no pad_token_id; pass the tokenizer of the model")
         if multiple_of < 1:
             raise ValueError(f"multiple_of is {multiple_of}; it must be 1 or more")
+        self.known = len(tokenizer)
         on_the_right = copy.copy(tokenizer)
         on_the_right.padding_side = "right"
         super().__init__(on_the_right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORE_INDEX)
@@ -65,7 +66,8 @@ class RightPadCollator(DataCollatorForSeq2Seq):
             target), each an int64 tensor [B, L].
 
         Raises:
-            ValueError: no rows, or a row whose labels and ids differ in number.
+            ValueError: no rows, a row whose labels and ids differ in number, or one with an id that the tokenizer
+                does not have: a GPU could only end the process.
         """
         if not rows:
             raise ValueError("a batch needs at least one row")
@@ -74,5 +76,12 @@ class RightPadCollator(DataCollatorForSeq2Seq):
             ids, labels = len(row["input_ids"]), len(row.get("labels", row["input_ids"]))
             if ids != labels:
                 raise ValueError(f"row {place} of the batch has {ids} ids but {labels} labels")
+            worst = max(row["input_ids"] + row.get("labels", []), default=0)
+            if worst >= self.known or min(row["input_ids"], default=0) < 0:
+                wrong = worst if worst >= self.known else min(row["input_ids"])
+                raise ValueError(
+                    f"row {place} of the batch holds id {wrong}, the tokenizer has ids 0 to {self.known - 1}: the rows "
+                    "were encoded with another one. Encode them again with the tokenizer of the model."
+                )
         batch = super().__call__(kept, return_tensors)
         return {name: tensor for name, tensor in batch.items() if tensor is not None}

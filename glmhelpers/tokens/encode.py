@@ -33,9 +33,10 @@ import pyarrow as pa
 
 import thuglm.prompt
 from glmhelpers.tokens import prompts as templates
-from glmhelpers.tokens.prompts import build_prompt, check_history, with_input
-from glmhelpers.utils.files import whole_file
+from glmhelpers.tokens.prompts import build_prompt, with_input
+from glmhelpers.utils.files import whole_file, write_json
 from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.prompt import as_turns
 
 CHUNK = 512
 """Rows that are in memory at one time."""
@@ -117,8 +118,9 @@ def text_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """
     if not hasattr(tokenizer, "sp_model"):
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    special = tokenizer.all_special_tokens
-    plain = [not (("<" in text or "[" in text) and any(token in text for token in special)) for text in texts]
+    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    starts = {token[0] for token in special}
+    plain = [not (any(x in text for x in starts) and any(token in text for token in special)) for text in texts]
     spaced = [
         # Most texts have no run of spaces, and looking for 79 kinds of them takes longer than the encoding.
         tokenizer.encode_whitespace(text) if "  " in text else text.replace("\n", "<n>").replace("\t", "<|tab|>")
@@ -138,7 +140,7 @@ def examples_of(row: Mapping[str, Any], settings: Settings) -> Iterator[tuple[st
     Args:
         row: `instruction`, `output` and, if there are any, `input`, `history` ([[question, answer], ...]), `system`.
     """
-    history = row.get("history") or []
+    history = as_turns(row.get("history") or [])
     system = row.get("system") or ""
     if settings.answers == "all":
         for turn, (question, answer) in enumerate(history):
@@ -294,7 +296,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line.decode("utf-8"))
                 texts = row["instruction"], row["output"]
-                check_history(row.get("history") or [])
+                row["history"] = as_turns(row.get("history") or [])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number} is no row with instruction and output ({type(error).__name__}: {error}); "
@@ -314,8 +316,7 @@ def _write(path: Path, target: Path, encoder: _Encoder) -> None:
                 stream.write_batch(_encode_chunk(encoder, chunk, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
-        with whole_file(target.with_suffix(".json")) as notes:
-            notes.write_text(json.dumps(vars(report)), "utf-8")
+        write_json(target.with_suffix(".json"), vars(report))
 
 
 def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:

@@ -66,16 +66,15 @@ def quantile(lengths: Mapping[int, int], share: float) -> int:
     raise ValueError(f"there are no examples, or share is {share}, which is above 1")
 
 
-def padding_share(lengths: Sequence[int], batch_size: int, multiple_of: int = 8) -> float:
-    """Share of padding (0 to 1) among all tokens, if examples are put into batches in this order.
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Share of padding (0 to 1) among all tokens, if examples are put into batches in this order, padded to 8s.
 
     Args:
         lengths: tokens of each example, in the order of training.
         batch_size: examples of a batch; the last one may be smaller.
-        multiple_of: the padded length is a multiple of this.
     """
     held = 0
     for start in range(0, len(lengths), batch_size):
         batch = lengths[start : start + batch_size]
-        held += len(batch) * -(-max(batch) // multiple_of) * multiple_of
+        held += len(batch) * -(-max(batch) // 8) * 8
     return 1 - sum(lengths) / held

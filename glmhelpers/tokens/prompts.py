@@ -15,10 +15,11 @@ into the token file and beside the adapter, and whoever chats with the adapter a
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from thuglm.prompt import chat_prompt
+from thuglm.prompt import as_turns, chat_prompt
 
-History = Sequence[tuple[str, str]]
+History = Sequence[Any]
 
 
 def build_prompt(
@@ -28,7 +29,7 @@ def build_prompt(
 
     Args:
         query: the question or instruction.
-        history: earlier turns as (question, answer), oldest first.
+        history: earlier turns, oldest first: (question, answer), or role/content messages.
         template: a key of TEMPLATES.
         input: text that the instruction is about; "" if there is none.
         system: words that hold for the whole conversation; they stand on lines of their own at the top.
@@ -37,24 +38,12 @@ def build_prompt(
         The prompt, without [gMASK] and <sop>: the tokenizer adds these.
 
     Raises:
-        ValueError: the template has no such name, or a turn of the history is not a pair.
+        ValueError: the template has no such name, or a turn of the history cannot be read.
     """
     if template not in TEMPLATES:
         raise ValueError(f"no template is called {template!r}; use one of {sorted(TEMPLATES)}")
-    check_history(history)
-    prompt = TEMPLATES[template](query, history, input)
+    prompt = TEMPLATES[template](query, as_turns(history), input)
     return f"{system}\n{prompt}" if system else prompt
-
-
-def check_history(history: History) -> None:
-    """Whether each turn is a pair of texts.
-
-    Raises:
-        ValueError: one is not; the message gives its number.
-    """
-    for number, turn in enumerate(history):
-        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"turn {number} of the history is {turn!r}; expected (question, answer)")
 
 
 def with_input(query: str, input: str = "") -> str:

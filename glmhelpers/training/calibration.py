@@ -1,31 +1,35 @@
 """Calibration: what this machine's GPUs and its host really need, in about three seconds, for the planner.
 
-    matrix products   the four matrices of a block, 2048 tokens          -> matrix_share       of the datasheet's rate
-    attention         2 x 1024 tokens with a mask, all heads             -> attention_share
-    elementwise       a sum of two large tensors                         -> memory_share       of the bandwidth
-    copy              8 MiB from GPU 0 to GPU 1                          -> link
-    cuBLAS, driver    what they take beside tensors                      -> gemm_workspace, context
-    a real step       blocks of width 64: arithmetic for nothing, so     -> launch_forward, _again, _backward
-                      what is left is the host, which starts kernels
+    matrix products   the four matrices of a block, 2048 tokens    -> matrix_share     of the datasheet's rate
+    real blocks       forward f and backward b with adapters, on   -> attention_share  two equations, two unknowns:
+                      the GPU alone: the host starts all kernels      memory_share     f = products + x A + y E
+                      while the GPU still sleeps                                       b = products + 2.5 x A + y E'
+    copy              8 MiB from GPU 0 to GPU 1                    -> link
+    cuBLAS, driver    what they take beside tensors                -> gemm_workspace, context
+    the same blocks   16 tokens, the host's clock: how long it     -> launch_forward, _again, _backward
+                      takes to start the kernels
 
 A step of a split model is slow for one of two reasons: the GPUs compute, or they wait for the one Python process that
 starts all kernels. The catalogue knows the first for one card and guesses the second for all. Here both are measured;
 `kept_rates` keeps them, and from then on every plan for this machine counts with them.
 """
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from glmhelpers.cost_model.gpus import GPU, find_gpu, gpus_here
 from glmhelpers.cost_model.kept_rates import RATES, keep_rates, kept_rates
+from glmhelpers.cost_model.sizes import Setting, Shape
+from glmhelpers.cost_model.step_time import block_seconds
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.check import part_names
 from glmhelpers.training.measure import prepare, random_batch
@@ -35,9 +39,12 @@ from glmhelpers.utils.units import MIB
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 TOKENS, ROWS, LENGTH = 2048, 2, 1024
-BLOCKS, PARTS = 4, 2
-"""Blocks on each GPU, and micro-batches, of the step that measures the host."""
-NARROW: dict[str, Any] = {"hidden_size": 64, "inner_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1000}
+BLOCKS, PARTS = 6, 2
+"""Blocks on each GPU that are run, and micro-batches of the step that measures the host. It is one block, run so often
+that what a step needs once hardly counts."""
+SLEEP = 60_000_000
+"""Cycles of the GPU's clock, 30 to 40 ms: longer than the host needs to start the blocks' kernels."""
+SMALL_VOCABULARY: dict[str, Any] = {"vocab_size": 1000}
 SPECIAL: dict[str, Any] = {"bos_token_id": 4, "eos_token_id": 5, "mask_token_id": 0, "gmask_token_id": 1}
 
 
@@ -63,7 +70,7 @@ class Calibration:
 def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     """Measure the GPUs and the host of this machine, or take what was kept of an earlier time.
 
-    Needs some 300 MB on each GPU for three seconds; call it before a model is loaded.
+    Needs some 1.5 GB on each GPU for three seconds; call it before a model is loaded.
 
     Args:
         config: ChatGLMConfig whose shapes the products have; None: those of ChatGLM-6B.
@@ -76,13 +83,14 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     names = [torch.cuda.get_device_name(index) for index in range(count)]
     if count and (refresh or not set(names) <= set(kept_rates())):
         keep_rates({})  # shares are parts of the catalogue's rates
-        host = host_launches(["cuda:0", f"cuda:{count - 1}"] if count > 1 else ["cuda:0"])
+        sizes = config or ChatGLMConfig()
+        host = host_launches(["cuda:0", f"cuda:{count - 1}"] if count > 1 else ["cuda:0"], sizes)
         link = {"link": copy_rate(0, 1)} if count > 1 else {}
         cards = gpus_here()
         measured = {}
         for index, name in enumerate(names):
             if name not in measured:
-                measured[name] = {**card_rates(index, cards[index], config or ChatGLMConfig()), **link, **host}
+                measured[name] = {**card_rates(index, cards[index], sizes), **link, **host}
         keep_rates(measured)
         torch.cuda.empty_cache()
     return Calibration(gpus_here(), time.perf_counter() - started)
@@ -91,7 +99,7 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
 def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
     """Shares of the datasheet's rates that one GPU reaches, and what cuBLAS and the driver take on it."""
     device = torch.device("cuda", index)
-    hidden, inner, heads = config.hidden_size, config.inner_hidden_size, config.num_attention_heads
+    hidden, inner = config.hidden_size, config.inner_hidden_size
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
     with torch.cuda.device(device), torch.no_grad():
@@ -103,16 +111,8 @@ def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
             seconds += gpu_seconds(partial(F.linear, x, weight))
             operations += 2.0 * TOKENS * wide * narrow
             del weight, x
-        query = torch.randn(ROWS, heads, LENGTH, hidden // heads, device=device, dtype=torch.float16)
-        mask = torch.zeros(ROWS, 1, LENGTH, LENGTH, device=device, dtype=torch.float16)
-        attention = gpu_seconds(lambda: F.scaled_dot_product_attention(query, query, query, mask))
-        large = torch.ones(32 * MIB, device=device, dtype=torch.float16)
-        moved = 3 * large.nbytes / gpu_seconds(lambda: large + large)
-    found = {
-        "matrix_share": operations / seconds / card.matrix_rate,
-        "attention_share": 4.0 * ROWS * LENGTH * LENGTH * hidden / attention / card.matrix_rate,
-        "memory_share": moved / card.bandwidth,
-    }
+    shares: dict[str, Any] = {"matrix_share": operations / seconds / card.matrix_rate}
+    found = shares | shares_of(*block_passes(device, config), replace(card, **shares), config)
     # Other processes count as the driver's, which no context of 2 GB and more is.
     sizes = {"gemm_workspace": workspace, "context": taken if taken < 2048 * MIB else 0}
     return found | {name: float(size) for name, size in sizes.items() if size > 0}
@@ -156,22 +156,90 @@ def copy_rate(source: int, target: int, size: int = 8 * MIB, repeats: int = 20) 
     return repeats * size / (time.perf_counter() - begin)
 
 
-def host_launches(devices: list[str], repeats: int = 4) -> dict[str, float]:
-    """Seconds that the host needs to start one block: forward, forward again, backward; split over these devices.
-
-    A whole step with adapters, micro-batches and loss, on blocks so narrow that the GPU waits.
-    """
-    blocks = BLOCKS * len(devices)
-    config = ChatGLMConfig(num_layers=blocks, **NARROW, **SPECIAL)
+def random_blocks(devices: list[str], config: Any) -> Any:
+    """A model with one random block of these sizes on each device, run `BLOCKS` times, with adapters."""
+    blocks = len(devices)
+    own = {name: getattr(config, name) for name in ("hidden_size", "inner_hidden_size", "num_attention_heads")}
+    few = ChatGLMConfig(num_layers=blocks, **own, **SMALL_VOCABULARY, **SPECIAL)
     embedding, *layers, norm, head = part_names(blocks)
-    homes = [devices[at * len(devices) // blocks] for at in range(blocks)]
-    model: Any = ChatGLMForConditionalGeneration(config)
-    model = model.to(torch.float16 if "cuda" in devices[0] else torch.float32)
-    model.place({embedding: devices[-1], **dict(zip(layers, homes, strict=True)), norm: devices[-1], head: devices[-1]})
-    each, batch = 1 / (blocks * PARTS), random_batch(config, PARTS, 16)
+    with torch.device("meta"):
+        model: Any = ChatGLMForConditionalGeneration(few)
+    places = {embedding: devices[-1], **dict(zip(layers, devices, strict=True)), norm: devices[-1], head: devices[-1]}
+    for name, parameter in list(model.named_parameters()):
+        home = next(place for part, place in places.items() if name.startswith(f"{part}."))
+        value = torch.empty(parameter.shape, dtype=torch.float16 if "cuda" in home else torch.float32, device=home)
+        owner, _, leaf = name.rpartition(".")
+        # Small enough for float16 in every layer, whatever the norms of random weights do.
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.normal_(std=0.02), requires_grad=False))
+    model.tie_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = prepare(model, [])
+        model = prepare(model.place(places), [])
+    inner = model.get_base_model().transformer
+    inner.layers = nn.ModuleList([layer for layer in inner.layers for _ in range(BLOCKS)])
+    return model
+
+
+def block_passes(device: torch.device, config: Any, repeats: int = 3) -> tuple[float, float]:
+    """Seconds of GPU time of one block, forward and backward, for `ROWS` rows of `LENGTH` tokens."""
+    model = random_blocks([str(device)], config)
+    batch = {name: ids.to(device) for name, ids in random_batch(model.config, ROWS, LENGTH).items()}
+    times = []
+    for _ in range(repeats + 1):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        torch.cuda._sleep(SLEEP)
+        marks[0].record()
+        loss = model(**batch, use_cache=False, return_logits=False).loss
+        marks[1].record()
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(SLEEP)
+        marks[2].record()
+        loss.backward()
+        marks[3].record()
+        torch.cuda.synchronize(device)
+        times.append([first.elapsed_time(last) / 1e3 / BLOCKS for first, last in (marks[:2], marks[2:])])
+    return min(ahead for ahead, _ in times[1:]), min(back for _, back in times[1:])
+
+
+def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[str, float]:
+    """The attention and memory shares with which the time model gives these seconds of one block.
+
+    The model is linear in their inverses, so two passes tell two shares. Where noise makes one of them negative, both
+    are the catalogue's, stretched by one factor.
+
+    Args:
+        forward: seconds of one block, measured, and
+        backward: the same for the backward pass.
+        card: with the matrix share measured.
+        config: whose sizes the block has.
+    """
+    shape, setting = Shape.of(config), Setting(batch_size=ROWS, seq_length=LENGTH)
+
+    def passes(attention: float, memory: float) -> tuple[float, float]:
+        ahead, _, back = block_seconds(shape, setting, replace(card, attention_share=attention, memory_share=memory))
+        return ahead, back
+
+    never = 1e9  # a rate at which this work takes no time
+    products, attention, moved = passes(never, never), passes(1.0, never), passes(never, 1.0)
+    a, b = attention[0] - products[0], moved[0] - products[0]
+    c, d = attention[1] - products[1], moved[1] - products[1]
+    rest = forward - products[0], backward - products[1]
+    x = (rest[0] * d - b * rest[1]) / (a * d - b * c)
+    y = (a * rest[1] - c * rest[0]) / (a * d - b * c)
+    if min(x, y) <= 0:
+        stretch = max(sum(rest), 1e-9) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
+        x, y = stretch / card.attention_share, stretch / card.memory_share
+    return {"attention_share": 1 / x, "memory_share": 1 / y}
+
+
+def host_launches(devices: list[str], config: Any, repeats: int = 5) -> dict[str, float]:
+    """Seconds that the host needs to start one block: forward, forward again, backward; split over these devices.
+
+    A whole step with adapters, micro-batches and loss, on so few tokens that nothing waits for a GPU.
+    """
+    model = random_blocks(devices, config)
+    blocks = BLOCKS * len(devices)
+    each, batch = 1 / (blocks * PARTS), random_batch(model.config, PARTS, 16)
     plain = _passes(model, batch, repeats)
     checkpoint_only(model, range(blocks))
     again = _passes(model, batch, repeats)
@@ -184,7 +252,7 @@ def host_launches(devices: list[str], repeats: int = 4) -> dict[str, float]:
 
 
 def _passes(model: Any, batch: Mapping[str, Tensor], repeats: int) -> tuple[float, float]:
-    """Fastest forward and backward pass of some steps, in seconds of the host."""
+    """Forward and backward pass of a step, medians of some, in seconds of the host."""
     times = []
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
@@ -199,7 +267,7 @@ def _passes(model: Any, batch: Mapping[str, Tensor], repeats: int) -> tuple[floa
         for index in range(torch.cuda.device_count()):
             torch.cuda.synchronize(index)
         times.append((marks[1] - marks[0], marks[2] - marks[1]))
-    return min(ahead for ahead, _ in times[1:]), min(back for _, back in times[1:])
+    return statistics.median(ahead for ahead, _ in times[1:]), statistics.median(back for _, back in times[1:])
 
 
 def _text(name: str, gpu: GPU) -> str:

@@ -25,7 +25,7 @@ from torch import nn
 
 from glmhelpers.lora.attach import origin_of, weights_digest
 from glmhelpers.lora.fingerprint import fingerprint
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import write_json
 from glmhelpers.utils.types import Model
 
 MARKER = "complete.json"
@@ -54,19 +54,22 @@ COUNTED = (
 """The training arguments that decide what is learnt. How the work is cut and where it is done do not."""
 
 
-def run_settings(model: Model, dataset: Iterable[Mapping[str, Any]], args: Any) -> dict[str, Any]:
+def run_settings(
+    model: Model, dataset: Iterable[Mapping[str, Any]], args: Any, base: str | None = None
+) -> dict[str, Any]:
     """What makes a run this run and no other, ready for JSON.
 
     Args:
         model: a PeftModel.
         dataset: encoded rows.
-        args: `TrainingArguments`.
+        args: `TrainingArguments`, or something with the same attributes.
+        base: fingerprint of the whole base, if the model is only a part of it.
     """
     adapter = model.peft_config[model.active_adapter]
     count, digest = rows_digest(dataset)
     counted = {name: getattr(args, name) for name in COUNTED}
     return {
-        "base": fingerprint(model),
+        "base": base or fingerprint(model),
         "starts_from": origin_of(model).starts_from,
         "rows": count,
         "rows_digest": digest,
@@ -92,11 +95,15 @@ def start_run(model: nn.Module, dataset: Iterable[Mapping[str, Any]], args: Any)
     if not known:
         origin.starts_from = settings["starts_from"] = f"trained before, {now}"
         folder = run_folder(args.output_dir, settings)
-    if not (folder / "settings.json").is_file():
-        with whole_file(folder / "settings.json") as draft:
-            draft.write_text(_as_text(settings) + "\n", encoding="utf-8")
+    write_settings(folder, settings)
     origin.run = folder.resolve()
     return folder
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run into its folder, unless they are there."""
+    if not (folder / "settings.json").is_file():
+        write_json(folder / "settings.json", settings)
 
 
 def rows_digest(dataset: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
@@ -122,11 +129,8 @@ def _columns(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, A
 
 def run_folder(parent: str | Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the run with these settings, below `parent`."""
-    return Path(parent) / f"run-{hashlib.sha256(_as_text(settings).encode()).hexdigest()[:8]}"
-
-
-def _as_text(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    return Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
@@ -139,8 +143,7 @@ def mark_complete(folder: Path, **facts: Any) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    with whole_file(folder / MARKER) as draft:
-        draft.write_text(json.dumps({"files": sizes, **facts}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MARKER, {"files": sizes, **facts})
 
 
 def marker_facts(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ complete checkpoint, with the numbers it would have had anyway; a run that is fi
 """
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
 from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
 from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
-from glmhelpers.training.progress import EveryMinutes, Watch
+from glmhelpers.training.progress import EveryMinutes, Watch, logged_losses
 from glmhelpers.training.trainer import GLMTrainer
 
 
@@ -134,7 +134,7 @@ def train(
             fill_adapter(model, load_file(checkpoint / "adapter_model.safetensors"), checkpoint.name)
             if watch is not None:
                 watch.read_back(state)
-            return losses(state["log_history"])
+            return logged_losses(state["log_history"])
         print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
     elif any(weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name):
         print("this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)")
@@ -165,7 +165,7 @@ def train(
         where = f"go on from {good.name}" if good else "start again"
         print(f"stopped at step {trainer.state.global_step}; the same call will {where}")
         raise
-    return losses(trainer.state.log_history)
+    return logged_losses(trainer.state.log_history)
 
 
 def let_go(error: BaseException) -> None:
@@ -176,8 +176,3 @@ def let_go(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def losses(history: Iterable[dict]) -> list[dict]:
-    """The entries of a Trainer's log that hold a loss."""
-    return [entry for entry in history if "loss" in entry or "eval_loss" in entry]

@@ -39,7 +39,7 @@ class Guard(TrainerCallback):
         skips_allowed: see SKIPS_ALLOWED.
     """
 
-    def __init__(self, last_good: Callable[[], Path | None] = lambda: None, skips_allowed: int = SKIPS_ALLOWED):
+    def __init__(self, last_good: Callable[[], Path | None], skips_allowed: int = SKIPS_ALLOWED):
         self.last_good, self.skips_allowed = last_good, skips_allowed
         self.losses: list[Tensor] = []
         self.skipped = 0
@@ -52,7 +52,17 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Refuse a loss that is not a number or 0, and gradients that are not numbers."""
         loss, self.losses = sum(loss.item() for loss in self.losses), []
-        step = state.global_step + 1
+        scaler = getattr(optimizer, "scaler", None)
+        self.scale = 0.0 if scaler is None else scaler.get_scale()
+        self.judge(loss, scaler is not None or gradients_finite(model), state.global_step + 1, args)
+
+    def judge(self, loss: float, gradients_are_finite: bool, step: int, args: Any) -> None:
+        """Stop for a loss that is not a number or 0, and for gradients that are not numbers.
+
+        Args:
+            step: of which they are, counted from 1.
+            args: `TrainingArguments`, or something with the same attributes.
+        """
         if not math.isfinite(loss):
             self.stop(
                 f"the loss of step {step} is {loss}",
@@ -65,9 +75,7 @@ class Guard(TrainerCallback):
                 "A model that still has something to learn never reaches it. Look at the labels of a batch (notebook "
                 "02): are they what the model should answer? In float16, the base may be damaged: load it again.",
             )
-        scaler = getattr(optimizer, "scaler", None)
-        self.scale = 0.0 if scaler is None else scaler.get_scale()
-        if scaler is None and not gradients_finite(model):
+        if not gradients_are_finite:
             self.stop(
                 f"the gradients of step {step} are not finite, though its loss is {loss:.4g}",
                 f"Lower the learning rate (it is {args.learning_rate:g}).",
@@ -77,10 +85,14 @@ class Guard(TrainerCallback):
         """Count the steps in a row that the GradScaler skipped."""
         scaler = getattr(optimizer, "scaler", None)
         # Not `optimizer.step_was_skipped`: a fused optimizer skips inside its kernel, which accelerate does not notice.
-        self.skipped = self.skipped + 1 if scaler is not None and scaler.get_scale() < self.scale else 0
+        self.count_skip(scaler is not None and scaler.get_scale() < self.scale, state.global_step + 1, args)
+
+    def count_skip(self, skipped: bool, step: int, args: Any) -> None:
+        """Stop if the loss scale has skipped too many steps in a row; `step`, counted from 1, is the last one."""
+        self.skipped = self.skipped + 1 if skipped else 0
         if self.skipped >= self.skips_allowed:
             self.stop(
-                f"the last {self.skipped} steps up to step {state.global_step + 1} were skipped: their gradients "
+                f"the last {self.skipped} steps up to step {step} were skipped: their gradients "
                 f"overflowed float16, even with the loss scaled by {self.scale:.3g}",
                 f"Lower the learning rate (it is {args.learning_rate:g}) or max_grad_norm ({args.max_grad_norm:g}), "
                 "and look for rows of garbage in the data (notebook 02).",
@@ -123,6 +135,8 @@ def refuse_settings(args: Any) -> None:
             "checkpoint. Find the step of the lowest eval_loss in the log that train() returns, and train again with "
             "max_steps of that many."
         )
+    if args.torch_compile:
+        raise ValueError("torch_compile is not supported: blocks that are run again for the backward pass break it")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor has no effect on the chunked loss: leave it 0")
 
@@ -160,7 +174,6 @@ def refuse_many_processes(environment: Any = None) -> None:
         raise RuntimeError(
             f"This training was started as one of several processes ({signs[0]}). It is made to be one process that "
             "drives all GPUs of a machine: every process would load the whole model, and fight for the same GPUs. "
-            "Start it with plain python, or in a notebook. Where one machine is not enough, the model is cut into "
-            "stages of torch.distributed.pipelining, one process each, started by torchrun: see 'When "
-            "this is the right tool' in the README."
+            "Start it with plain python, or in a notebook. Where one machine is not enough, glmhelpers.distributed "
+            "trains the same adapter with one process a GPU: torchrun --nproc-per-node 2 -m glmhelpers.distributed -h"
         )

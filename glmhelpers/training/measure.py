@@ -91,7 +91,7 @@ def prepare(model: Model, layers: Iterable[int] | None = None, fused: bool = Tru
     return model
 
 
-def measured_peaks(model: nn.Module, config: Any, rows: int, length: int, micro_batches: int = 1) -> list[int]:
+def measured_peaks(model: nn.Module, config: Any, rows: int, length: int) -> list[int]:
     """Run two training steps on random ids; return the peak of each GPU in bytes during the second, [] without a GPU.
 
     Args:
@@ -99,7 +99,6 @@ def measured_peaks(model: nn.Module, config: Any, rows: int, length: int, micro_
         config: its configuration.
         rows: rows in a step; half of each row's tokens are labelled, see `random_batch`.
         length: tokens in a row.
-        micro_batches: parts of the batch; all run forward before the one backward pass.
     """
     model = prepare(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
@@ -107,7 +106,7 @@ def measured_peaks(model: nn.Module, config: Any, rows: int, length: int, micro_
     for _ in range(2):
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        run_step(model, random_batch(config, rows, length), micro_batches)
+        run_step(model, random_batch(config, rows, length))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return [torch.cuda.max_memory_allocated(device) for device in devices]

@@ -80,12 +80,7 @@ def predict_training(
 
 
 def explain_out_of_memory(trainer: Any, error: str) -> str:
-    """What to tell somebody whose training has just run out of memory.
-
-    Args:
-        trainer: a GLMTrainer.
-        error: the message of the error.
-    """
+    """What to tell somebody whose training (a GLMTrainer) has just run out of memory with this message."""
     model, (rows, length) = trainer.model, trainer.batch_shape
     parts = min(trainer.micro_batches, max(rows, 1))
     now = predict_training(model, max(rows, 1), max(length, 8), parts, **trainer.forward)

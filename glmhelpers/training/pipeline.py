@@ -33,7 +33,7 @@ from glmhelpers.utils.types import Model
 from thuglm.chunked_loss import IGNORE_INDEX
 
 
-def label_rows(labels: Tensor) -> Tensor:
+def target_rows(labels: Tensor) -> Tensor:
     """Flat indices of the labelled targets `labels[:, 1:]`, [N] int64, for labels [B, L] on the CPU."""
     return (labels[:, 1:].reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
 
@@ -41,11 +41,7 @@ def label_rows(labels: Tensor) -> Tensor:
 def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     """Cut a batch into `parts` micro-batches of equal or nearly equal numbers of rows.
 
-    Parts without a single label are left out: their loss is 0, and so is its gradient.
-
-    Args:
-        batch: tensors with B rows each; `labels` on the CPU.
-        parts: 1 to B.
+    Parts without a single label are left out: their loss is 0, and so is its gradient. `labels` are on the CPU.
 
     Raises:
         ValueError: more parts than rows, labels on a GPU, or no label in the whole batch.
@@ -62,8 +58,8 @@ def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tenso
     cut = []
     for number in range(parts):
         part = {key: value[number] for key, value in pieces.items()}
-        part["label_rows"] = label_rows(part["labels"])
-        if len(part["label_rows"]):
+        part["target_rows"] = target_rows(part["labels"])
+        if len(part["target_rows"]):
             cut.append(part)
     if not cut:
         raise ValueError(
@@ -101,7 +97,7 @@ def run_step(
     """
     parts = split_batch(batch, micro_batches)
     if num_items is None:
-        num_items = sum(len(part["label_rows"]) for part in parts)
+        num_items = sum(len(part["target_rows"]) for part in parts)
     device = torch.device(device or first_device(model))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -85,11 +85,7 @@ class Watch(TrainerCallback):
         self.points = logged_losses(state.log_history)
 
     def read_back(self, state: Mapping[str, Any]) -> None:
-        """Take the log of a run that was finished before, for the table.
-
-        Args:
-            state: the Trainer's state, as `checkpoints.read_state` gives it.
-        """
+        """Take the log of a run that was finished before, for the table; `state` as `read_state` gives it."""
         self.points, self.total, self.finished = logged_losses(state["log_history"]), state["max_steps"], True
         self.seconds, self.steps, self.tokens, self.measured = 0.0, 0, 0, {}
 
@@ -160,7 +156,7 @@ class Watch(TrainerCallback):
 
 
 def logged_losses(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A Trainer's log as points of a Watch."""
+    """The entries of a Trainer's log that hold a loss, as points of a Watch."""
     return [dict(entry) for entry in history if "loss" in entry or "eval_loss" in entry]
 
 

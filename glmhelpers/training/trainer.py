@@ -23,7 +23,7 @@ from glmhelpers.devicemap.devices import first_device, own_streams, place_part
 from glmhelpers.lora.attach import fill_adapter, not_a_number
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
-from glmhelpers.training.pipeline import label_rows, run_step, split_batch
+from glmhelpers.training.pipeline import run_step, split_batch, target_rows
 from glmhelpers.utils.types import Model
 
 RANDOM_STATES = "rng_state_gpus.pth"
@@ -91,7 +91,7 @@ class GLMTrainer(Trainer):
         model.train()
         self.batch_shape = tuple(inputs["input_ids"].shape)
         self.state.num_input_tokens_seen += count_tokens(inputs)
-        if not len(label_rows(inputs["labels"])):
+        if not len(target_rows(inputs["labels"])):
             step, rows = self.state.global_step + 1, self.batch_shape[0]
             self.guard.refuse_unlabelled(f"the batch of step {step}, {rows} rows, has")
         loss = run_step(
@@ -113,7 +113,7 @@ class GLMTrainer(Trainer):
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        return sum(len(label_rows(batch["labels"])) for batch in batch_samples)
+        return sum(len(target_rows(batch["labels"])) for batch in batch_samples)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """The device map has placed the model, perhaps with its embedding on the CPU."""
@@ -132,10 +132,10 @@ class GLMTrainer(Trainer):
             for batch in dataloader:
                 rows += len(batch["labels"])
                 self.batch_shape = tuple(batch["input_ids"].shape)
-                if not len(label_rows(batch["labels"])):
+                if not len(target_rows(batch["labels"])):
                     continue  # adds nothing to either sum
                 for part in split_batch(batch, -(-len(batch["labels"]) // rows_at_once)):
-                    labels += len(part["label_rows"])
+                    labels += len(part["target_rows"])
                     placed = place_part(model, part, device)
                     output = model(**placed, num_items_in_batch=1, use_cache=False, return_logits=False, **self.forward)
                     total = total.to(output.loss.device) + output.loss

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import psutil
 from packaging.version import Version
 
 from glmhelpers.utils import folders
+from glmhelpers.utils.files import make_writable
 from glmhelpers.utils.folders import cloud_tops, find_folders
 from glmhelpers.utils.units import GIB
 
@@ -86,16 +86,8 @@ def output_folder() -> Path:
         folder = folders.ROOT / "kaggle" / "working" / "outputs"
     else:
         folder = find_project() / "outputs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder} cannot be written ({error.strerror}): choose a folder for what the notebooks make, "
-            "%env GLM_OUTPUT=/a/folder in a cell above the first",
-        ) from error
+    advice = "%env GLM_OUTPUT=/a/folder in a cell above the first"
+    make_writable(folder, f": choose a folder for what the notebooks make, {advice}")
     return folder
 
 

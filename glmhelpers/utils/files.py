@@ -16,6 +16,7 @@ link or a mount point is one like any other. Leftovers of dead processes are cle
 import errno
 import getpass
 import hashlib
+import json
 import os
 import platform
 import re
@@ -27,9 +28,34 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
+
+from glmhelpers.utils.units import file_size
+
+
+def make_writable(folder: Path, advice: str) -> None:
+    """Create `folder` and try to write there.
+
+    Raises:
+        OSError: of the kind that the system gave, with advice.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}){advice}") from error
+
+
+def need_disk(folder: Path, need: int, what: str, advice: str) -> None:
+    """Refuse with errno ENOSPC if fewer than `need` bytes are free in `folder`; `what` says what they are for."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        text = f"{file_size(need)} are needed in {folder}{what}, {file_size(free)} are free{advice}"
+        raise OSError(errno.ENOSPC, text)
 
 
 @contextmanager
@@ -46,6 +72,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -150,10 +182,9 @@ def alone(path: Path, wait: bool = True, doing: str = "writing to") -> Iterator[
 
 def clear_leftovers(folder: Path, key: str, suffix: str) -> None:
     """Remove what processes of this machine that are gone have left of their drafts; what belongs to others stays."""
-    now = rf"\.{re.escape(key)}\.{re.escape(_HERE)}\.(\d+)\.\w+{re.escape(suffix)}"
-    before = rf"{re.escape(key)}\.(\d+){re.escape(suffix)}"  # as version 0.1 named them
+    name = rf"\.{re.escape(key)}\.{re.escape(_HERE)}\.(\d+)\.\w+{re.escape(suffix)}"
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(now, path.name) or re.fullmatch(before, path.name)
+        match = re.fullmatch(name, path.name)
         if match and not psutil.pid_exists(int(match[1])):
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

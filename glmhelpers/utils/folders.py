@@ -27,6 +27,11 @@ MAX_FOLDERS = 20_000
 MAX_SECONDS = 15.0
 
 
+def user_cache() -> Path:
+    """Where this package keeps what it has measured: a folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"
+
+
 def cloud_tops(root: Path | None = None) -> list[Path]:
     """The folders of Kaggle and Colab that are here, the session's own before what was attached.
 

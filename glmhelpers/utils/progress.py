@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
 
 from glmhelpers.utils.units import amount, clock, percent
 
@@ -21,13 +20,12 @@ class TextProgress:
     Args:
         total: bytes of all files.
         done: bytes that were there before.
-        file: where to print; standard output if None.
         show: False prints nothing.
     """
 
-    def __init__(self, total: int, done: int = 0, file: TextIO | None = None, show: bool = True):
+    def __init__(self, total: int, done: int = 0, show: bool = True):
         self.total, self.done, self.already = total, done, done
-        self.out, self.show = file or sys.stdout, show
+        self.out, self.show = sys.stdout, show
         self.live = self.out.isatty() or type(self.out).__module__.startswith("ipykernel")
         self.started = self.printed = time.monotonic()
         self.name, self.size, self.in_file, self.width = "", 0, 0, 0

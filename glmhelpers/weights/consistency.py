@@ -124,12 +124,18 @@ def _check_embedding(config: dict, entries: dict[str, dict[str, Entry]]) -> list
     return []
 
 
-def _check_tokenizer(config: dict, path: Path) -> list[Problem]:
+def read_pieces(path: Path) -> Any:
+    """The SentencePiece model of a tokenizer's file; None if it cannot be read."""
     import sentencepiece
 
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
+        return None
+
+
+def _check_tokenizer(config: dict, path: Path) -> list[Problem]:
+    if (pieces := read_pieces(path)) is None:
         return []
     count, release = pieces.get_piece_size(), ""
     if count == V1_0_TOKENIZER_PIECES:

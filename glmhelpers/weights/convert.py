@@ -9,7 +9,6 @@ Why: the format holds no code, its header says where each tensor is, and other p
 by the stored head (1.07 GB). Loading is not faster with `load_model`, which reads both formats alike.
 """
 
-import errno
 import json
 import re
 import shutil
@@ -19,12 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from glmhelpers.utils.files import alone, clear_leftovers, whole_file
+from glmhelpers.utils.files import alone, clear_leftovers, need_disk, whole_file, write_json
 from glmhelpers.utils.progress import TextProgress
-from glmhelpers.utils.units import file_size
 from glmhelpers.weights.layout import HEAD
 from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, remember
-from glmhelpers.weights.shards import read_entries
+from glmhelpers.weights.shards import INDEX_NAMES, make_index, read_entries
 
 SPARE_BYTES = 4 * 2**20
 """Disk beside the tensors: headers, index, manifest and tokenizer."""
@@ -67,7 +65,9 @@ def _convert_all(folder: Path, output: Path, replace: bool, progress: bool) -> P
     output.mkdir(parents=True, exist_ok=True)
     for path in to_do:  # of a call that was killed: up to 2 GB that nobody would look for
         clear_leftovers(output, _target_name(path), ".tmp")
-    _check_disk(output, list(to_do.values()), replace)
+    need = (max(to_do.values(), default=0) if replace else sum(to_do.values())) + SPARE_BYTES
+    hint = "" if replace else ", or replace=True, which needs room for one shard"
+    need_disk(output, need, "", f": choose another output{hint}")
     bar = TextProgress(sum(sizes.values()), sum(sizes.values()) - sum(to_do.values()), show=progress)
     for path, size in to_do.items():
         bar.start(_target_name(path), size)
@@ -102,17 +102,6 @@ def _check_complete(folder: Path, shards: list[Path], done: set[str]) -> None:
                 raise FileNotFoundError(f"{folder} has neither {name} nor its .bin: verify_weights says what to do")
 
 
-def _check_disk(output: Path, sizes: list[int], replace: bool) -> None:
-    need = (max(sizes, default=0) if replace else sum(sizes)) + SPARE_BYTES
-    free = shutil.disk_usage(output).free
-    if free < need:
-        hint = "" if replace else ", or replace=True, which needs room for one shard"
-        raise OSError(
-            errno.ENOSPC,
-            f"{file_size(need)} are needed in {output}, {file_size(free)} are free: choose another output{hint}",
-        )
-
-
 def _convert(path: Path, names: list[str], target: Path) -> None:
     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     with whole_file(target) as unfinished:
@@ -130,22 +119,15 @@ def _write_index_and_manifest(folder: Path, output: Path, replace: bool) -> None
         if (folder / name).is_file() and not (output / name).exists():
             shutil.copy(folder / name, output / name)
     shards = sorted(output.glob("model*.safetensors"))
-    entries = {path.name: read_entries(path) for path in shards}
-    weight_map = {tensor: name for name, tensors in entries.items() for tensor in tensors}
-    size = sum(entry.nbytes for tensors in entries.values() for entry in tensors.values())
     facts = {path.name: read_facts(path) for path in [*shards, output / "ice_text.model"] if path.is_file()}
     remember(output, facts)
     files = {name: {"size": found[0], "sha256": found[2]} for name, found in facts.items()}
     own = output / MANIFEST_NAME
     known = json.loads(own.read_text(encoding="utf-8"))["files"] if own.is_file() and not replace else {}
-    contents = {
-        "model.safetensors.index.json": {"metadata": {"total_size": size}, "weight_map": weight_map},
-        MANIFEST_NAME: {
-            "model": f"converted from {folder.name}",
-            "mend": "download_weights of another folder, then convert_to_safetensors of that one",
-            "files": known | files,
-        },
+    manifest = {
+        "model": f"converted from {folder.name}",
+        "mend": "download_weights of another folder, then convert_to_safetensors of that one",
+        "files": known | files,
     }
-    for name, content in contents.items():
-        with whole_file(output / name) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(output / INDEX_NAMES[0], make_index(shards))
+    write_json(own, manifest)

@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from glmhelpers.utils.environment import short
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import make_writable, need_disk, write_json
 from glmhelpers.utils.folders import find_folders
-from glmhelpers.utils.progress import TextProgress, reading
-from glmhelpers.utils.units import file_size
+from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.hub import DownloadError, Remote
-from glmhelpers.weights.manifest import checksums, read_facts, read_manifest, remember, remembered, total_bytes
-from glmhelpers.weights.shards import read_entries
+from glmhelpers.weights.manifest import checksums, read_facts, read_manifest, remember, total_bytes
+from glmhelpers.weights.shards import make_index
 from glmhelpers.weights.verify import Report, check_size, verify_weights
 
 INDEX_NAME = "pytorch_model.bin.index.json"
@@ -71,7 +69,8 @@ def download_weights(
     origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
     say: Callable[[str], None] = print if progress else lambda _: None
     try:
-        _make_writable(folder)
+        kaggle = "on Kaggle download_weights('/kaggle/temp/chatglm-6b')"
+        make_writable(folder, f", nothing was fetched: choose another folder, {kaggle}")
     except OSError:
         # A Kaggle input folder cannot be written, and need not be if all is there.
         if not verify_weights(folder, facts, checksums=False).ok:
@@ -104,24 +103,6 @@ def download_weights(
     return report
 
 
-def _make_writable(folder: Path) -> None:
-    """Create `folder`, and try to write there.
-
-    Raises:
-        OSError: of the kind that the system gave, with advice.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder} cannot be written ({error.strerror}), nothing was fetched: choose another folder, on Kaggle "
-            "download_weights('/kaggle/temp/chatglm-6b')",
-        ) from error
-
-
 def _refuse_folders(folder: Path, facts: dict[str, Any]) -> None:
     """No folder may stand where a file belongs; to delete one with all that is in it is not for us."""
     for name in facts["files"]:
@@ -133,20 +114,13 @@ def _refuse_folders(folder: Path, facts: dict[str, Any]) -> None:
 def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False) -> dict[str, str]:
     """Name -> kind of fault, of the files that must be fetched."""
     files = facts["files"]
-    faults = {name: check_size(folder, name, wanted, "") for name, wanted in files.items()}
-    found = _sha256(folder, [name for name, fault in faults.items() if fault is None], files, progress, keep=True)
+    faults = {name: check_size(folder, name, wanted) for name, wanted in files.items()}
+    found, _ = checksums(folder, [name for name, fault in faults.items() if fault is None], progress=progress)
     return {
         name: fault.kind if fault else "checksum"
         for name, fault in faults.items()
         if fault is not None or found[name] != files[name]["sha256"]
     }
-
-
-def _sha256(folder: Path, names: list[str], files: dict[str, Any], progress: bool, keep: bool) -> dict[str, str]:
-    known = remembered(folder)
-    to_read = sum(files[name]["size"] for name in names if name not in known)
-    with reading(f"sha256 of {len(names)} files", to_read, show=progress) as count:
-        return checksums(folder, names, progress=count, keep=keep)[0]
 
 
 def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list[str]) -> int:
@@ -155,24 +129,18 @@ def check_disk(folder: Path, facts: dict[str, Any], names: dict[str, str] | list
     Raises:
         OSError: with errno ENOSPC; says how much is needed, how much is there, and where there is more.
     """
-    there = {name: _bytes_there(folder, name) for name in names}
-    need = sum(max(facts["files"][name]["size"] - there[name], 0) for name in names) + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise OSError(
-            errno.ENOSPC,
-            f"{file_size(need)} are needed in {folder} (all weights: {total_bytes(facts):,} bytes), "
-            f"{file_size(free)} are free. Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
-            "/kaggle/temp holds more; an input data set costs nothing (source='/kaggle/input/...'). "
-            "Colab: choose a folder under /content, not the mounted drive, or delete what you do not need",
-        )
-    return need - SPARE_BYTES
-
-
-def _bytes_there(folder: Path, name: str) -> int:
-    # The wrong file makes room when it goes, unless it is only a link.
-    sizes = [path.stat().st_size for path in _both(folder, name) if path.is_file() and not path.is_symlink()]
-    return sum(sizes)
+    need = 0
+    for name in names:
+        # The wrong file makes room when it goes, unless it is only a link.
+        there = [path.stat().st_size for path in _both(folder, name) if path.is_file() and not path.is_symlink()]
+        need += max(facts["files"][name]["size"] - sum(there), 0)
+    advice = (
+        ". Kaggle: /kaggle/working holds 20 GB, one copy and no second one; "
+        "/kaggle/temp holds more; an input data set costs nothing (source='/kaggle/input/...'). "
+        "Colab: choose a folder under /content, not the mounted drive, or delete what you do not need"
+    )
+    need_disk(folder, need + SPARE_BYTES, f" (all weights: {total_bytes(facts):,} bytes)", advice)
+    return need
 
 
 def _both(folder: Path, name: str) -> tuple[Path, Path]:
@@ -237,12 +205,13 @@ def _fetch_one(folder: Path, origin: Remote, name: str, bar: TextProgress) -> No
 def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str], progress: bool) -> None:
     """Links to the files of `origin`, after they have been checked there; `origin` itself is never written."""
     files, again = facts["files"], "choose another source, such as source='huggingface'"
-    faults = [fault for name in wanted if (fault := check_size(origin, name, files[name], again))]
+    faults = [fault for name in wanted if (fault := check_size(origin, name, files[name]))]
     if faults:
         deeper = find_folders(faults[0].file, [origin])
         hint = f" (there is one in {deeper[0]}: give that as source)" if deeper else ""
-        raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: " + "; ".join(map(str, faults)))
-    found = _sha256(origin, list(wanted), files, progress, keep=False)
+        text = "; ".join(f"{fault}. Mend: {again}" for fault in faults)
+        raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: {text}")
+    found, _ = checksums(origin, wanted, progress=progress, keep=False)
     for name in wanted:
         if found[name] != files[name]["sha256"]:
             raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: {again}")
@@ -261,12 +230,9 @@ def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> No
         if name in facts["files"] or key not in facts:
             continue
         _write_json(folder / name, facts[key], say)
-    shards = [name for name in facts["files"] if name.endswith(".bin")]
+    shards = [folder / name for name in facts["files"] if name.endswith(".bin")]
     if shards and INDEX_NAME not in facts["files"]:
-        entries = {name: read_entries(folder / name) for name in shards}
-        size = sum(entry.nbytes for tensors in entries.values() for entry in tensors.values())
-        weight_map = {tensor: name for name, tensors in entries.items() for tensor in tensors}
-        _write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}, say)
+        _write_json(folder / INDEX_NAME, make_index(shards), say)
 
 
 def _write_json(path: Path, content: dict[str, Any], say: Callable) -> None:
@@ -278,5 +244,4 @@ def _write_json(path: Path, content: dict[str, Any], say: Callable) -> None:
         if all(found.get(key) == value for key, value in content.items()):
             return
         say(f"{path.name} does not fit the weights and is written anew")
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)

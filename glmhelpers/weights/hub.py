@@ -79,11 +79,7 @@ class Remote:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a source, before anything is touched.
-
-        Raises:
-            ValueError: the source is unknown, or the manifest does not say where the files are there.
-        """
+        """Refuse with a ValueError what cannot be a source, before anything is touched."""
         keys = {"huggingface": "repo_id", "modelscope": "model_id"}
         if self.source in keys:
             if keys[self.source] not in (self.facts.get(self.source) or {}):
@@ -128,7 +124,7 @@ class Remote:
         except ImportError:
             raise
         except Exception as error:  # httpx or httpx2, by version of huggingface_hub: no common class to name
-            why = wrong_answer(part, name, self.where(name), size) or explain(error, name, self.where(name))
+            why = wrong_answer(part, self.where(name), size) or explain(error, name, self.where(name))
             raise DownloadError(why) from error
 
     def _fetch_http(self, name: str, part: Path, size: int, progress: Callable[[int], None]) -> None:
@@ -158,12 +154,12 @@ class Remote:
         # It resumes by itself, in a folder of its own beside the final one.
         folder = part.parent / ".modelscope"
         revision = self.revision or place.get("revision")
-        found = Path(model_file_download(place["model_id"], name, revision=revision, local_dir=str(folder)))
-        progress(found.stat().st_size - (part.stat().st_size if part.is_file() else 0))
+        found = model_file_download(place["model_id"], name, revision=revision, local_dir=str(folder))
+        progress(Path(found).stat().st_size - (part.stat().st_size if part.is_file() else 0))
         os.replace(found, part)
 
 
-def wrong_answer(part: Path, name: str, url: str, size: int) -> str:
+def wrong_answer(part: Path, url: str, size: int) -> str:
     """Says so if what came is no beginning of the file at all, and throws it away; "" if it may be one."""
     if not part.is_file():
         return ""

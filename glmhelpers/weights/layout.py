@@ -87,15 +87,14 @@ def part_of(name: str) -> str:
     return ".".join(pieces[:3] if pieces[1] == "layers" else pieces[:-1])
 
 
-def part_bytes(config: Any, element: int = 2) -> dict[str, int]:
-    """Part -> bytes of its parameters when it is loaded, in the order of the forward pass.
+def part_bytes(config: Any) -> dict[str, int]:
+    """Part -> bytes of its parameters when it is loaded in float16, in the order of the forward pass.
 
     Args:
         config: a ChatGLMConfig.
-        element: bytes of one number; 2 for float16.
     """
     found: dict[str, int] = {}
     for name, shape in tensor_shapes(config).items():
         if not name.endswith("inv_freq"):
-            found[part_of(name)] = found.get(part_of(name), 0) + element * prod(shape)
+            found[part_of(name)] = found.get(part_of(name), 0) + 2 * prod(shape)
     return found

@@ -17,6 +17,7 @@ before it copies anything, says where the time goes, and maps nothing: 12.7 GiB 
 """
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from glmhelpers.devicemap.check import (
-    Placement,
-    check_filled,
-    check_placement,
-    device_of,
-)
+from glmhelpers.devicemap.check import Placement, check_filled, check_placement, device_of
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
-from glmhelpers.weights.layout import HEAD
+from glmhelpers.weights.layout import HEAD, part_of
 from glmhelpers.weights.reading import BlockReader
 from glmhelpers.weights.shards import Entry, list_shards, read_entries
 
@@ -111,9 +107,38 @@ def load_model(
             device map that does not fit the model or the machine. Nothing has been copied then.
         RuntimeError: a parameter ended up in the wrong place.
     """
+    started = time.perf_counter()
+    model, report = load_parts(folder, device_map, dtype, progress=progress, workers=workers)
+    placement = Placement.of(device_map, model.config.num_layers, torch.cuda.device_count())
+    check_filled(model)
+    model.place(placement.map)
+    report.tensors = check_placement(model, placement, model.config.dtype)
+    report.seconds = time.perf_counter() - started
+    if progress:
+        print(f"{file_size(report.read_bytes)} in {report.seconds:.2f} s, {report.tensors} tensors checked")
+    return model
+
+
+def load_parts(
+    folder: str | Path,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+    parts: Container[str] | None = None,
+    progress: bool = True,
+    workers: int | None = None,
+) -> tuple[Model, LoadReport]:
+    """As `load_model`, but only some parts are read; the others stay on "meta", and nothing is placed or checked.
+
+    Args:
+        parts: names as in `part_names`; None: all. The head is read with the embedding, whose tensor it is.
+        others: as for `load_model`, with the same errors.
+
+    Returns:
+        the model, in evaluation mode, and what was read.
+    """
     from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
-    started, folder = time.perf_counter(), Path(folder)
+    folder = Path(folder)
     headers = {path: read_entries(path) for path in list_shards(folder)}
     if problems := check_consistency(folder, {path.name: entries for path, entries in headers.items()}):
         lines = [f"  {problem}" for problem in problems]
@@ -129,20 +154,15 @@ def load_model(
     gpus = [device for device in placement.devices if isinstance(device, int)]
     with BlockReader(workers, pinned=bool(gpus)) as reader:
         for path, entries in shards.items():
-            report.shards.append(_load_shard(model, path, entries, placement, dtype, reader, gpus))
+            wanted = {name: entry for name, entry in entries.items() if parts is None or part_of(name) in parts}
+            report.shards.append(_load_shard(model, path, wanted, placement, dtype, reader, gpus))
             if progress:
                 print(report.memory_line(report.shards[-1]))
     model.tie_weights()
-    check_filled(model)
-    model.place(placement.map)
     model.config.dtype = dtype
     model.name_or_path = model.config.name_or_path = str(folder)
-    report.tensors = check_placement(model, placement, dtype)
-    report.seconds = time.perf_counter() - started
     model.load_report = report
-    if progress:
-        print(f"{file_size(report.read_bytes)} in {report.seconds:.2f} s, {report.tensors} tensors checked")
-    return model.eval()
+    return model.eval(), report
 
 
 def choose_entries(headers: dict[Path, dict[str, Entry]], model: nn.Module) -> dict[Path, dict[str, Entry]]:

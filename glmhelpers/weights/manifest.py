@@ -26,10 +26,13 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.utils.files import whole_file
+from glmhelpers.utils.files import write_json
+from glmhelpers.utils.folders import user_cache
+from glmhelpers.utils.progress import reading
 
 MANIFEST_NAME = "weights_manifest.json"
 PUBLISHED = Path(__file__).resolve().parents[2] / "thuglm" / "published" / MANIFEST_NAME
@@ -89,22 +92,20 @@ MEMORY_NAME = ".weights_checked.json"
 BLOCK = 8 * 2**20
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+def sha256_of(path: Path, progress: Callable[[int], None]) -> str:
     """sha256 of a file in hexadecimal; calls `progress(bytes)` after every block."""
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
-            if progress is not None:
-                progress(count)
+            progress(count)
     return digest.hexdigest()
 
 
 def memory_places(folder: Path) -> list[Path]:
     """Where the sha256 of a folder's files are remembered: beside them, or in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"
     known_as = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return [folder / MEMORY_NAME, cache / f"{known_as}.json"]
+    return [folder / MEMORY_NAME, user_cache() / f"{known_as}.json"]
 
 
 def remembered(folder: Path) -> dict[str, list]:
@@ -123,41 +124,30 @@ def remember(folder: Path, facts: dict[str, list]) -> None:
     """Keep name -> [size, time, sha256] for later, where it can be written; nowhere is no error, only slow."""
     if not facts:
         return
-    known = json.dumps(remembered(folder) | facts, indent=1, sort_keys=True)
+    known = remembered(folder) | facts
     for place in memory_places(folder):
-        try:
-            with whole_file(place) as unfinished:
-                unfinished.write_text(known + "\n", encoding="utf-8")
-            return
-        except OSError:
-            continue
+        with suppress(OSError):
+            return write_json(place, known)
 
 
-def read_facts(path: Path, progress: Callable[[int], None] | None = None) -> list:
+def read_facts(path: Path, progress: Callable[[int], None] = lambda count: None) -> list:
     """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
-    return [*(_size_and_time(path) or [0, 0]), sha256_of(path, progress)]
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, sha256_of(path, progress)]
 
 
-def _is_now(path: Path, facts: object) -> bool:
+def _is_now(path: Path, facts: Any) -> bool:
     """Whether remembered facts have the right form, and the file still has that size and time."""
-    if not isinstance(facts, list) or len(facts) != 3 or not isinstance(facts[2], str):
+    if not isinstance(facts, list) or len(facts) != 3 or not isinstance(facts[2], str) or not path.is_file():
         return False
-    return facts[:2] == _size_and_time(path)
-
-
-def _size_and_time(path: Path) -> list[int] | None:
-    try:
-        now = path.stat()
-    except OSError:
-        return None
-    return [now.st_size, now.st_mtime_ns]
+    return facts[:2] == [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def checksums(
     folder: Path,
     names: Iterable[str],
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] = False,
     keep: bool = True,
 ) -> tuple[dict[str, str], int]:
     """sha256 of files in `folder`, without reading those that are remembered.
@@ -166,18 +156,21 @@ def checksums(
         folder: where the files lie.
         names: which files.
         workers: how many files are read at a time; None: as many as there are cores, at most 8.
-        progress: called with the number of bytes after every block, from any thread.
+        progress: True prints one line of text while it takes longer than a moment; a function is called with the number
+            of bytes after every block, from any thread.
         keep: False writes no memory: the folder is somebody else's.
 
     Returns:
         name -> sha256, and the number of bytes that were really read.
     """
     names, known = list(names), remembered(folder)
-    to_read = [name for name in names if name not in known]
+    sizes = {name: (folder / name).stat().st_size for name in names if name not in known}
     # The longest first: otherwise the last thread works alone on a long one at the end.
-    to_read.sort(key=lambda name: -(folder / name).stat().st_size)
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, progress), to_read), strict=True))
+    to_read = sorted(sizes, key=lambda name: -sizes[name])
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    with pool, reading(f"sha256 of {len(names)} files", sum(sizes.values()), show=progress is True) as count:
+        say = progress if callable(progress) else count
+        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, say), to_read), strict=True))
     known |= fresh
     if keep:
         remember(folder, fresh)

@@ -25,7 +25,7 @@ from glmhelpers.weights.shards import Entry
 BLOCK = 16 * 2**20
 
 
-class BlockReader:
+class BlockReader(ThreadPoolExecutor):
     """Fills tensors from files; use it in a `with` statement.
 
     Args:
@@ -34,17 +34,8 @@ class BlockReader:
     """
 
     def __init__(self, workers: int | None = None, pinned: bool = False):
-        self.pinned = pinned
-        self.pool = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
-        self.own = threading.local()
-
-    def __enter__(self) -> "BlockReader":
-        """Nothing to prepare."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Stop the threads; what was not begun is not read."""
-        self.pool.shutdown(cancel_futures=True)
+        super().__init__(workers or min(4, os.cpu_count() or 1))
+        self.pinned, self.own = pinned, threading.local()
 
     def fill(self, path: Path, targets: list[tuple[Entry, Tensor]]) -> None:
         """Read the bytes of each entry of one file into its tensor, and return when all are there.
@@ -60,7 +51,7 @@ class BlockReader:
         try:
             for entry, tensor in targets:
                 for offset, piece in _pieces(entry, tensor):
-                    jobs.append(self.pool.submit(self._read, path, offset, piece, entry.dtype))
+                    jobs.append(self.submit(self._read, path, offset, piece, entry.dtype))
             for job in jobs:
                 job.result()
         finally:

@@ -18,8 +18,10 @@ import json
 import math
 import struct
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,6 +96,14 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ShardError(f"{path} names {name!r}: a shard must lie beside its index")
     return weight_map
+
+
+def make_index(paths: Iterable[Path]) -> dict[str, Any]:
+    """The content of an index file for these shards."""
+    entries = {path.name: read_entries(path) for path in paths}
+    size = sum(entry.nbytes for tensors in entries.values() for entry in tensors.values())
+    weight_map = {tensor: name for name, tensors in entries.items() for tensor in tensors}
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def read_entries(path: Path) -> dict[str, Entry]:

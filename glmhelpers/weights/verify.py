@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from glmhelpers.utils.environment import short
-from glmhelpers.utils.progress import reading
-from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency
-from glmhelpers.weights.manifest import checksums, mending_command, read_manifest, remembered, total_bytes
+from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency, read_pieces
+from glmhelpers.weights.manifest import checksums, mending_command, read_manifest, total_bytes
 from glmhelpers.weights.shards import ShardError, read_entries
 from thuglm.configuration_chatglm import is_v1_0
 
-KINDS = ("missing", "lfs_pointer", "truncated", "checksum", "version")
 LFS_HEADER = b"version https://git-lfs"
 
 
@@ -62,9 +60,8 @@ class Report:
         what = "size and sha256" if self.checksums_done else "size"
         if self.ok:
             return f"[OK] {short(self.folder)}: {self.files} files, {self.bytes:,} bytes, {what} as in the manifest"
-        count = f"{len(self.problems)} {'problem' if len(self.problems) == 1 else 'problems'}"
-        lines = [f"[FAIL] {short(self.folder)}: {count}"]
-        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+        title = f"[FAIL] {short(self.folder)}: {len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        return "\n".join([title, *(f"  {problem}" for problem in self.problems)])
 
 
 def verify_weights(
@@ -93,55 +90,44 @@ def verify_weights(
     folder, started = Path(folder), time.perf_counter()
     facts = read_manifest(manifest, folder)
     report = Report(folder, files=len(facts["files"]), bytes=total_bytes(facts))
-    for name, wanted in facts["files"].items():
-        problem = check_size(folder, name, wanted, mending_command(facts, folder, name))
-        if problem is not None:
-            report.problems.append(problem)
-    faulty = {problem.file for problem in report.problems}
-    small = [*check_consistency(folder), *check_config(folder, facts)] if folder.is_dir() else []
-    for problem in small:
-        if problem.file not in faulty:
-            faulty.add(problem.file)
-            mend = mending_command(facts, folder, problem.file)
-            report.problems.append(Problem(problem.file, problem.kind, f"{problem.message}. Mend: {mend}"))
+    problems = {name: check_size(folder, name, wanted) for name, wanted in facts["files"].items()}
+    found = {name: problem for name, problem in problems.items() if problem}
+    if folder.is_dir():
+        for problem in [*check_consistency(folder), *check_config(folder, facts)]:
+            found.setdefault(problem.file, problem)
     report.seconds_quick = time.perf_counter() - started
     if checksums:
-        sound = [name for name in facts["files"] if name not in faulty]
-        _compare_checksums(report, facts, sound, workers, progress)
+        _compare_checksums(report, facts, found, workers, progress)
+    for name, problem in found.items():
+        # A message may end in dots.
+        text = f"{problem.message.removesuffix('.')}. Mend: {mending_command(facts, folder, name)}"
+        report.problems.append(Problem(name, problem.kind, text))
     return report
 
 
-def check_size(folder: Path, name: str, wanted: dict[str, Any], mend: str) -> Problem | None:
-    """The problem that name and size of one file show, or None. Takes no time.
-
-    Args:
-        folder: where it lies.
-        name: the file's name.
-        wanted: its "size" in bytes and its "sha256".
-        mend: the command to name in the message.
-    """
+def check_size(folder: Path, name: str, wanted: dict[str, Any]) -> Problem | None:
+    """The problem that name and size of one file show, or None; `wanted`: its "size" in bytes and its "sha256"."""
     path = folder / name
     if path.is_dir():
-        return Problem(name, "missing", f"{name} is a folder in {short(folder)}. Mend: remove that folder, then {mend}")
+        return Problem(name, "missing", f"{name} is a folder in {short(folder)}, which must be removed first")
     if not path.is_file():
         link = " (a link to a file that is gone)" if path.is_symlink() else ""
-        return Problem(name, "missing", f"{name} is not in {short(folder)}{link}. Mend: {mend}")
+        return Problem(name, "missing", f"{name} is not in {short(folder)}{link}")
     size = path.stat().st_size
     if size < 1024 and (pointer := read_lfs_pointer(path)) is not None:
         text = f"{name} is a git-lfs pointer, {size} bytes of text that stand for {wanted['size']:,} bytes"
         if pointer != wanted["sha256"]:
             text += ", and for another version than this manifest's"
-        return Problem(name, "lfs_pointer", f"{text}: it was cloned without git-lfs. Mend: {mend}")
+        return Problem(name, "lfs_pointer", f"{text}: it was cloned without git-lfs")
     if size == wanted["size"]:
         return None
     if release := _whole_file_of_other_release(path):
         text = f"{name} is whole, but {release}: {size:,} bytes instead of {wanted['size']:,}"
-        return Problem(name, "version", f"{text}. Mend: {mend}")
+        return Problem(name, "version", text)
     if size < wanted["size"]:
-        text = f"{name} is cut off: have {size:,} of {wanted['size']:,} bytes"
-        return Problem(name, "truncated", f"{text}. Mend: {mend}")
-    text = f"{name} has {size:,} bytes, {wanted['size']:,} were published"
-    return Problem(name, "checksum", f"{text}: it is another file. Mend: {mend}")
+        return Problem(name, "truncated", f"{name} is cut off: have {size:,} of {wanted['size']:,} bytes")
+    text = f"{name} has {size:,} bytes, {wanted['size']:,} were published: it is another file"
+    return Problem(name, "checksum", text)
 
 
 def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
@@ -186,31 +172,21 @@ def _whole_file_of_other_release(path: Path) -> str:
         rows = entries[EMBEDDING].shape[0] if EMBEDDING in entries else 0
         return "of v1.0" if is_v1_0(rows) else "of another version or model"
     if path.name == "ice_text.model":
-        import sentencepiece
-
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
+        if (pieces := read_pieces(path)) is None:
             return ""
         return "of v1.0" if pieces.piece_to_id("[gMASK]") == pieces.unk_id() else "of another version or model"
     return ""
 
 
 def _compare_checksums(
-    report: Report, facts: dict, names: list[str], workers: int | None, progress: bool | Callable[[int], None]
+    report: Report, facts: dict, found: dict[str, Problem], workers: int | None, progress: bool | Callable[[int], None]
 ) -> None:
-    started = time.perf_counter()
-    known = remembered(report.folder)
-    to_read = sum(facts["files"][name]["size"] for name in names if name not in known)
-    with reading("sha256", to_read, show=progress is True) as count:
-        say = progress if callable(progress) else count
-        found, report.bytes_read = checksums(report.folder, names, workers, say)
+    """Add to `found` the files whose sha256 is not the manifest's; those with a problem are not read."""
+    started, names = time.perf_counter(), [name for name in facts["files"] if name not in found]
+    sha256, report.bytes_read = checksums(report.folder, names, workers, progress)
     for name in names:
-        if found[name] != facts["files"][name]["sha256"]:
-            wanted, mend = facts["files"][name]["sha256"], mending_command(facts, report.folder, name)
-            text = (
-                f"{name} has the right size but wrong bytes: sha256 {found[name][:12]}... instead of {wanted[:12]}..."
-            )
-            report.problems.append(Problem(name, "checksum", f"{text} Mend: {mend}"))
+        if sha256[name] != (wanted := facts["files"][name]["sha256"]):
+            text = f"sha256 {sha256[name][:12]}... instead of {wanted[:12]}..."
+            found[name] = Problem(name, "checksum", f"{name} has the right size but wrong bytes: {text}")
     report.checksums_done = True
     report.seconds_checksums = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from glmhelpers.widgets.chat_panel import ChatPanel
 from glmhelpers.widgets.explorer import Explorer
+from glmhelpers.widgets.explorer_words import Measured
 from glmhelpers.widgets.monitor import Monitor
 
-__all__ = ["ChatPanel", "Explorer", "Monitor"]
+__all__ = ["ChatPanel", "Explorer", "Measured", "Monitor"]

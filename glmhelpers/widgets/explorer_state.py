@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu
+from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpu
 from glmhelpers.cost_model.sizes import LORA_TARGETS, Setting, Shape, divisors
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.devicemap.bounds import EMBEDDINGS
@@ -25,7 +25,7 @@ class Explored:
 
     Attributes:
         shape: sizes of the model.
-        gpu, count: kind and number of GPUs.
+        gpu, count: kind and number of GPUs; the kind by its name in the catalogue, or a card of this machine.
         cuts: count - 1 ascending numbers; blocks cuts[i-1] to cuts[i] - 1 are on GPU i.
         checkpointed: how many blocks are checkpointed; those without are the last ones of the GPUs, in turn.
         embedding: "first", "tied" or "cpu".
@@ -33,7 +33,7 @@ class Explored:
     """
 
     shape: Shape
-    gpu: str
+    gpu: str | GPU
     count: int
     cuts: tuple[int, ...]
     batch_size: int
@@ -46,10 +46,11 @@ class Explored:
     dtype: str = "float16"
     base_bits: int = 16
     loss_chunk: int = 512
+    label_share: float = 1.0
     skipped: tuple[int, ...] | None = None
 
     @classmethod
-    def start(cls, config: Any, gpu: str, count: int, batch_size: int, seq_length: int) -> "Explored":
+    def start(cls, config: Any, gpu: str | GPU, count: int, batch_size: int, seq_length: int) -> "Explored":
         """Equal parts, every block checkpointed."""
         shape = Shape.of(config)
         state = cls(shape, "T4", 1, (), 1, shape.max_length, 1, shape.layers)
@@ -64,7 +65,7 @@ class Explored:
         if unknown := [name for name in wishes if name not in SETTINGS]:
             raise ValueError(f"{unknown[0]!r} is no setting of the explorer; there are {', '.join(SETTINGS)}")
         for name, possible in CHOICES.items():
-            if name in wishes and wishes[name] not in possible:
+            if name in wishes and wishes[name] not in possible and not isinstance(wishes[name], GPU):
                 raise ValueError(f"{name}={wishes[name]!r}; choose from {', '.join(map(repr, possible))}")
         targets = tuple(name for name in LORA_TARGETS if name in wishes.get("lora_targets", ()))
         if wrong := set(wishes.get("lora_targets", ())) - set(targets):
@@ -106,6 +107,33 @@ class Explored:
         cuts += [place, *(max(cut, place) for cut in self.cuts[number + 1 :])]
         return self.changed(cuts=tuple(cuts))
 
+    @classmethod
+    def of(cls, plan: Plan) -> "Explored":
+        """The state that has this plan.
+
+        Raises:
+            ValueError: the plan's GPUs are of several kinds, or too many.
+        """
+        card, setting = plan.gpus[0], plan.setting
+        if len(plan.gpus) > MAX_GPUS or any(gpu != card for gpu in plan.gpus):
+            raise ValueError(
+                f"the explorer knows 1 to {MAX_GPUS} GPUs of one kind; this plan is for "
+                f"{', '.join(gpu.name for gpu in plan.gpus)}: make one for equal GPUs"
+            )
+        ends = [len(stage.blocks) for stage in plan.stages]
+        return cls(
+            plan.shape, card.name if CATALOGUE.get(card.name) == card else card, len(ends),
+            tuple(sum(ends[: number + 1]) for number in range(len(ends) - 1)),
+            setting.batch_size, setting.seq_length, plan.micro_batches, len(plan.checkpointed_layers),
+            setting.lora_rank, tuple(setting.lora_targets), plan.embedding, setting.dtype, setting.base_bits,
+            setting.loss_chunk, setting.label_share,
+            tuple(sorted(set(range(plan.shape.layers)) - set(plan.checkpointed_layers))),
+        )  # fmt: skip
+
+    def question(self) -> "Explored":
+        """This state without what the planner chooses: equal for all states that have the same best plan."""
+        return replace(self, cuts=(), micro_batches=1, checkpointed=0, embedding="tied", loss_chunk=512, skipped=None)
+
     def best(self, objective: str) -> "Explored":
         """The planner's choice of cuts, embedding, micro-batches and checkpointed blocks for these settings.
 
@@ -122,19 +150,9 @@ class Explored:
             lora_targets=self.lora_targets,
             dtype=self.dtype,
             base_bits=self.base_bits,
+            label_share=self.label_share,
         )
-        ends = [len(stage.blocks) for stage in plan.stages]
-        cuts = tuple(sum(ends[: number + 1]) for number in range(self.count - 1))
-        skipped = tuple(sorted(set(range(self.shape.layers)) - set(plan.checkpointed_layers)))
-        return replace(
-            self,
-            cuts=cuts,
-            embedding=plan.embedding,
-            micro_batches=plan.micro_batches,
-            checkpointed=len(plan.checkpointed_layers),
-            loss_chunk=plan.setting.loss_chunk,
-            skipped=skipped,
-        )
+        return replace(Explored.of(plan), gpu=self.gpu)
 
     @property
     def blocks(self) -> list[range]:
@@ -159,7 +177,7 @@ class Explored:
         """The plan of this state; it need not fit."""
         setting = Setting(
             self.batch_size, self.seq_length, self.micro_batches, self.lora_rank, self.lora_targets,
-            dtype=self.dtype, base_bits=self.base_bits, loss_chunk=self.loss_chunk,
+            dtype=self.dtype, base_bits=self.base_bits, loss_chunk=self.loss_chunk, label_share=self.label_share,
         )  # fmt: skip
         skipped, last = set(self.skipped_blocks), self.count - 1
         first = next(number for number, blocks in enumerate(self.blocks) if blocks)

@@ -152,11 +152,11 @@ def track_model(
     count = rows // micro_batches
     answers = round(count * (length - 1) * share)
     ids = torch.zeros(count, length, dtype=torch.long, device="meta")
-    label_rows = torch.zeros(answers, dtype=torch.long, device="meta")
-    tracker.ignore(ids, label_rows)
+    target_rows = torch.zeros(answers, dtype=torch.long, device="meta")
+    tracker.ignore(ids, target_rows)
     with as_on_a_gpu(), tracker:
         losses = [
-            model(input_ids=ids, labels=ids, label_rows=label_rows, num_items_in_batch=10, loss_chunk=chunk).loss
+            model(input_ids=ids, labels=ids, target_rows=target_rows, num_items_in_batch=10, loss_chunk=chunk).loss
             for _ in range(micro_batches)
         ]
         sum(losses).backward()

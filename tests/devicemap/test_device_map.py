@@ -151,6 +151,11 @@ def test_reserve_is_kept_free():
     assert empty.blocks[0] == []
     with pytest.raises(ValueError, match="3 reserves for 2 GPUs"):
         plan_device_map(PUBLISHED, ["T4", "T4"], reserve=[0, 0, 0])
+    batch = largest_batch(PUBLISHED, ["T4", "T4"], 512, reserve="1GiB")
+    assert batch < largest_batch(PUBLISHED, ["T4", "T4"], 512)
+    plan_device_map(PUBLISHED, ["T4", "T4"], batch, 512, "memory", micro_batches=batch, reserve="1GiB")
+    length = longest_length(PUBLISHED, ["T4"], 4, limit=10**6, reserve="1GiB")
+    assert 0 < length < longest_length(PUBLISHED, ["T4"], 4, limit=10**6)
 
 
 def test_a_tiny_gpu_stays_empty():

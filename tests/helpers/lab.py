@@ -64,7 +64,7 @@ def need_browser() -> None:
 
 def make_folder(folder: Path, cells: list) -> None:
     """A folder that looks like the project, with `cells` as notebooks/test.ipynb, and the kernel of this Python."""
-    for name in ("glmhelpers", "thuglm", "data", "pyproject.toml"):
+    for name in ("glmhelpers", "thuglm", "data", "benchmarks", "pyproject.toml"):
         (folder / "work" / name).parent.mkdir(exist_ok=True)
         (folder / "work" / name).symlink_to(PROJECT / name)
     kernel = folder / "share" / "kernels" / "project"

@@ -15,6 +15,7 @@ from glmhelpers.inference.scores import (
     evaluate,
     forgotten,
     held_out_loss,
+    kept,
     score_pair,
     score_texts,
     words,
@@ -155,6 +156,54 @@ def test_counts_by_topic():
     assert len(str(counts[0])) == len(COUNT_HEADER)
     with pytest.raises(ValueError, match="same order"):
         count_by_topic(rows[::-1], pairs)
+
+
+MOON = {"question": "什么是月亮？", "expect": "卫星", "answer": "地球的卫星。"}
+TOKYO = {"question": "Capital of Japan?", "expect": "Tokyo", "answer": "The capital of Japan is Tokyo."}
+SUM = {"question": "3+4=?", "expect": "3+4=7."}
+
+
+def said(*pairs):
+    return [Comparison(row["question"], *pair) for row, pair in zip((MOON, TOKYO, SUM), pairs, strict=True)]
+
+
+def test_a_damaged_answer_is_not_kept():
+    """Words that are right do not save an answer with a garbled tail, and each lost one is named."""
+    pairs = said(("地球的卫星。", "地球的卫星， a good am language model."), ("tokyo", "tokyo"), ("3+4=7.", "3+4=8."))
+    found = kept([MOON, TOKYO, SUM], pairs)
+    assert (found.counted, found.before, found.after) == ("whole answers", 3, 1)
+    assert found.shares == pytest.approx((1.0, 1 / 3))
+    assert found.garbled == (pairs[0],)
+    assert found.forgotten == (pairs[2],)
+    assert str(found).splitlines() == [
+        "whole answers to 3 questions: 3 before, 1 after; 1 forgotten, 1 garbled",
+        "    forgotten: 3+4=? 3+4=7. -> 3+4=8.",
+        "    garbled: 什么是月亮？ 地球的卫星。 -> 地球的卫星， a good am language model.",
+    ]
+
+
+def test_kept_counts_sentences_too_and_what_was_learnt_on_the_way():
+    sentence = "The capital  of japan is Tokyo"
+    pairs = said(("太阳", "卫星"), (sentence, sentence + " Tokyo."), ("3+4=9.", "3 + 4 = 7"))
+    found = kept([MOON, TOKYO, SUM], pairs)
+    assert (found.before, found.after, found.forgotten, found.garbled) == (1, 2, (), (pairs[1],))
+
+
+def test_free_answers_are_counted_by_their_right_words():
+    pairs = said(
+        ("月亮是地球的一颗卫星。", "它是卫星，真的。"), ("It is Tokyo, of course", "Kyoto"), ("It is 7", "So it is 7")
+    )
+    assert kept([MOON, TOKYO, SUM], pairs).before == 0, "no free answer is a reference"
+    found = kept([MOON, TOKYO, SUM], pairs, whole=False)
+    assert (found.counted, found.before, found.after) == ("right words", 3, 2)
+    assert (found.forgotten, found.garbled) == ((pairs[1],), ())
+
+
+def test_kept_needs_the_questions_that_were_asked():
+    with pytest.raises(ValueError, match="same order"):
+        kept([TOKYO, MOON, SUM], said(("", ""), ("", ""), ("", "")))
+    with pytest.raises(ValueError, match="no questions"):
+        kept([], [])
 
 
 def test_general_questions_are_not_those_of_the_training():

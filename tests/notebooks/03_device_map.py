@@ -51,6 +51,9 @@ assert f"A block weighs {gib(2 * block)} GiB, the tied matrix {gib(2 * head)} Gi
 assert fast.fits
 assert fast.seconds <= plan.seconds
 assert [explorer.device_map[f"transformer.layers.{layer}"] for layer in (15, 16)] == [0, 1]
+# The explorer's diamond belongs to the very plan that was measured.
+assert (ran.peak_bytes, [len(blocks) for blocks in ran.blocks]) == (seen["predicted_peak_bytes"], seen["cut"])
+assert ran.setting.loss_chunk == seen["loss_chunk"]
 check_device_map(config, chosen)
 
 # The settings as they are committed: the table at the end, and sentences above pictures.

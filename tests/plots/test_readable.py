@@ -60,8 +60,8 @@ def states() -> list[np.ndarray]:
     return [np.linspace(-1, 1, REAL.hidden_size)] * (REAL.num_layers + 1)
 
 
-def corpus() -> Any:
-    return json.loads((PROJECT / "data" / "corpus_figures.json").read_text("utf-8"))
+def stored(name: str) -> Any:
+    return json.loads((PROJECT / "data" / f"{name}.json").read_text("utf-8"))
 
 
 def visible() -> np.ndarray:
@@ -76,11 +76,12 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "draw_batch": lambda _: plots.draw_batch(RightPadCollator(tokenizer())([example(), example(3)]), TOY),
     "draw_bounds": lambda _: plots.draw_bounds(REAL, SPEEDS),
     "draw_compared": lambda _: plots.draw_compared(["GPU 0", "GPU 1"], [103 * GIB, 9], [100 * GIB, 9]),
-    "draw_corpus": lambda _: plots.draw_corpus(corpus(), {10: 5, 20: 3}),
+    "draw_corpus": lambda _: plots.draw_corpus(stored("corpus_figures"), {10: 5, 20: 3}),
     "draw_cut_curve": lambda _: plots.draw_cut_curve([1, 2, 3], PEAKS, limit=14 * GIB),
     "draw_decoding": lambda _: plots.draw_decoding(),
     "draw_example": lambda _: plots.draw_example(example(), tokenizer(), TOY),
     "draw_example, 40 tokens": lambda _: plots.draw_example(example(13), tokenizer(), TOY),
+    "draw_interference": lambda _: plots.draw_interference(stored("interference_ablation")),
     "draw_lengths": lambda _: plots.draw_lengths(Counter({10: 5, 20: 3, 600: 1}), 32),
     "draw_limits": lambda _: plots.draw_limits([256, 512], {"one T4": [40, 20], "two T4": [200, 90]}),
     "draw_loading": lambda _: plots.draw_loading([2 * 10**9] * 8, 12 * 10**9, 10**8, 10**9),
@@ -91,7 +92,7 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "draw_memory": lambda _: plots.draw_memory(plan().with_outside, limits=[14 * GIB, 5 * GIB]),
     "draw_model": lambda _: plots.draw_model(REAL, "token 'x' (id 7)", states(), {"y": 0.75, "z": 0.2}, 7.483),
     "draw_parts": lambda _: plots.draw_parts(REAL)[0],
-    "draw_pieces": lambda _: plots.draw_pieces(corpus()["row"]),
+    "draw_pieces": lambda _: plots.draw_pieces(stored("corpus_figures")["row"]),
     "draw_plan": lambda _: plots.draw_plan(plan()),
     "draw_plan, speed": lambda _: plots.draw_plan(plan("speed")),
     "draw_plan, four": lambda _: plots.draw_plan(plan("speed", ["T4", "P100", "T4", "H100"], 60)),
@@ -152,20 +153,7 @@ def test_the_smallest_letters_can_be_read(name, tmp_path):
     assert min(sizes) >= SMALLEST
 
 
-WITHOUT_WORDS = {"draw_bounds", "draw_decoding", "draw_lora"} | {name for name in FIGURES if name.startswith("plot_")}
-"""Functions that do not describe their figure yet. Take out the one that does."""
-
-NOT_RUN_AGAIN = {"04_lora_training", "05_inference"}
-"""Notebooks with outputs older than the words of their figures. Take out the one that was run again."""
-
-
-def late(names: Any, pending: set[str]) -> list[Any]:
-    """Parameters of which the pending ones must fail: they leave the list when they no longer do."""
-    mark = pytest.mark.xfail(strict=True, reason="in a list of this file, until it has words")
-    return [pytest.param(name, marks=mark) if name in pending else name for name in names]
-
-
-@pytest.mark.parametrize("name", late(FIGURES, WITHOUT_WORDS))
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_has_words(name, tmp_path):
     drawn = FIGURES[name](tmp_path)
     if hasattr(drawn, "data"):  # SVG
@@ -181,7 +169,7 @@ NOTEBOOKS = {
 }
 
 
-@pytest.mark.parametrize("name", late(NOTEBOOKS, NOT_RUN_AGAIN))
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_picture_of_a_committed_notebook_has_words(name):
     cells = json.loads(NOTEBOOKS[name].read_text("utf-8"))["cells"]
     for place, cell in enumerate(cells):

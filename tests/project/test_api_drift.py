@@ -99,7 +99,10 @@ HOOKS = {
             "prepare_inputs_for_generation",
         ],
     ),
-    modeling_chatglm.ChatGLMPreTrainedModel: (transformers.PreTrainedModel, ["_init_weights", "from_pretrained"]),
+    modeling_chatglm.ChatGLMPreTrainedModel: (
+        transformers.PreTrainedModel,
+        ["_can_set_attn_implementation", "_init_weights", "_load_pretrained_model", "from_pretrained"],
+    ),
     tokenization_chatglm.ChatGLMTokenizer: (
         transformers.PreTrainedTokenizer,
         [

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -261,6 +262,19 @@ def test_notebook_is_fit_for_readers(path):
     assert errors == []
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[0] == "0"], ids=lambda path: path.stem)
+def test_notebook_has_the_shape_of_the_course(path):
+    cells = nbformat.read(path, as_version=4).cells
+    lines = [len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code"]
+    assert len(cells) <= 55
+    assert max(lines) <= 25
+    assert statistics.median(lines) <= 8
+    assert "**You are here:**" in cells[0].source
+    assert sum(cell.source.count("**Predict first") for cell in cells) >= 2
+    recall = next(cell.source for cell in cells if cell.source.startswith("## Recall"))
+    assert recall.count("<details>") == 10
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -150,6 +150,15 @@ for _ in tqdm(range(3), disable=False): pass
 os.path.abspath("..")"""
 
 
+def test_a_widget_keeps_the_picture_that_it_has_for_pages(tmp_path):
+    view, svg = {clean_notebook.WIDGET_VIEW: {"model_id": "7"}}, {"image/svg+xml": f"<svg>{tmp_path}</svg>"}
+    output = nbformat.v4.new_output("display_data", {**view, **svg, "text/plain": "Explorer"})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    clean_notebook.clean(notebook, tmp_path, tmp_path / "outputs")
+    (kept,) = notebook.cells[0].outputs
+    assert kept.data == {"text/plain": clean_notebook.WIDGET_LINE, "image/svg+xml": "<svg>.</svg>"}
+
+
 def test_written_notebooks_hold_no_noise(course):
     path = course("01_noisy", NOISY, "%matplotlib inline\nimport matplotlib.pyplot as plt\n_ = plt.plot([1, 2, 3])")
     assert course.command("--write") == 0

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
+from tests.helpers.reference import fresh_model
+from tests.helpers.tiny_models import lora, the_batch
 from thuglm.chunked_loss import chunked_cross_entropy
 
 
@@ -117,3 +120,74 @@ def test_float16_gradient_of_a_sure_model_is_not_rounded_away():
         results.append(leaf.grad.item())
     assert results[1] != 0
     assert results[0] == pytest.approx(results[1], rel=1e-2)
+
+
+# Heads that are more than a matrix ---------------------------------------------------------------------------------
+
+
+def adapted_head(**settings):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, **{"target_modules": ["query_key_value"], **settings})
+    return get_peft_model(fresh_model(), config)
+
+
+def hooked_head(**_):
+    net = lora(fresh_model())
+    net.get_base_model().lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    return net
+
+
+def byte_head(**_):
+    """A head whose weight is no matrix to multiply with, as of 8-bit layers."""
+
+    class Bytes(torch.nn.Linear):
+        def forward(self, x):
+            scale = self.weight.abs().amax() / 127
+            return F.linear(x, (self.weight / scale).round() * scale)
+
+    net = lora(fresh_model())
+    head = Bytes(64, 3040, bias=False)
+    head.weight.data.copy_(net.get_base_model().lm_head.weight)
+    net.get_base_model().lm_head = head.requires_grad_(False)
+    return net
+
+
+HEADS = {
+    "adapter on the head": (adapted_head, {"target_modules": ["query_key_value", "lm_head"]}),
+    "with dropout": (adapted_head, {"target_modules": ["lm_head"], "lora_dropout": 0.5}),
+    "head trained whole": (adapted_head, {"modules_to_save": ["lm_head"]}),
+    "hook": (hooked_head, {}),
+    "8 bits": (byte_head, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings")
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_is_no_matrix_is_called(kind):
+    make, arguments = HEADS[kind]
+    net, batch = make(**arguments), the_batch()
+    shifted = batch["labels"][:, 1:]
+
+    def step(loss_of):
+        torch.manual_seed(3)
+        net.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    def plain():
+        hidden = net.get_base_model().transformer(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        keep = shifted != -100
+        logits = net.get_base_model().lm_head(hidden[:, :-1][keep])
+        return F.cross_entropy(logits, shifted[keep])
+
+    net.train()
+    want, wanted = step(plain)
+    got, gradients = step(lambda: net(**batch, loss_chunk=1000).loss)
+    assert got == pytest.approx(want, abs=1e-5)
+    assert gradients.keys() == wanted.keys()
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == gradients.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-3)
+    if "dropout" not in kind:
+        assert net(**batch, loss_chunk=3).loss.item() == pytest.approx(want, abs=1e-5)

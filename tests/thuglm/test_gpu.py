@@ -40,11 +40,11 @@ def test_forward_and_loss_never_wait_for_the_gpu():
     model = lora(fresh_model(torch.float16).cuda()).train()
     batch = batch_on("cuda")
     rows = (batch["labels"][:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
-    model(**batch, label_rows=rows).loss.backward()  # first use loads kernels, which may wait
+    model(**batch, target_rows=rows).loss.backward()  # first use loads kernels, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(**batch, label_rows=rows).loss.backward()
+        model(**batch, target_rows=rows).loss.backward()
         model(**batch).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

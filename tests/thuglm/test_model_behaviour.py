@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers.utils import find_labels
 
+from glmhelpers.inference import Decoder
 from glmhelpers.training import run_step
 from tests.helpers.reference import CHECKPOINT, fresh_model, model, tokenizer
 from tests.helpers.tiny_models import PROMPTS, lora, lora_gradients, random_model, right_padded, training_rows
@@ -180,6 +182,20 @@ def test_leaving_stream_chat_early_stops_the_model():
     assert threading.active_count() == before
 
 
+def test_end_ids_may_be_one_several_or_none():
+    inputs = tokenizer()(PROMPTS[1:2], return_tensors="pt")
+    length, settings = inputs["input_ids"].shape[1], {"max_new_tokens": 12}
+    answer = model().generate(**inputs, do_sample=False, **settings)[0, length:].tolist()
+    assert len(answer) > 4
+    net = fresh_model()
+    for ends, want in (([2661, answer[3]], answer[: answer.index(answer[3]) + 1]), (None, None)):
+        net.config.eos_token_id = net.generation_config.eos_token_id = ends
+        got = net.generate(**inputs, do_sample=False, **settings)[0, length:].tolist()
+        assert len(got) == 12 if want is None else got == want
+        assert Decoder(net).generate(inputs["input_ids"], **settings) == [got]
+    assert ChatGLMConfig(eos_token_id=[5, 6], pad_token_id=None).ends == {5, 6}
+
+
 # Files -----------------------------------------------------------------------------------------------------------------
 
 
@@ -301,11 +317,23 @@ def test_num_items_in_batch_makes_accumulation_exact():
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
 
 
-def test_label_rows_found_beforehand_change_nothing():
+def test_target_rows_found_beforehand_change_nothing():
     ids, mask, labels = right_padded(training_rows())
     rows = (labels[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
-    given = model()(input_ids=ids, attention_mask=mask, labels=labels, label_rows=rows).loss
+    given = model()(input_ids=ids, attention_mask=mask, labels=labels, target_rows=rows).loss
     assert given.item() == model()(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+
+
+def test_the_trainer_of_transformers_knows_the_loss_of_an_evaluation(tmp_path):
+    assert find_labels(ChatGLMForConditionalGeneration) == ["labels"]
+    rows = [
+        {"input_ids": row, "labels": [-100 if i <= row.index(2660) else x for i, x in enumerate(row)]}
+        for row in training_rows()
+    ]
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=1)
+    loss = Trainer(fresh_model(), args, eval_dataset=rows).evaluate()["eval_loss"]
+    alone = [model()(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss.item() for row in rows]
+    assert loss == pytest.approx(sum(alone) / len(alone), abs=1e-5)
 
 
 def test_a_misspelt_keyword_is_refused_and_the_right_one_named():

@@ -236,6 +236,12 @@ def test_the_second_call_reads_the_file(file, monkeypatch):
     assert encode_file(file, tokenizer())["input_ids"] == first["input_ids"]
 
 
+def test_another_folder_for_the_cache(file, tmp_path):
+    encode_file(file, tokenizer(), cache=tmp_path / "elsewhere")
+    assert sorted(path.suffix for path in (tmp_path / "elsewhere").iterdir()) == [".arrow", ".json"]
+    assert not (file.parent / "tokens").exists()
+
+
 def test_the_key_follows_everything_the_tokens_depend_on(file, tmp_path, monkeypatch):
     tok = tokenizer()
     keys = [cache_key(file, tok, Settings())]

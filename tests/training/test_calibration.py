@@ -8,8 +8,11 @@ import torch
 
 from glmhelpers.cost_model import kept_rates as kept
 from glmhelpers.cost_model.gpus import CATALOGUE, find_gpus, gpus_here, known_gpu, one_host
+from glmhelpers.cost_model.sizes import Setting, Shape
+from glmhelpers.cost_model.step_time import block_seconds
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.training import calibration, measure_machine
+from tests.helpers.reference import CHECKPOINT
 from thuglm import ChatGLMConfig
 
 T4 = CATALOGUE["T4"]
@@ -92,9 +95,28 @@ def test_one_host_serves_all_cards():
 
 
 def test_the_host_is_measured_by_a_real_step():
-    found = calibration.host_launches(["cpu"], repeats=1)
+    found = calibration.host_launches(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT), repeats=1)
     assert set(found) == {"launch_forward", "launch_again", "launch_backward"}
     assert all(0 < seconds < 1 for seconds in found.values())
+
+
+@pytest.mark.parametrize(("attention", "memory"), [(0.1, 0.6), (0.25, 1.05), (0.03, 0.3)])
+def test_two_passes_tell_two_shares(attention, memory):
+    """What the time model gives for known shares leads back to them."""
+    card = replace(T4, matrix_share=0.5, attention_share=attention, memory_share=memory)
+    setting = Setting(batch_size=calibration.ROWS, seq_length=calibration.LENGTH)
+    forward, _, backward = block_seconds(Shape.of(ChatGLMConfig()), setting, card)
+    found = calibration.shares_of(forward, backward, replace(T4, matrix_share=0.5), ChatGLMConfig())
+    assert found == pytest.approx({"attention_share": attention, "memory_share": memory})
+
+
+def test_passes_that_contradict_each_other_keep_their_sum():
+    config, setting = ChatGLMConfig(), Setting(batch_size=calibration.ROWS, seq_length=calibration.LENGTH)
+    forward, _, backward = block_seconds(Shape.of(config), setting, T4)
+    found = calibration.shares_of(2 * forward, 0.9 * backward, T4, config)
+    ahead, _, back = block_seconds(Shape.of(config), setting, replace(T4, **found))
+    assert ahead + back == pytest.approx(2 * forward + 0.9 * backward)
+    assert min(found.values()) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -134,9 +134,7 @@ def test_gradients_are_looked_at_as_a_whole():
     ],
 )
 def test_several_processes_are_told_the_right_road(environment):
-    with pytest.raises(
-        RuntimeError, match=r"one of several processes.*torch\.distributed\.pipelining.*right tool' in the README"
-    ):
+    with pytest.raises(RuntimeError, match=r"one of several processes.*torchrun .*-m glmhelpers\.distributed"):
         refuse_many_processes(environment)
 
 

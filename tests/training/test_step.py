@@ -160,8 +160,8 @@ def test_split_loses_no_row_that_has_a_label(rows, parts, seed):
         return
     cut = split_batch(batch, parts)
     assert len(cut) <= parts
-    assert all(len(part["label_rows"]) for part in cut)
-    found = sorted(int(part["labels"][:, 1:].reshape(-1)[i]) for part in cut for i in part["label_rows"])
+    assert all(len(part["target_rows"]) for part in cut)
+    found = sorted(int(part["labels"][:, 1:].reshape(-1)[i]) for part in cut for i in part["target_rows"])
     assert found == sorted(labels[:, 1:][labels[:, 1:] != -100].tolist())
 
 
@@ -202,8 +202,8 @@ def test_labels_go_straight_to_the_head_and_one_loss_comes_back():
         def get_output_embeddings(self):
             return self.head
 
-        def forward(self, input_ids, labels, label_rows, num_items_in_batch, **kwargs):
-            seen.append([each.device.type for each in (input_ids, labels, label_rows, num_items_in_batch)])
+        def forward(self, input_ids, labels, target_rows, num_items_in_batch, **kwargs):
+            seen.append([each.device.type for each in (input_ids, labels, target_rows, num_items_in_batch)])
             return SimpleNamespace(loss=self.head.weight.sum())
 
     with pytest.raises(

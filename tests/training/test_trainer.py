@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.inference.batch import Comparison
+from glmhelpers.inference.scores import kept
 from glmhelpers.lora.adapter import load_adapter, save_adapter
 from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.lora.fingerprint import base_checksum, fingerprint, tensor_sums
@@ -256,6 +258,13 @@ def test_proof_notices_a_touched_base_and_forgotten_knowledge(tmp_path):
     assert f"[OK] frozen weights: checksum {before}, as before" in str(proof)
     assert "[OK] general questions: 97% right before, 92% after; 5 points may be lost" in str(proof)
     assert not prove(model, reloaded, ids, before, general=(0.97, 0.91)).ok
+    lost = kept(
+        [{"question": "什么是月亮？", "expect": "卫星", "answer": "地球的卫星。"}],
+        [Comparison("什么是月亮？", "地球的卫星。", "地球的卫星， a good am language model.")],
+    )
+    garbled = prove(model, reloaded, ids, before, general=lost)
+    assert not garbled.ok
+    assert "[FAIL] general questions: 100% whole answers before, 0% after; 5 points may be lost" in str(garbled)
     taught = prove(model, reloaded, ids, before, learnt=(0.0, 0.975))
     assert taught.ok
     assert "[OK] what was taught: 0% of the answers before, 98% after" in str(taught)

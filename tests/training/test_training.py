@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glmhelpers.inference.batch import answers, compare, is_right, is_whole, share_right, share_whole
+from glmhelpers.inference.batch import answers, compare, is_right, is_whole, share_right
 from glmhelpers.lora.adapter import load_adapter, save_adapter
 from glmhelpers.lora.attach import attach_lora, check_adapter, count_parameters, lora_b_norms
 from glmhelpers.lora.fingerprint import base_difference, base_note, fingerprint
@@ -310,15 +310,6 @@ def test_a_damaged_answer_is_right_but_not_whole():
 )
 def test_a_whole_answer_is_a_reference_however_it_is_typed(text, whole):
     assert is_whole(text, "3+4=7.") == whole
-    assert share_whole([text], [{"expect": "3+4=7."}]) == whole
-
-
-def test_a_whole_answer_is_the_expected_word_or_its_sentence():
-    row = {"expect": "Tokyo", "answer": "The capital of Japan is Tokyo."}
-    texts = ["tokyo", "The capital  of japan is Tokyo", "The capital of Japan is Tokyo Tokyo.", ""]
-    assert share_whole(texts, [row] * 4) == 0.5
-    with pytest.raises(ValueError, match=r"longer|shorter"):
-        share_whole(["7"], [row] * 2)
 
 
 def test_figures_show_their_numbers(model_and_log):

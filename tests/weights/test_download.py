@@ -55,6 +55,15 @@ def test_mirror_from_the_environment(hub, tmp_path, monkeypatch):
     assert_bit_exact(hub, tmp_path)
 
 
+def test_another_revision_than_the_manifests(hub, tmp_path):
+    manifest = manifest_of(hub)
+    manifest["huggingface"] = manifest["huggingface"] | {"revision": "d" * 40}
+    with pytest.raises(remotes.DownloadError, match="404"):
+        download_weights(tmp_path, manifest=manifest, endpoint=hub.url, progress=False)
+    download_weights(tmp_path, manifest=manifest, endpoint=hub.url, revision=hub.revision, progress=False)
+    assert_bit_exact(hub, tmp_path)
+
+
 def test_token_goes_to_the_hub_only(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     seen = []

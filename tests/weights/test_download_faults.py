@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -170,7 +171,7 @@ def refuse_to_write(monkeypatch) -> None:
     def refuses(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
-    monkeypatch.setattr(download.tempfile, "TemporaryFile", refuses)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
 
 
 def test_a_folder_that_cannot_be_written(hub, tmp_path, monkeypatch):
@@ -224,14 +225,14 @@ def test_two_downloads_to_one_folder(hub, tmp_path):
 
 def test_disk_too_small(hub, tmp_path, monkeypatch):
     need = sum(facts["size"] for facts in manifest_of(hub)["files"].values()) + download.SPARE_BYTES
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need // 2))
     with pytest.raises(OSError, match="are free") as caught:
         fetch(hub, tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert "/kaggle/temp" in str(caught.value)
     assert "Colab" in str(caught.value)
     assert hub.requests == []
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=need))
     fetch(hub, tmp_path)
     monkeypatch.undo()
     check_row("disk too small", str(caught.value.strerror), "nothing was touched; choose the folder it names", tmp_path)

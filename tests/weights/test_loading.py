@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glmhelpers.devicemap.check import DeviceMapError, Placement, check_placement, part_names
+from glmhelpers.utils.files import _HERE
 from glmhelpers.weights import convert, loading, reading
 from glmhelpers.weights.convert import convert_to_safetensors
 from glmhelpers.weights.download import download_weights
@@ -293,12 +294,12 @@ def test_interrupted_conversion_goes_on(folder, monkeypatch):
         convert_to_safetensors(folder, replace=True, progress=False)
     # What SIGKILL would have left behind: nobody else removes it, and a second one may not fit.
     nobody = next(pid for pid in range(4_000_000, 0, -1) if not psutil.pid_exists(pid))
-    (folder / f"model-00004-of-00008.safetensors.{nobody}.tmp").write_bytes(bytes(1000))
+    (folder / f".model-00004-of-00008.safetensors.{_HERE}.{nobody}.x.tmp").write_bytes(bytes(1000))
     assert len(list(folder.glob("*.safetensors"))) == 3
     assert len(list(folder.glob("*.bin"))) == 5
     convert_to_safetensors(folder, replace=True, progress=False)
     assert len(calls) == 4 + 4
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*.tmp"))
     assert_same_model(load_model(folder, progress=False), wanted)
     with pytest.raises(FileNotFoundError, match=r"no .bin shards"):
         convert_to_safetensors(folder)
@@ -311,9 +312,7 @@ def test_conversion_of_an_incomplete_folder(folder):
 
 
 def test_conversion_needs_disk(folder, monkeypatch):
-    monkeypatch.setattr(
-        convert.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=convert.SPARE_BYTES + 600_000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=convert.SPARE_BYTES + 600_000))
     with pytest.raises(OSError, match="replace=True") as caught:
         convert_to_safetensors(folder, progress=False)
     assert caught.value.errno == errno.ENOSPC

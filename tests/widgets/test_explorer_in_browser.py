@@ -65,7 +65,7 @@ class ExplorerPage(LabPage):
         return self.html()
 
     def slide(self, label: str, keys: list[str]) -> None:
-        slider = self.find(".widget-hslider", label)
+        slider = next(each for each in self.all(".widget-hslider") if each.text.startswith(label))
         handle = self.driver.execute_script(
             "return arguments[0].querySelector('.noUi-handle, .ui-slider-handle')", slider
         )
@@ -73,8 +73,30 @@ class ExplorerPage(LabPage):
         for key in keys:
             handle.send_keys(key)
 
+    def all(self, selector: str) -> list:
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def height_of(self, selector: str) -> float:
+        """How far the lowest of these reaches below the top of the picture, in pixels."""
+        script = (
+            "const top = document.querySelector('.widget-html svg').getBoundingClientRect().top;"
+            "return Math.max(...[...document.querySelectorAll(arguments[0])].map("
+            "  e => e.getBoundingClientRect().bottom)) - top"
+        )
+        return self.driver.execute_script(script, selector)
+
+    def use_theme(self, name: str) -> None:
+        script = (
+            "const done = arguments[1]; window.jupyterapp.commands.execute("
+            "  'apputils:change-theme', {theme: arguments[0]}).then(() => done(), done)"
+        )
+        self.driver.execute_async_script(script, f"JupyterLab {name}")
+        self.until(lambda: self.driver.execute_script("return document.body.dataset.jpThemeName").endswith(name))
+
     def picture(self, name: str) -> None:
-        self.show(self.find(".widget-hslider", "cut 1"))
+        self.driver.execute_script("document.querySelector('.widget-html svg').scrollIntoView({block: 'start'})")
         super().picture(name)
 
 
@@ -86,7 +108,7 @@ def test_the_explorer_answers_to_sliders_and_buttons(lab):
     lab.wait("return document.querySelectorAll('.widget-html text.total').length == 2")
     start = lab.html()
     assert "This plan fits" in start
-    assert "GPU 0 T4" in start
+    assert "Best plan for speed" in start
     first = lab.totals()
     lab.picture("1-start")
 
@@ -110,7 +132,7 @@ def test_the_explorer_answers_to_sliders_and_buttons(lab):
     before = lab.html()
     lab.find("button", "best plan").click()
     lab.changed(before)
-    lab.wait("return document.body.innerText.includes('Best plan for speed')")
+    lab.wait("return document.body.innerText.includes('This is the best plan for speed')")
     lab.find("button", "use this map").click()
     lab.wait("return document.body.innerText.includes('explorer.chosen')")
     lab.picture("4-best-plan")
@@ -123,8 +145,38 @@ def test_the_explorer_answers_to_sliders_and_buttons(lab):
     assert [int(place) for place in places].count(0) == int(cut[1]) + 1
 
 
+@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("width", [1400, 700])
+def test_pictures_come_first_and_need_no_ground_of_their_own(lab, theme, width):
+    """Runs after the test above. Four GPUs are the tallest picture."""
+    from selenium.webdriver.common.keys import Keys
+
+    lab.use_theme(theme)
+    if lab.driver.execute_script("return document.querySelector('#jp-left-stack').offsetWidth > 0"):
+        run_command(lab.driver, "application:toggle-left-area")
+    lab.driver.set_window_size(width, 900)
+    lab.slide("GPUs", [Keys.END])
+    lab.wait("return document.querySelectorAll('.widget-html text.total').length == 4")
+    lab.picture(f"5-{theme}-{width}-four")
+    seen = lab.driver.execute_script(
+        "return document.querySelector('.jp-WindowedPanel-outer, .jp-Notebook').clientHeight"
+    )
+    assert lab.height_of(".widget-html .verdict") < 0.75 * seen, "the whole picture, with room for a slider below it"
+    assert lab.height_of(".widget-html svg") < lab.height_of(".widget-hslider")
+    letters, ground = lab.driver.execute_script(
+        "const css = name => getComputedStyle(document.querySelector(name));"
+        "return [css('.widget-html svg text.total').fill, css('.widget-html svg').backgroundColor]"
+    )
+    assert ground == "rgba(0, 0, 0, 0)"
+    bright = [int(part) for part in re.findall(r"\d+", letters)[:3]]
+    assert min(bright) > 150 if theme == "Dark" else max(bright) < 110
+    lab.slide("GPUs", [Keys.HOME, Keys.ARROW_RIGHT])
+    lab.wait("return document.querySelectorAll('.widget-html text.total').length == 2")
+    lab.picture(f"5-{theme}-{width}-two")
+
+
 def test_the_monitor_moves_while_its_cell_runs(lab):
-    """Runs after the test above, in the same notebook: the last cell but one, without waiting for its end."""
+    """Runs after the tests above, in the same notebook: the last cell but one, without waiting for its end."""
     lab.driver.execute_script(
         "const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = nb.widgets.length - 2;"
         "window.seen = new Set(); window.watching = setInterval(() => {"

@@ -2,7 +2,9 @@
 
 import ast
 import re
+import threading
 import time
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -13,19 +15,22 @@ from hypothesis import strategies as st
 matplotlib.use("Agg")
 
 from glmhelpers.cost_model.block_memory import block_cost
-from glmhelpers.cost_model.gpus import CATALOGUE
+from glmhelpers.cost_model.gpus import CATALOGUE, find_gpu
 from glmhelpers.cost_model.sizes import LORA_TARGETS
 from glmhelpers.cost_model.step_memory import OUTSIDE, TERMS
 from glmhelpers.devicemap import check_device_map, plan_device_map
 from glmhelpers.plots import device_map as plots_map
 from glmhelpers.plots import memory_bars
 from glmhelpers.plots import style as plots
+from glmhelpers.plots.memory_bars import FEW_PARTS
 from glmhelpers.utils.units import GIB
-from glmhelpers.widgets.explorer import Explorer, compact_map
+from glmhelpers.widgets.explorer import Explorer
 from glmhelpers.widgets.explorer_state import Explored, equal_cuts
-from glmhelpers.widgets.explorer_svg import bars_svg, schedule_svg
+from glmhelpers.widgets.explorer_svg import plan_svg
+from glmhelpers.widgets.explorer_words import Measured, compact_map
 from glmhelpers.widgets.monitor import Monitor, Reading, read_devices
 
+SVG = "{http://www.w3.org/2000/svg}"
 PUBLISHED = {
     "num_layers": 28,
     "hidden_size": 4096,
@@ -127,10 +132,10 @@ def test_equal_cuts():
 
 def test_controls_and_state_follow_each_other():
     explorer = Explorer(PUBLISHED)
-    bars = explorer.bars.value
+    before = explorer.drawing.value
     explorer.cuts[0].value = 20
     assert explorer.state.cuts == (20,)
-    assert explorer.bars.value != bars
+    assert explorer.drawing.value != before
     assert [explorer.device_map[f"transformer.layers.{layer}"] for layer in (19, 20)] == [0, 1]
     explorer.controls["batch_size"].value = 6
     explorer.controls["micro_batches"].value = 6
@@ -154,7 +159,8 @@ def test_best_plan_button_gives_the_planners_plan():
         assert explorer.device_map == plan.device_map
         assert explorer.plan.peak_bytes == plan.peak_bytes
         assert explorer.plan.seconds == pytest.approx(plan.seconds)
-        assert f"Best plan for {objective}" in explorer.message.value
+        assert f"This is the best plan for {objective}" in explorer.message.value
+        assert (explorer.best_button.icon, explorer.best_button.button_style) == ("check", "success")
     explorer.use_button.click()
     assert explorer.chosen == plan.device_map
     explorer.set(batch_size=128, seq_length=2048)
@@ -163,15 +169,20 @@ def test_best_plan_button_gives_the_planners_plan():
     explorer.best_button.click()
     assert "short by" in explorer.message.value
     assert explorer.state == before
+    assert explorer.best_button.icon == ""
 
 
 def test_static_forms_for_places_without_widgets():
     explorer = Explorer(PUBLISHED)
     bundle = explorer._repr_mimebundle_()
-    assert "<svg" in bundle["text/html"]
+    picture = ElementTree.fromstring(bundle["image/svg+xml"])
+    assert "GPU 0 (T4): blocks 0-13" in picture.findtext(f"{SVG}title")
+    assert "background:white" in picture.get("style")
+    assert "This plan fits." in [text.text for text in picture.iter(f"{SVG}text")]
     assert "GPU 0 (T4): blocks 0-13" in bundle["text/plain"]
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.box.model_id
-    assert explorer.picture().get_xlabel() == "GiB"
+    assert explorer.picture().data == bundle["image/svg+xml"]
+    assert "white;" not in explorer.drawing.value, "a white box in a dark page"
 
 
 def test_compact_map_names_every_run():
@@ -181,16 +192,112 @@ def test_compact_map_names_every_run():
     ast.literal_eval(re.sub(r' to "[.\d]+"', "", text))
 
 
-def test_svg_is_well_formed_and_adds_up():
-    plan = plan_device_map(PUBLISHED, ["T4", "P100"], 16, 1024)
-    svg = bars_svg(plan.with_outside, ["GPU 0 <a>", "GPU 1"], plan.usable_bytes)
-    root = ElementTree.fromstring(svg)
-    sizes = [float(re.search(r"([\d.]+) GiB", title.text)[1]) for title in root.iter("title")]
+def numbers(root, label, where):
+    """Of all parts with this label: the number before GiB, block or s in what they say to the pointer."""
+    said = [title.text for title in root.iter(f"{SVG}title") if title.text.startswith(label)]
+    return [float(re.search(where, text)[1]) for text in said]
+
+
+@pytest.mark.parametrize("gpus", [["T4", "P100"], ["H100"] * 4, ["T4"]])
+def test_the_picture_is_well_formed_and_adds_up(gpus):
+    plan = plan_device_map(PUBLISHED, gpus, 8, 1024)
+    root = ElementTree.fromstring(plan_svg(plan, words=["<words>"]))
+    sizes = [size for group in FEW_PARTS for size in numbers(root, f"{group.label}:", r"([\d.]+) GiB")]
     assert sum(sizes) == pytest.approx(sum(plan.total_bytes) / GIB, abs=0.02)
-    texts = [text.text for text in root.iter("text") if text.get("class") == "total"]
+    texts = [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "total"]
     pairs = zip(plan.total_bytes, plan.usable_bytes, strict=True)
     assert texts == [f"{total / GIB:.2f} of {usable / GIB:.2f} GiB" for total, usable in pairs]
-    ElementTree.fromstring(schedule_svg(plan.schedule, ["GPU 0", "GPU 1"]))
+    homes = numbers(root, "transformer.layers.", r"GPU (\d)")
+    assert homes == [gpu for gpu, blocks in enumerate(plan.blocks) for _ in blocks]
+    busy = numbers(root, "forward:", r"([\d.]+) s") + numbers(root, "backward:", r"([\d.]+) s")
+    assert sum(busy) == pytest.approx(sum(task.end - task.start for task in plan.schedule), abs=0.05)
+    assert root.findtext(f"{SVG}title").startswith("<words> batch 8 x 1024")
+
+
+def outlines(drawing):
+    root = ElementTree.fromstring(drawing)
+    return [each for each in root.iter() if each.get("class") == "best"], drawing.count('fill="white" stroke="black"')
+
+
+def test_the_best_plan_is_an_outline_and_a_sentence():
+    explorer = Explorer(PUBLISHED)
+    best = plan_device_map(PUBLISHED, ["T4", "T4"], 4, 1024)
+    found, _ = outlines(explorer.drawing.value)
+    assert len(found) == 4, "the cut, two bars and the end of the step"
+    widths = [float(each.get("width")) for each in found if each.tag == f"{SVG}rect"]
+    limit = 600 - 64 - 118
+    assert widths == pytest.approx([total / (14.75 * GIB) * limit for total in best.total_bytes], abs=0.1)
+    more = (max(best.total_bytes) - max(explorer.plan.total_bytes)) / GIB
+    less = explorer.plan.seconds - best.seconds
+    assert f"holds {more:.2f} GiB more, its step takes {less:.2f} s shorter" in explorer.message.value
+    explorer.best_button.click()
+    assert outlines(explorer.drawing.value)[0] == []
+    explorer.objective.value = "memory"
+    explorer.set(cuts=(3,))
+    assert "Best plan for memory (15 | 13 blocks" in explorer.message.value
+
+
+def test_what_was_measured_is_a_diamond_at_its_own_plan_only():
+    plan = plan_device_map(PUBLISHED, ["T4", "T4"], 4, 1024, "memory", label_share=0.5)
+    explorer = Explorer(PUBLISHED, measured=Measured(plan, [7 * GIB, 8 * GIB], 3.5, "a machine"))
+    assert outlines(explorer.drawing.value)[1] == 0
+    explorer.measured_button.click()
+    assert explorer.plan.peak_bytes == plan.peak_bytes
+    assert explorer.device_map == plan.device_map
+    assert outlines(explorer.drawing.value)[1] == 4, "two bars, the step, the legend"
+    peaks = " and ".join(f"{size / GIB:.2f}" for size in plan.peak_bytes)
+    words = (
+        f"a machine: peak 7.00 and 8.00 GiB, predicted {peaks} GiB; a step took 3.50 s, predicted {plan.seconds:.2f} s"
+    )
+    assert words in explorer.message.value
+    explorer.cuts[0].value = 5
+    assert outlines(explorer.drawing.value)[1] == 0
+    assert Explorer(PUBLISHED).measured_button.layout.display == "none"
+
+
+def test_a_plan_becomes_a_state_and_the_same_plan_again():
+    for gpus, objective in ((["T4"] * 3, "speed"), (["H100"], "memory"), ([find_gpu("12GiB")] * 2, "speed")):
+        plan = plan_device_map(PUBLISHED, gpus, 12, 512, objective, lora_rank=16, label_share=0.3)
+        again = Explored.of(plan).plan
+        assert (again.device_map, again.peak_bytes, again.seconds) == (plan.device_map, plan.peak_bytes, plan.seconds)
+    with pytest.raises(ValueError, match="T4, P100: make one for equal GPUs"):
+        Explored.of(plan_device_map(PUBLISHED, ["T4", "P100"], 4, 512))
+
+
+def test_a_card_of_this_machine_can_be_explored():
+    card = replace(find_gpu("T4"), memory=14 * GIB)
+    explorer = Explorer(PUBLISHED, gpu=card)
+    assert explorer.plan.usable_bytes == [14 * GIB] * 2
+    assert "T4 of this machine" in explorer.controls["gpu"]._options_labels
+    plan = plan_device_map(PUBLISHED, [card, card], 4, 1024)
+    other = Explorer(PUBLISHED, measured=Measured(plan, plan.peak_bytes))
+    other.measured_button.click()
+    assert other.controls["gpu"].value == card
+
+
+def test_one_change_is_drawn_once_and_the_late_best_plan_once_more(monkeypatch):
+    explorer, drawn = Explorer(PUBLISHED), []
+    explorer.drawing.observe(lambda change: drawn.append(change["new"]), "value")
+    for move in range(15, 20):
+        explorer.cuts[0].value = move
+    assert len(drawn) == 5
+    ready, planned = threading.Event(), Explored.best
+
+    def late(state, objective):
+        assert ready.wait(60)
+        return planned(state, objective)
+
+    monkeypatch.setattr(Explored, "best", late)
+    explorer.controls["batch_size"].value = 6
+    explorer.cuts[0].value = 12
+    explorer.controls["micro_batches"].value = 3
+    assert len(drawn) == 8, "pictures wait for no planner"
+    assert "Best plan" not in explorer.message.value
+    ready.set()
+    explorer.set(batch_size=6)  # the same from code, which waits
+    assert "Best plan for speed" in explorer.message.value
+    explorer._planner.shutdown()
+    assert len(drawn) == 9
 
 
 def test_every_term_has_a_look_of_its_own():

@@ -1,0 +1,73 @@
+"""Runs of many processes: the Trainer's losses, adapter and checkpoints, taken up by each other."""
+
+import json
+
+import pytest
+import torch
+
+from glmhelpers.lora.adapter import load_adapter, save_adapter
+from tests.helpers.one_process import matrices, one_run
+from tests.helpers.process_cases import TINY
+from thuglm import ChatGLMForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def right(runs):
+    """(losses, model) of one process that was never stopped."""
+    log, model = one_run(runs, "unbroken")
+    return [entry["loss"] for entry in log], model
+
+
+def close(found, wanted):
+    """Adam enlarges rounding: one process differs as much from itself when it cuts its batches otherwise."""
+    return all((found[name] - wanted[name]).norm() <= 5e-5 * wanted[name].norm() for name in wanted)
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in json.loads((folder / "losses.json").read_text())]
+
+
+@pytest.mark.parametrize("name", ["two", "begun_by_one"])
+def test_run_has_losses_and_adapter_of_the_trainer(name, results, runs, right):
+    losses, model = right
+    # The Trainer writes four digits.
+    assert losses_of(runs / name) == pytest.approx(losses, abs=2e-4)
+    base = ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    loaded = matrices(load_adapter(base, runs / name / "adapter", "chatglm"))
+    wanted = matrices(model)
+    assert sorted(loaded) == sorted(wanted)
+    assert close(loaded, wanted)
+
+
+def test_trainer_goes_on_from_a_checkpoint_of_many(results, runs, right, capsys):
+    losses, model = right
+    log, finished = one_run(runs, "handed_over")
+    assert "goes on from step 4 of 12" in capsys.readouterr().out
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, abs=2e-4)
+    assert close(matrices(finished), matrices(model))
+
+
+def test_folder_is_the_one_that_one_process_saves(results, runs, right, tmp_path):
+    save_adapter(right[1], tmp_path / "adapter")
+    ours, one = (
+        {path.name: path for path in folder.iterdir()} for folder in (runs / "two" / "adapter", tmp_path / "adapter")
+    )
+    assert sorted(ours) == sorted(one)
+    configs = [json.loads(files["adapter_config.json"].read_text()) for files in (ours, one)]
+    assert configs[0] == configs[1]
+    notes = [json.loads(files["course.json"].read_text()) for files in (ours, one)]
+    assert notes[0]["base"] == notes[1]["base"]
+    assert notes[0]["template"] == notes[1]["template"]
+
+
+def test_overflow_on_one_rank_makes_all_skip_the_step(results):
+    ranks = results["overflow"]
+    first, second = zip(*ranks, strict=True)
+    assert [(taken, scale, moved) for taken, scale, _, moved in first] == [(False, 512.0, 0.0)] * 4
+    assert all(taken and scale == 512.0 and moved > 0 for taken, scale, _, moved in second)
+    # One norm for all: what both stages of a pipeline move by is the learning rate times the clipped norm.
+    assert len({norm for _, _, norm, _ in second}) == 1
+    assert second[0][2] > 0.5
+    moved = [moved for *_, moved in second]
+    assert (moved[0] ** 2 + moved[1] ** 2) ** 0.5 == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert moved[:2] == pytest.approx(moved[2:], rel=1e-6)
