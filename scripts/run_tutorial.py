@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import cell_coverage
-import chinese_edition
-import chinese_figures
 import nbformat
 from clean_notebook import clean, keep_committed
 from nbclient import NotebookClient
@@ -178,12 +176,15 @@ def run(
     os.environ.update(SETTINGS, GLM_OUTPUT=str(output))
     if weights is not None:
         os.environ["GLM_WEIGHTS"] = str(weights)
-    extension = cell_coverage.EXTENSION if weights else chinese_figures.EXTENSION if write else ""
+    extension = cell_coverage.EXTENSION if weights else "chinese_figures" if write else ""
     if extension:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT / "scripts"), str(PROJECT)])
     met = build / "figure_words.jsonl"
     met.unlink(missing_ok=True)
-    os.environ[chinese_figures.FILE_VARIABLE] = str(met)
+    os.environ["GLM_FIGURE_WORDS"] = str(met)
+
+    if write:
+        import chinese_edition  # with Babel, which only those need who write
 
     outcomes, executed, chinese = [], [], {}
     for path in paths:
@@ -206,7 +207,8 @@ def run(
         outcome = Outcome(path.stem, time.perf_counter() - start, _read_result(output, path.stem))
         print(f" {outcome.seconds:.1f} s", flush=True)
         clean(notebook, project, output)
-        chinese[path] = chinese_edition.take_pictures(notebook)
+        if write:
+            chinese[path] = chinese_edition.take_pictures(notebook)
         _write_text(build / path.name, _as_text(notebook))
         _write_text(build / f"{path.stem}.html", _as_html(notebook, path.stem))
         outcomes.append(outcome)
