@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZ
 SUITE := HF_ENDPOINT=http://127.0.0.1:9 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test test-oldest test-newest notebooks grown rehearsal clean
+.PHONY: help tutorial test test-oldest test-newest notebooks zh grown rehearsal clean
 
 help:
 	@echo "make tutorial     run notebooks 01 to 05 on the tiny checkpoint, on the CPU -> build/tutorial/"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-oldest  the suite on the oldest supported packages"
 	@echo "make test-newest  the suite on the newest packages that the ranges give today, without pins (torch stays)"
 	@echo "make notebooks    rewrite the committed notebooks with fresh outputs"
+	@echo "make zh           the Chinese edition from the English one and the translations in locale/"
 	@echo "make clean        remove everything that these commands made"
 
 tutorial: .venv/.installed
@@ -27,6 +28,11 @@ tutorial: .venv/.installed
 
 notebooks: .venv/.installed
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --write
+
+zh: .venv/.installed
+	@.venv/bin/python scripts/chinese_edition.py --update
+	@.venv/bin/python scripts/chinese_edition.py
+	@.venv/bin/python scripts/chinese_edition.py --check
 
 # Small enough for a CPU, and answers as the tiny checkpoint does.
 grown: .venv/.installed build/grown/weights/config.json

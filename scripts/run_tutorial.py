@@ -175,9 +175,18 @@ def run(
     output.mkdir(parents=True)
     os.environ.update(SETTINGS, GLM_OUTPUT=str(output))
     if weights is not None:
-        os.environ |= {"GLM_WEIGHTS": str(weights), "PYTHONPATH": str(PROJECT / "scripts")}
+        os.environ["GLM_WEIGHTS"] = str(weights)
+    extension = cell_coverage.EXTENSION if weights else "chinese_figures" if write else ""
+    if extension:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT / "scripts"), str(PROJECT)])
+    met = build / "figure_words.jsonl"
+    met.unlink(missing_ok=True)
+    os.environ["GLM_FIGURE_WORDS"] = str(met)
 
-    outcomes, executed = [], []
+    if write:
+        import chinese_edition  # with Babel, which only those need who write
+
+    outcomes, executed, chinese = [], [], {}
     for path in paths:
         print(f"{path.stem} ...", end="", flush=True)
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
@@ -188,7 +197,7 @@ def run(
                 notebook,
                 path.stem,
                 path.parent,
-                extension=cell_coverage.EXTENSION if weights else "",
+                extension=extension,
                 checks=checks.read_text(encoding="utf-8") if checks.is_file() else "",
             )
         except CellFailedError:
@@ -198,6 +207,8 @@ def run(
         outcome = Outcome(path.stem, time.perf_counter() - start, _read_result(output, path.stem))
         print(f" {outcome.seconds:.1f} s", flush=True)
         clean(notebook, project, output)
+        if write:
+            chinese[path] = chinese_edition.take_pictures(notebook)
         _write_text(build / path.name, _as_text(notebook))
         _write_text(build / f"{path.stem}.html", _as_html(notebook, path.stem))
         outcomes.append(outcome)
@@ -209,6 +220,7 @@ def run(
                 clean(committed, project, output)
                 keep_committed(notebook, committed)
             _write_text(path, _as_text(notebook))
+        chinese_edition.keep(chinese, met, project)
     return outcomes
 
 
