@@ -54,15 +54,17 @@ test: .venv/.installed
 	.venv/bin/mypy
 	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
+# What is marked "once" tests our own programs and files at length, not what packages changed: killed savers, launched
+# processes, benchmarks, the clouds.
 test-oldest: .venv-oldest/.installed .venv-lab3/.installed
-	$(SUITE) GLM_LAB3=.venv-lab3 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	$(SUITE) GLM_LAB3=.venv-lab3 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) -m "not once" $(TESTS)
 
 # Installed anew each time, since the newest of today is another tomorrow. torch is the one of the pins: no other build
 # of some GB is fetched for this. Where nothing of pyproject.toml is newer than the pins, `make test` was this test.
 test-newest:
 	@mkdir -p build && grep "^torch==" constraints.txt >build/torch.txt
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh .venv-newest build/torch.txt --upgrade
-	$(SUITE) .venv-newest/bin/python -m pytest $(PYTEST_ARGS) $$(.venv-newest/bin/python scripts/newest.py $(TESTS))
+	$(SUITE) .venv-newest/bin/python -m pytest $(PYTEST_ARGS) -m "not once" $$(.venv-newest/bin/python scripts/newest.py $(TESTS))
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .venv-lab3 build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -10,6 +10,8 @@ import pytest
 
 from glmhelpers.devicemap.plan import plan_device_map
 
+pytestmark = pytest.mark.once
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 

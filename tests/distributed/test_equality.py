@@ -8,6 +8,8 @@ from glmhelpers.training.pipeline import run_step
 from tests.helpers.process_cases import CASES, a_batch, draw_adapter
 from thuglm import ChatGLMForConditionalGeneration
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def expected(folders):

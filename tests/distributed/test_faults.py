@@ -15,6 +15,8 @@ from glmhelpers.distributed import launch, torchrun_command
 from glmhelpers.distributed.processes import OWN_STORE
 from tests.helpers.process_cases import PROJECT, TINY, a_job, free_ports
 
+pytestmark = pytest.mark.once
+
 FAULTY = ("-m", "tests.helpers.faulty_rank")
 
 

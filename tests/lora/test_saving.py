@@ -136,6 +136,7 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path):
     assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
+@pytest.mark.once
 def test_killed_at_any_moment_the_folder_holds_one_whole_adapter(tmp_path):
     folder, whole = tmp_path / "adapter", {1: trained(1), 2: trained(2)}
     save_adapter(whole[1], folder)
@@ -168,6 +169,7 @@ def test_a_move_that_was_cut_off_is_finished_also_where_nothing_can_be_written(t
     assert sorted(path.name for path in folder.iterdir()) == sorted(ADAPTER_FILES)
 
 
+@pytest.mark.once
 def test_two_processes_that_save_into_one_folder_never_mix(tmp_path):
     folder = tmp_path / "adapter"
     processes = [saver(folder, str(seed), 25) for seed in (1, 2)]

@@ -26,9 +26,12 @@ from thuglm import ChatGLMForConditionalGeneration
 PROJECT = Path(__file__).resolve().parents[2]
 GIT = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
 
-pytestmark = pytest.mark.skipif(
-    not (PROJECT / ".git").exists(), reason="not a git checkout: there is nothing to fetch the project from"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (PROJECT / ".git").exists(), reason="not a git checkout: there is nothing to fetch the project from"
+    ),
+    pytest.mark.once,
+]
 slow = pytest.mark.skipif(os.environ.get("GLM_CLOUDS") != "all", reason="takes minutes: GLM_CLOUDS=all runs it")
 
 

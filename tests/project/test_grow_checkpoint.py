@@ -23,6 +23,8 @@ from tests.helpers.hub_server import Hub
 from tests.helpers.storage_tracker import StorageTracker
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
+pytestmark = pytest.mark.once
+
 DATA = TINY.parent
 LEARNED, SPECIAL = 1200, 344
 TINY_CONFIG = ChatGLMConfig.from_pretrained(TINY)
