@@ -172,25 +172,3 @@ def draw_compared(
     )
     describe(axes, f"Predicted and measured peaks in GiB: {pairs}.")
     return axes
-
-
-def draw_limits(lengths: Sequence[int], batches: Mapping[str, Sequence[int]], axes: Axes | None = None) -> Axes:
-    """Largest batch against length, one line for each set of GPUs."""
-    axes = axes or plt.subplots()[1]
-    for (name, rows), style in zip(batches.items(), ("-o", "--s", ":^", "-.v"), strict=False):
-        # Where not a single row fits there is no point: a logarithm knows no 0.
-        some = [(length, most) for length, most in zip(lengths, rows, strict=True) if most]
-        axes.plot([length for length, _ in some], [most for _, most in some], style, markersize=4, label=name)
-    axes.set(xlabel="tokens in a row", ylabel="most rows in a step", yscale="log", xscale="log")
-    axes.set_xticks(list(lengths), [str(length) for length in lengths])
-    ends = [most for rows in batches.values() for most in rows if most] or [1]
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if min(ends) <= tick <= max(ends)]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.legend()
-    most = "; ".join(
-        f"{name}: {', '.join(f'{rows} of {length}' for length, rows in zip(lengths, each, strict=True))}"
-        for name, each in batches.items()
-    )
-    describe(axes, f"Most rows in a step, and their tokens. {most}.")
-    return axes

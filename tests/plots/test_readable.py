@@ -83,7 +83,6 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "draw_example, 40 tokens": lambda _: plots.draw_example(example(13), tokenizer(), TOY),
     "draw_interference": lambda _: plots.draw_interference(stored("interference_ablation")),
     "draw_lengths": lambda _: plots.draw_lengths(Counter({10: 5, 20: 3, 600: 1}), 32),
-    "draw_limits": lambda _: plots.draw_limits([256, 512], {"one T4": [40, 20], "two T4": [200, 90]}),
     "draw_loading": lambda _: plots.draw_loading([2 * 10**9] * 8, 12 * 10**9, 10**8, 10**9),
     "draw_lora": lambda _: plots.draw_lora(4096, 3 * 4096, 8),
     "draw_map": lambda _: plots.draw_map(plan().device_map),
