@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from glmhelpers.devicemap.check import part_names
 from glmhelpers.distributed.plan import ProcessPlan, even_blocks
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import COUNTED
@@ -117,11 +118,10 @@ class Job:
         if sum(blocks) != layers:
             raise ValueError(f"blocks {self.blocks!r} add up to {sum(blocks)}, the model has {layers}")
         ends = [gpu for gpu, count in enumerate(blocks) for _ in range(count)]
-        names = {f"transformer.layers.{block}": gpu for block, gpu in enumerate(ends)}
-        others = {"transformer": ends[0] if ends else 0, "transformer.final_layernorm": ends[-1], "lm_head": ends[-1]}
+        homes = dict(zip(part_names(layers), [ends[0], *ends, ends[-1], ends[-1]], strict=True))
         chosen = int(self.checkpointed) if self.checkpointed.isdecimal() else self.checkpointed
         cut = {"micro_batches": self.micro_batches, "stages_per_rank": self.stages_per_rank}
-        return ProcessPlan.of({**others, **names}, layers, self.schedule, chosen, **cut)
+        return ProcessPlan.of(homes, layers, self.schedule, chosen, **cut)
 
     def training_arguments(self) -> SimpleNamespace:
         """What `run_settings` and guards read of `TrainingArguments`, with the values it would have.

@@ -1,4 +1,4 @@
-"""Calibration: what this machine's GPUs and its host really need, in about three seconds, for the planner.
+"""Calibration: what this machine's GPUs and its host really need, in some seconds, for the planner.
 
     matrix products   the four matrices of a block, 2048 tokens    -> matrix_share     of the datasheet's rate
     real blocks       forward f and backward b with adapters, on   -> attention_share  two equations, two unknowns:
@@ -70,7 +70,8 @@ class Calibration:
 def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     """Measure the GPUs and the host of this machine, or take what was kept of an earlier time.
 
-    Needs some 1.5 GB on each GPU for three seconds; call it before a model is loaded.
+    Needs some 1.5 GB on each GPU for some seconds (7 on the one H100 where it was timed): call it before a model is
+    loaded.
 
     Args:
         config: ChatGLMConfig whose shapes the products have; None: those of ChatGLM-6B.
