@@ -3,7 +3,7 @@
     tiny checkpoint --> grown to 13.4 GB --> a server on loopback, in the place of the hub
                                                  |  notebook 01 downloads from it
     for each road                                v
-      2 GPUs, each looks like a T4      a copy of the project, thuglm/ without weights --> 01 .. 05 --> table
+      2 GPUs, each looks like a T4      a copy of the project, thuglm/ without weights --> 01 .. 06 --> table
       1 GPU  and 12.7 GB of host memory
 
     python benchmarks/rehearsal.py                          # both roads, as far as there are GPUs

@@ -29,6 +29,7 @@ NOT_NEEDED = {
     "02": SCORES,
     "03": SCORES | {"datasets"},
     "04": SCORES,
+    "06": SCORES,
     "solutions": SCORES,
     **dict.fromkeys("ABCD", SCORES),
 }

@@ -10,7 +10,15 @@ from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpu, find_gpus, gpus
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import predict
-from glmhelpers.cost_model.step_time import StageTime, block_seconds, busy_share, schedule, stage_seconds, step_seconds
+from glmhelpers.cost_model.step_time import (
+    StageTime,
+    Task,
+    block_seconds,
+    busy_share,
+    schedule,
+    stage_seconds,
+    step_seconds,
+)
 
 __all__ = [
     "CATALOGUE",
@@ -20,6 +28,7 @@ __all__ = [
     "Shape",
     "Stage",
     "StageTime",
+    "Task",
     "block_cost",
     "block_seconds",
     "busy_share",

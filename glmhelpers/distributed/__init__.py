@@ -10,6 +10,20 @@ what and how  notebook, shell              the Trainer's losses and checkpoints
 from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.launch import launch, torchrun_command
 from glmhelpers.distributed.plan import ProcessPlan, even_blocks
-from glmhelpers.distributed.processes import StartError
+from glmhelpers.distributed.processes import Processes, StartError, make_mesh
+from glmhelpers.distributed.stage import build_stage
+from glmhelpers.distributed.step import PipelineStep, my_rows
 
-__all__ = ["Job", "ProcessPlan", "StartError", "even_blocks", "launch", "torchrun_command"]
+__all__ = [
+    "Job",
+    "PipelineStep",
+    "ProcessPlan",
+    "Processes",
+    "StartError",
+    "build_stage",
+    "even_blocks",
+    "launch",
+    "make_mesh",
+    "my_rows",
+    "torchrun_command",
+]

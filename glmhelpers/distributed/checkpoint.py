@@ -26,7 +26,8 @@ from transformers import TrainerState
 from glmhelpers.distributed.processes import Processes
 from glmhelpers.distributed.stage import StageModule
 from glmhelpers.lora.adapter import write_peft_files
-from glmhelpers.lora.attach import adapter_weights, fill_adapter
+from glmhelpers.lora.adapter_files import AdapterFiles
+from glmhelpers.lora.attach import adapter_weights, digest_of, fill_adapter, origin_of
 from glmhelpers.lora.fingerprint import note_of, weight_samples
 from glmhelpers.training.checkpoint_manager import (
     STATE,
@@ -57,6 +58,43 @@ def base_of(stages: list[StageModule], processes: Processes) -> dict[str, Any]:
     weights = [weight for part in in_order(everybody) for weight in part]
     net: Any = stages[0].model.get_base_model()
     return note_of([(name, shape, partial(torch.clone, found)) for name, shape, found in weights], net.config)
+
+
+def settings_of(files: AdapterFiles) -> dict[str, Any]:
+    """Arguments of `build_stage` for an adapter to go on from.
+
+    Raises:
+        ValueError: blocks or layers of it have settings of their own.
+    """
+    config = files.lora_config(trainable=True)
+    targets = tuple(sorted(config.target_modules or ()))
+    settings = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "targets": targets}
+    own = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora")
+    if name := next((name for name in own if getattr(config, name)), None):
+        raise ValueError(f"the adapter {files.name} has {name}: only one process goes on from it, with `train`")
+    return settings
+
+
+def start_from(files: AdapterFiles, stages: list[StageModule], base: Mapping[str, Any]) -> None:
+    """Fill this rank's stages with an adapter of a finished training, and note that they start from it.
+
+    Args:
+        stages: of this rank, made with `settings_of` the adapter.
+        base: `base_of`.
+
+    Raises:
+        ValueError: it belongs to another base, or its tensors do not fit.
+    """
+    layers, block = base["sizes"]["num_layers"], stages[0].cut.blocks[0]
+    net: Any = stages[0].model.get_base_model()
+    rests = [name for name, _ in net.transformer.layers[block].named_modules() if name]
+    files.check_base(base, [f"transformer.layers.{number}.{rest}" for number in range(layers) for rest in rests])
+    for stage in stages:
+        here = {name: x for name, x in files.tensors.items() if int(name.split(".")[4]) in stage.cut.blocks}
+        fill_adapter(stage.model, here, files.name)
+    order = whole_order(list(adapter_weights(stages[0].model)), files.tensors)
+    for stage in stages:
+        origin_of(stage.model).starts_from = f"loaded, {digest_of((name, files.tensors[name]) for name in order)}"
 
 
 class Store:

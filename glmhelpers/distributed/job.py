@@ -23,7 +23,7 @@ from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import COUNTED
 from thuglm.chunked_loss import DEFAULT_CHUNK
 
-OWN_TO_A_NODE = ("folder", "rows", "output", "adapter")
+OWN_TO_A_NODE = ("folder", "rows", "output", "adapter", "start_from", "eval_rows")
 """Fields that may differ from machine to machine: where things lie."""
 
 
@@ -33,7 +33,9 @@ class Job:
 
     Attributes:
         folder: checkpoint of the base; rows: JSON Lines file as `convert_alpaca` writes it; output: where checkpoints
-            go; adapter: where the finished adapter goes, by default output/adapter. On each machine.
+            go; adapter: where the finished adapter goes, by default output/adapter; start_from: an adapter's folder to
+            go on from, whose own rank, alpha, dropout and targets then hold; eval_rows: rows for the evaluation loss.
+            On each machine.
         device: "cuda", "cpu", or "auto": GPUs where there are some.
         blocks: blocks of each rank of a pipeline, "15,13"; by default one pipeline of all processes, evenly.
         schedule, stages_per_rank, micro_batches: see `ProcessPlan`.
@@ -41,10 +43,11 @@ class Job:
         loss_chunk: rows of logits alive at once.
         rows_per_step: of all pipelines together.
         max_steps ... seed: as in `TrainingArguments`.
-        r, alpha, dropout, targets, adapter_seed: see `attach_lora`; targets separated by commas.
+        lora_rank, alpha, dropout, targets, adapter_seed: see `attach_lora`; targets separated by commas.
         template, max_length: see `encode_file`; 0: no limit.
         save_steps, minutes, save_total_limit: a checkpoint after so many steps, and when so many minutes have passed.
         logging_steps: a line for the mean loss of so many steps.
+        eval_steps: the evaluation loss after so many steps; 0: after the last one only.
         timeout: seconds that a process waits for another one.
     """
 
@@ -52,6 +55,8 @@ class Job:
     rows: str
     output: str
     adapter: str = ""
+    start_from: str = ""
+    eval_rows: str = ""
     device: str = "auto"
     blocks: str = ""
     schedule: str = "1F1B"
@@ -67,7 +72,7 @@ class Job:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
-    r: int = 8
+    lora_rank: int = 8
     alpha: float = 32
     dropout: float = 0.1
     targets: str = "query_key_value"
@@ -78,6 +83,7 @@ class Job:
     minutes: float = 10.0
     save_total_limit: int = 2
     logging_steps: int = 10
+    eval_steps: int = 0
     timeout: float = 600.0
 
     @property

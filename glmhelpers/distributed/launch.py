@@ -57,9 +57,11 @@ def refuse_job(job: Job, processes: int) -> None:
     Raises:
         StartError: one sentence that says what is wrong and what to do.
     """
-    for path in (Path(job.folder) / "config.json", Path(job.rows)):
+    for path in (Path(job.folder) / "config.json", *map(Path, filter(None, (job.rows, job.eval_rows)))):
         if not path.is_file():
             raise StartError(f"{path} is not there: give the base's folder and a file of rows (notebooks 01 and 02)")
+    if job.start_from and not Path(job.start_from).is_dir():
+        raise StartError(f"{job.start_from} is not there: give an adapter's folder, or nothing for a fresh adapter")
     if processes < 1:
         raise StartError(f"{processes} processes were asked for: one is the least")
     if job.on_gpu and processes > torch.cuda.device_count():

@@ -11,23 +11,24 @@ Every rank runs this loop and comes to the same decisions from the same numbers,
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, get_scheduler
 
-from glmhelpers.distributed.checkpoint import Store, base_of
+from glmhelpers.distributed.checkpoint import Store, base_of, settings_of, start_from
 from glmhelpers.distributed.job import OWN_TO_A_NODE, Job
 from glmhelpers.distributed.processes import Processes, StartError, agree, facts_here
 from glmhelpers.distributed.stage import build_stage
 from glmhelpers.distributed.step import PipelineStep, make_scaler, update
 from glmhelpers.lora.adapter import write_adapter
+from glmhelpers.lora.adapter_files import read_adapter
 from glmhelpers.lora.attach import adapter_weights
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_file
-from glmhelpers.training.checkpoint_manager import last_complete, run_folder, run_settings, write_settings
+from glmhelpers.training.checkpoint_manager import last_complete, rows_digest, run_folder, run_settings, write_settings
 from glmhelpers.training.guards import Guard, refuse_rows
 from glmhelpers.training.trainer import SameOrderSampler
 from glmhelpers.utils.files import whole_file
@@ -65,6 +66,12 @@ class Batches:
         return self.collator([self.dataset[row] for row in rows])
 
 
+def in_order(dataset: Any, collator: Any, size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of `size` rows, as they stand in the file."""
+    for start in range(0, len(dataset), size):
+        yield collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
+
+
 def seed_of(seed: int, step: int, rank: int) -> int:
     """A seed of its own for every step and rank, the same in every attempt."""
     return (seed * 1_000_003 + step) * 65_536 + rank
@@ -90,16 +97,26 @@ def train(job: Job, processes: Processes) -> list[dict[str, Any]]:
         raise StartError(str(error)) from None
     dataset = encode_file(job.rows, tokenizer, template=job.template, max_length=job.max_length or None)
     refuse_rows(dataset, "to train on")
+    held_out = encode_file(job.eval_rows, tokenizer, template=job.template) if job.eval_rows else None
+    if held_out is not None:
+        refuse_rows(held_out, "for evaluation")
     targets = tuple(job.targets.split(","))
-    lora: dict[str, Any] = {"r": job.r, "alpha": job.alpha, "dropout": job.dropout, "targets": targets}
+    lora: dict[str, Any] = {"r": job.lora_rank, "alpha": job.alpha, "dropout": job.dropout, "targets": targets}
+    adapter = read_adapter(job.start_from) if job.start_from else None
+    if adapter is not None:
+        lora = settings_of(adapter)
     stages = [
         build_stage(job.folder, plan, cut, processes.device, job.dtype, seed=job.adapter_seed, **lora)
         for cut in plan.stages
         if cut.rank == processes.stage_rank
     ]
     args, base = job.training_arguments(), base_of(stages, processes)
+    if adapter is not None:
+        start_from(adapter, stages, base)
     settings = run_settings(stages[0].model, dataset, args, base["fingerprint"])
-    agree({"base": base["fingerprint"], "rows": settings["rows_digest"]})
+    kept = rows_digest(held_out)[1] if held_out is not None else "none"
+    same = {"base": base["fingerprint"], "adapter": settings["starts_from"], "rows": settings["rows_digest"]}
+    agree(same | {"rows for evaluation": kept})
 
     parameters = [weight for stage in stages for weight in adapter_weights(stage.model).values()]
     # As the Trainer has it: two groups, of which the second is for biases, and LoRA has none.
@@ -125,7 +142,8 @@ def train(job: Job, processes: Processes) -> list[dict[str, Any]]:
         control: Any = TrainerControl()
         state = TrainerState(max_steps=job.max_steps, stateful_callbacks=[control])
         window = {"sum": 0.0, "logged": 0}
-        say(f"{folder.name} begins: {world} processes, {processes.pipelines} x {plan}", flush=True)
+        pipelines = "1 pipeline" if processes.pipelines == 1 else f"{processes.pipelines} pipelines"
+        say(f"{folder.name} begins: {world} processes, {pipelines} of {plan}", flush=True)
     else:
         say(f"{folder.name} goes on from step {state.global_step} of {state.max_steps}", flush=True)
     state.logging_steps, state.save_steps, state.train_batch_size = job.logging_steps, job.save_steps, job.rows_per_step
@@ -133,7 +151,12 @@ def train(job: Job, processes: Processes) -> list[dict[str, Any]]:
     while state.global_step < job.max_steps:
         torch.manual_seed(seed_of(job.seed, state.global_step, processes.rank))
         rate = scheduler.get_last_lr()[0]
-        loss, norm, taken = update(optimizer, engine(batches[state.global_step]), processes, scaler, job.max_grad_norm)
+        processes.at(state.global_step + 1, 0)
+        batch = batches[state.global_step]
+        processes.at(state.global_step + 1, 1)
+        share = engine(batch)
+        processes.at(state.global_step + 1, 2)
+        loss, norm, taken = update(optimizer, share, processes, scaler, job.max_grad_norm)
         state.global_step += 1
         guard.judge(loss, taken or scaler is not None, state.global_step, args)
         guard.count_skip(not taken, state.global_step, args)
@@ -147,7 +170,14 @@ def train(job: Job, processes: Processes) -> list[dict[str, Any]]:
             state.log_history.append({**entry, "step": state.global_step})
             window = {"sum": 0.0, "logged": state.global_step}
             say(f"step {state.global_step} of {job.max_steps}: loss {mean:.6f}, gradient norm {norm:.4f}", flush=True)
+        last = state.global_step == job.max_steps
+        if held_out is not None and (last or (job.eval_steps and state.global_step % job.eval_steps == 0)):
+            processes.at(state.global_step, 3)
+            mean = engine.evaluate(in_order(held_out, batches.collator, job.rows_per_step))
+            state.log_history.append({"eval_loss": mean, "epoch": state.epoch, "step": state.global_step})
+            say(f"step {state.global_step} of {job.max_steps}: evaluation loss {mean:.6f}", flush=True)
         if _due(job, state.global_step, saved, processes):
+            processes.at(state.global_step, 4)
             store.save(state, window)
             saved = time.monotonic()
     _write(job, store, base, settings)

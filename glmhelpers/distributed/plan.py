@@ -96,6 +96,11 @@ class ProcessPlan:
         chosen = tuple(block for block, marked in enumerate(marks) if marked)
         return cls(counts, schedule, checkpointed=chosen, **settings)
 
+    def __str__(self) -> str:
+        stages = "" if self.stages_per_rank == 1 else f", {self.stages_per_rank} stages on each rank"
+        blocks = " | ".join(map(str, self.blocks))
+        return f"{blocks} blocks, {self.schedule}{stages}, {self.micro_batches} micro-batches"
+
     @property
     def ranks(self) -> int:
         """Processes of one pipeline."""

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from glmhelpers.distributed.hang import Places
+
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
@@ -41,11 +43,13 @@ class Processes:
         mesh: ("dp", "pp"): pipelines, ranks of a pipeline.
         device: this rank's.
         local_rank: number of this process on its machine.
+        places: where all of them are; None: nobody looks whether one hangs.
     """
 
     mesh: DeviceMesh
     device: torch.device
     local_rank: int = 0
+    places: Places | None = None
 
     @property
     def rank(self) -> int:
@@ -66,6 +70,11 @@ class Processes:
     def stage_rank(self) -> int:
         """Its place in the pipeline."""
         return self.mesh["pp"].get_local_rank()
+
+    def at(self, step: int, doing: int) -> None:
+        """Tell where this process is, see `Places.at`."""
+        if self.places:
+            self.places.at(step, doing)
 
 
 def check_start(ranks: int, on_gpu: bool, environment: Mapping[str, str] | None = None) -> None:
@@ -119,9 +128,11 @@ def joined(ranks: int, on_gpu: bool, timeout: float) -> Iterator[Processes]:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    places = Places(store, rank, world, timeout)
     try:
-        yield Processes(make_mesh(ranks or dist.get_world_size(), device.type, patience), device, local)
+        yield Processes(make_mesh(ranks or world, device.type, patience), device, local, places)
     finally:
+        places.stop()
         dist.destroy_process_group()
 
 

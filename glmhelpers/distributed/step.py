@@ -13,7 +13,8 @@ gradients with the last micro-batch only. It divides by the number of pipelines,
 not sent at the start (`init_sync=False`): every rank has read the same files and drawn the same random numbers.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +75,12 @@ class PipelineStep:
         self.modules: list[Any] = list(stages)
         if processes.pipelines > 1:
             group = processes.mesh["dp"].get_group()
-            self.modules = [
-                DistributedDataParallel(stage, process_group=group, broadcast_buffers=False, init_sync=False)
-                for stage in stages
-            ]
+            with warnings.catch_warnings():  # of torch 2.13, whose successor of broadcast_buffers still sends them once
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+                self.modules = [
+                    DistributedDataParallel(stage, process_group=group, broadcast_buffers=False, init_sync=False)
+                    for stage in stages
+                ]
         self.shape: tuple[int, ...] | None = None
         self.num_items = 0
         self.losses: list[Tensor] = []
@@ -101,14 +104,45 @@ class PipelineStep:
         self.schedule.step(*given, target=target, return_outputs=False, ids=ids, attention_mask=mask)
         return torch.stack(self.losses).sum() if self.losses else torch.zeros((), device=device)
 
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
+        """Mean loss over all labels of these batches, the same on every rank; without dropout.
+
+        Parts are sent from stage to stage as they are done: a schedule is made for a forward *and* a backward pass.
+        """
+        group, ranks, device = self.processes.mesh["pp"].get_group(), self.plan.ranks, self.processes.device
+        total, parts = torch.zeros(2, dtype=torch.float64, device=device), self.plan.micro_batches
+        for batch in batches:
+            mine = my_rows(batch, self.processes.pipelines, self.processes.pipeline, parts)
+            for names in zip(*(tensor.chunk(parts) for tensor in mine.values()), strict=True):
+                part = dict(zip(mine, names, strict=True))
+                ids, mask = (to_device(part[name], device) for name in ("input_ids", "attention_mask"))
+                hidden = ids
+                for stage in self.stages:
+                    cut = stage.cut
+                    if not cut.first and ranks > 1:
+                        hidden = self._hidden(ids.shape, device)
+                        dist.recv(hidden, group=group, group_src=(cut.index - 1) % ranks)
+                    hidden = stage.eval()(hidden, ids, mask)
+                    stage.train()
+                    if cut.last:
+                        total[0] += stage.loss_sum(hidden, part["labels"], self.loss_chunk)
+                        total[1] += len(target_rows(part["labels"]))
+                    elif ranks > 1:
+                        dist.send(hidden.contiguous(), group=group, group_dst=(cut.index + 1) % ranks)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _hidden(self, shape: Sequence[int], device: torch.device | str, **settings: Any) -> Tensor:
+        """Room for the hidden states of rows of this shape, [B, L, H]."""
+        net: Any = self.stages[0].model.get_base_model()
+        return torch.empty(*shape, net.config.hidden_size, dtype=net.config.dtype, device=device, **settings)
+
     def _announce(self, shape: torch.Size) -> None:
         """Make the schedule for rows of this shape: receive buffers have the size of what is sent."""
         self.shape, parts = shape, self.plan.micro_batches
         rows, length = shape[0] // parts, shape[1]
-        net: Any = self.stages[0].model.get_base_model()
-        hidden = torch.empty(
-            rows, length, net.config.hidden_size, dtype=net.config.dtype, device="meta", requires_grad=True
-        )
+        hidden = self._hidden((rows, length), "meta", requires_grad=True)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         stages: list[Any] = [
             PipelineStage(

@@ -10,7 +10,7 @@ LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685) leaves each chosen matr
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +155,14 @@ def _take_off(model: nn.Module, trained: list[nn.Parameter]) -> None:
 
 def weights_digest(model: nn.Module) -> str:
     """16 hex digits of all bits of the adapter."""
+    return digest_of(adapter_weights(model).items())
+
+
+def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """`weights_digest` of an adapter's matrices, as (name, matrix) in the order of the model; taken as float32."""
     digest = hashlib.sha256()
-    for name, weight in adapter_weights(model).items():
-        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    for name, weight in weights:
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,6 +40,8 @@ def test_killed_half_written_and_hanging_ends_as_an_unbroken_run(results, runs, 
     assert not list(faulty.iterdir()), f"faults that did not happen: {list(faulty.iterdir())}\n{text}"
     assert "checkpoint-8 is skipped: it has no complete.json" in text
     assert "goes on from step 8 of 12" in text
+    # Step 10 is done; the rank stopped where it wanted to read the rows of the next.
+    assert re.search(r"rank 1 on \S+ hangs: it has not come further than step 11, where it reads its rows", text)
     unbroken = json.loads((runs / "unbroken" / "losses.json").read_text())
     assert [(entry["step"], entry["loss"]) for entry in log] == [(entry["step"], entry["loss"]) for entry in unbroken]
     ours, wanted = (load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("faulty", "unbroken"))
@@ -106,6 +109,11 @@ def test_wrong_starts_get_one_sentence(runs, monkeypatch):
         ({"schedule": "Interleaved1F1B"}, 2, "Interleaved1F1B with 1 stages on each rank"),
         ({"device": "cuda"}, 64, "64 processes need a GPU each"),
         ({"rows": "nowhere.jsonl"}, 2, "nowhere.jsonl is not there"),
+        ({"folder": str(runs)}, 2, "config.json is not there"),
+        ({"start_from": "nowhere"}, 2, "nowhere is not there: give an adapter's folder"),
+        ({"eval_rows": "nowhere.jsonl"}, 2, "nowhere.jsonl is not there"),
+        ({"blocks": "five,3"}, 2, "blocks 'five,3': give a number for each rank"),
+        ({}, 0, "0 processes were asked for"),
     ):
         with pytest.raises(RuntimeError) as refused:
             launch(replace(a_job(TINY, runs, "wrong"), **changes), processes)

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from glmhelpers.inference.scores import held_out_loss
 from glmhelpers.lora.adapter import load_adapter, save_adapter
+from glmhelpers.lora.attach import origin_of
+from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.tokens.encode import encode_file
 from tests.helpers.one_process import matrices, one_run
 from tests.helpers.process_cases import TINY
-from thuglm import ChatGLMForConditionalGeneration
+from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +27,32 @@ def close(found, wanted):
     return all((found[name] - wanted[name]).norm() <= 5e-5 * wanted[name].norm() for name in wanted)
 
 
-def losses_of(folder):
-    return [entry["loss"] for entry in json.loads((folder / "losses.json").read_text())]
+def losses_of(folder, kind="loss"):
+    return [entry[kind] for entry in json.loads((folder / "losses.json").read_text()) if kind in entry]
+
+
+def loaded_from(folder):
+    base = ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    return load_adapter(base, folder / "adapter", "chatglm")
+
+
+@pytest.mark.parametrize(("name", "count"), [("begun_by_one", 1), ("started", 2)])
+def test_evaluation_loss_is_that_of_one_process(name, count, results, runs):
+    tokenizer = ChatGLMTokenizer.from_pretrained(TINY)
+    rows = encode_file(runs / "rows.jsonl", tokenizer)
+    found = losses_of(runs / name, "eval_loss")
+    assert len(found) == count
+    wanted = held_out_loss(loaded_from(runs / name), rows, RightPadCollator(tokenizer)).loss
+    assert found[-1] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_that_starts_from_an_adapter_is_the_trainers(results, runs):
+    """Its settings are the adapter's own, it begins with the adapter's loss, and is known by the same digest."""
+    first = loaded_from(runs / "two")
+    note = json.loads((runs / "started" / "adapter" / "course.json").read_text())
+    assert note["settings"]["starts_from"] == origin_of(first).starts_from
+    assert note["settings"]["r"] == 8
+    assert losses_of(runs / "started")[0] < losses_of(runs / "two")[0] / 2
 
 
 @pytest.mark.parametrize("name", ["two", "begun_by_one"])
@@ -32,8 +60,7 @@ def test_run_has_losses_and_adapter_of_the_trainer(name, results, runs, right):
     losses, model = right
     # The Trainer writes four digits.
     assert losses_of(runs / name) == pytest.approx(losses, abs=2e-4)
-    base = ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
-    loaded = matrices(load_adapter(base, runs / name / "adapter", "chatglm"))
+    loaded = matrices(loaded_from(runs / name))
     wanted = matrices(model)
     assert sorted(loaded) == sorted(wanted)
     assert close(loaded, wanted)

@@ -1,11 +1,16 @@
 """Plans for processes, and stages that read and hold their own part and nothing else; no process is started."""
 
+from dataclasses import fields
+
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from glmhelpers.cost_model.placement import Placement
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.distributed import Job, ProcessPlan
+from glmhelpers.distributed.hang import hanging
 from glmhelpers.distributed.processes import NEEDED, OWN_STORE, StartError, check_start
 from glmhelpers.distributed.stage import build_stage
 from glmhelpers.distributed.step import my_rows
@@ -73,6 +78,24 @@ def test_rows_of_all_pipelines_are_the_batch_without_overlap(pipelines, parts):
 def test_job_survives_its_command_line():
     job = Job("base", "rows.jsonl", "out", blocks="15,13", learning_rate=3e-5, dropout=0.0, max_length=512)
     assert Job.parse(job.arguments()) == job
+
+
+def test_options_are_no_short_forms_of_what_starts_the_program():
+    """torchrun and accelerate read the whole command line, and take `--r` for the beginning of one of their options."""
+    for parser in (get_args_parser(), launch_command_parser()):
+        for field in fields(Job):
+            option = f"--{field.name.replace('_', '-')}"
+            assert not [known for known in parser._option_string_actions if known.startswith(option)], option
+
+
+def test_the_line_about_a_hang_names_the_rank_that_is_the_least_far():
+    places = [["7", "1", "a"], ["7", "0", "b"], ["7", "1", "b"]]
+    assert hanging(places, 0).startswith(
+        "rank 1 on b hangs: it has not come further than step 7, where it reads its ro"
+    )
+    assert [hanging(places, rank) for rank in (1, 2)] == ["", ""]
+    assert hanging([["7", "1", "a"]] * 2, 0) == ""
+    assert hanging([["6", "2", "a"], ["10", "0", "b"]], 1).startswith("rank 0 on a hangs")
 
 
 def test_wrong_environments_are_refused():

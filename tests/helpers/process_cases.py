@@ -125,13 +125,19 @@ SCHEDULE = {"max_steps": 12, "rows_per_step": 4, "logging_steps": 3, "save_steps
 JOB = {**SCHEDULE, "micro_batches": 2, "learning_rate": 5e-3, "dropout": 0.0, "max_length": 40}
 """A run of several epochs of 18 rows, whose last step in each has two rows only."""
 
+INTERLEAVED = {"schedule": "Interleaved1F1B", "stages_per_rank": 2}
+EVALUATED = {"eval_rows": "rows.jsonl", "eval_steps": 2, "max_steps": 3, "lora_rank": 2}
+PATHS = ("start_from", "eval_rows")
+
 RUNS = {
     4: {
         # Begun by one process with the Trainer, stopped behind checkpoint-4.
-        "begun_by_one": ({"blocks": "5,3"}, None),
+        "begun_by_one": ({"blocks": "5,3", "eval_rows": "rows.jsonl"}, None),
     },
     2: {
-        "two": ({"schedule": "Interleaved1F1B", "stages_per_rank": 2}, None),
+        "two": (INTERLEAVED, None),
+        # Goes on from the adapter of the first.
+        "started": ({"blocks": "5,3", **INTERLEAVED, "start_from": "two/adapter", **EVALUATED}, None),
         # Stopped in step 7, after checkpoint-4: goes on with one pipeline less, and then in one process.
         "handed_over": ({"blocks": "8"}, 7),
         # What a run with faults is compared with.
@@ -180,7 +186,7 @@ def refusals(tiny, folder, rank):
 
 def a_run(tiny, folder, name, cut, stop):
     """Run this rank's part of a job, perhaps to the step in which it is stopped."""
-    job = a_job(tiny, folder, name, **cut)
+    job = a_job(tiny, folder, name, **{key: str(folder / x) if key in PATHS else x for key, x in cut.items()})
     real, steps = loop.update, []
 
     def stopping(*args):

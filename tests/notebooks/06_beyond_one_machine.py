@@ -1,0 +1,63 @@
+"""Checks of notebook 06, run in its kernel after the last cell: variables there, and numbers in its text."""
+
+from pathlib import Path
+
+from glmhelpers.cost_model import busy_share
+
+text = "\n".join(
+    "".join(cell["source"])
+    for cell in json.loads(Path("06_beyond_one_machine.ipynb").read_text(encoding="utf-8"))["cells"]
+    if cell["cell_type"] == "markdown"
+)
+
+# By hand, with the engine, with data parallel: the step of one process.
+size = max(slope.abs().max().item() for slope in right)
+assert size > 0.1  # or two empty gradients would be equal
+assert len(first["by hand"][1]) == len(second["by hand"][1]) == len(right) / 2
+assert max(pipeline_differences.values()) < 1e-6
+assert abs(second["by hand"][0].item() - right_loss) < 1e-5
+assert abs(second["engine"][0].item() - right_loss) < 1e-5
+assert abs(sum(shares) - right_loss) < 1e-5
+assert min(shares) > 0.1
+assert equal
+assert data_difference < 1e-6
+
+# Orders of work: the same time, other memory.
+assert alive == {"GPipe": [8] * 4, "1F1B": [4, 3, 2, 1]}
+ends = {name: max(task.end for task in tasks) for name, tasks in played.items()}
+assert ends["GPipe"] == ends["1F1B"] == 33
+idle = {name: 1 - busy_share(tasks) for name, tasks in played.items()}
+assert all(abs(share - 3 / 11) < 1e-9 for share in idle.values())
+assert f"{3 / 11:.0%}".replace("%", " %") in text
+for name, order in orders.items():
+    for ranks, parts in ((2, 4), (3, 5), (4, 8)):
+        found = play([order(rank, ranks, parts) for rank in range(ranks)])
+        assert len(found) == 2 * ranks * parts
+        assert abs(1 - busy_share(found) - (ranks - 1) / (parts + ranks - 1)) < 1e-9, name
+
+# Bytes that are sent.
+lora = 28 * 8 * (4096 + 3 * 4096) * 4
+assert f"{lora / 2**20:.0f} MiB of gradients" in text
+assert f"{6_173_286_400 * 2 / 2**30:.1f} GiB in float16" in text
+
+# What notebook 03 measured, in its own words.
+third = Path("03_device_map.ipynb").read_text(encoding="utf-8")
+assert "| 16 × 56 | 84 | 132 | 281 | 447 |" in third
+assert "took 84 ms on two H100s in one part, and 447 ms in eight" in text
+
+# Killed and taken up: rank 1 was there, the run went on from step 6, and lost nothing.
+assert len(killed) == 1
+assert not psutil.pid_exists(killed[0])
+assert any("goes on from step 6 of 16" in line for line in lines)
+assert sum(line.startswith("step 8 ") for line in lines) == 2
+assert list(one) == list(two) == list(range(2, STEPS + 1, 2))
+on_cpu = run.devices == ["cpu"]
+assert loss_difference < (2e-4 if on_cpu else 0.1)
+assert gap < (1e-3 if on_cpu else 1)
+assert sorted(loaded) == sorted(trained)
+assert max(weight.norm() for weight in loaded.values()) > 0
+assert NEW_NAME in answer.text or not run.is_tiny
+
+# One sentence each.
+assert len(refusals) == len(wrong)
+assert all("\n" not in sentence and len(sentence) > 30 for sentence in refusals)
