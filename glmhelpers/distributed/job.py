@@ -23,6 +23,10 @@ from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import COUNTED
 from thuglm.chunked_loss import DEFAULT_CHUNK
 
+SEVERAL = """Several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or no restart would succeed, and run on each
+  torchrun --nnodes 2 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id glm ..."""
+"""The end of `--help`."""
+
 OWN_TO_A_NODE = ("folder", "rows", "output", "adapter", "start_from", "eval_rows")
 """Fields that may differ from machine to machine: where things lie."""
 
@@ -149,7 +153,7 @@ class Job:
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> "Job":
         """The job of a command line; a wrong one ends the program, as argparse does."""
-        description = (cls.__doc__ or "").strip()
+        description = f"{(cls.__doc__ or '').strip()}\n\n{SEVERAL}"
         raw = argparse.RawDescriptionHelpFormatter
         parser = argparse.ArgumentParser("glmhelpers.distributed", description=description, formatter_class=raw)
         for field in fields(cls):
