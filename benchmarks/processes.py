@@ -51,12 +51,14 @@ def cases_of(tiny: bool) -> list[Case]:
     cases = long + [Case(*size[:2], count, checkpointed="none") for size in short for count in (1, 0)]
     twice = {"schedule": "Interleaved1F1B", "stages_per_rank": 2}
     cases += [Case(rows, length, parts, name) for name in ("1F1B", "GPipe")] + [Case(rows, length, parts, **twice)]
+    cases += [Case(rows, length, 0, "1F1B"), Case(rows, length, 0, **twice)]
     for rows, length, parts in short:
         size: dict[str, Any] = {"rows": rows, "length": length, "checkpointed": "none"}
         cases.append(Case(**size, schedule="GPipe"))
         cases += [Case(**size, parts=parts, schedule=name) for name in ("1F1B", "GPipe")]
         cases.append(Case(**size, parts=parts, **twice))
         cases.append(Case(**size, schedule="GPipe", gpus=1, pipelines=2))
+    cases += [Case(*size[:2], 0, "GPipe", checkpointed="none") for size in short]
     return cases
 
 

@@ -35,10 +35,11 @@ from glmhelpers.cost_model.gpus import GPU, find_gpu, gpus_here  # noqa: E402
 from glmhelpers.cost_model.kept_rates import RATES  # noqa: E402
 from glmhelpers.cost_model.placement import part_names  # noqa: E402
 from glmhelpers.cost_model.stages import is_checkpointed  # noqa: E402
-from glmhelpers.cost_model.step_memory import predict  # noqa: E402
+from glmhelpers.cost_model.step_memory import Prediction, predict  # noqa: E402
 from glmhelpers.devicemap.plan import plan_device_map  # noqa: E402
 from glmhelpers.distributed.plan import ProcessPlan, StageCut, even_blocks  # noqa: E402
 from glmhelpers.distributed.processes import Processes, joined, make_mesh  # noqa: E402
+from glmhelpers.distributed.roads import Road, compare_roads, forecast_processes  # noqa: E402
 from glmhelpers.distributed.stage import StageModule, make_stage, parts_of  # noqa: E402
 from glmhelpers.distributed.step import PipelineStep, make_scaler, update  # noqa: E402
 from glmhelpers.lora.attach import adapter_weights  # noqa: E402
@@ -124,6 +125,11 @@ class Bench:
         """Most bytes that were in tensors on each GPU of this process since `reset`; [] without a GPU."""
         return [torch.cuda.max_memory_allocated(device) for device in self.devices]
 
+    def outside(self) -> list[int]:
+        """What each GPU of this process holds that PyTorch's allocator has not: CUDA context, NCCL, other programs."""
+        used = {device: torch.cuda.mem_get_info(device) for device in self.devices}
+        return [total - free - torch.cuda.memory_reserved(device) for device, (free, total) in used.items()]
+
     def reset(self) -> None:
         """Count peaks anew."""
         for device in self.devices:
@@ -155,20 +161,27 @@ class Bench:
             times.append((time.perf_counter() - start) * 1e3)
         return times
 
-    def forecast(self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int) -> list[int]:
-        """Predicted peak of each GPU of one process."""
-        cards = self.cards(case.gpus)
-        return predict(
-            self.config,
-            places,
-            case.rows,
-            case.length,
-            checkpointed=marks,
-            gpus=cards,
-            micro_batches=parts,
-            dtype=str(self.dtype).removeprefix("torch."),
-            label_share=(case.length // 2) / (case.length - 1),
-        ).peak_bytes
+    def settings(self, case: Case) -> dict[str, Any]:
+        """Of the formulas, beside rows and length."""
+        share = (case.length // 2) / (case.length - 1)
+        return {"dtype": str(self.dtype).removeprefix("torch."), "label_share": share}
+
+    def forecast(self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int) -> Prediction:
+        """Predicted bytes of one process."""
+        how = {"micro_batches": parts, "checkpointed": marks, **self.settings(case)}
+        return predict(self.config, places, case.rows, case.length, gpus=self.cards(case.gpus), **how)
+
+    def road(self, case: Case) -> Road:
+        """Plan and prediction of several processes: the planner's choice for this schedule, or an even cut."""
+        cards, settings = self.cards(case.processes), self.settings(case)
+        if not case.parts:
+            roads = compare_roads(self.config, cards, case.rows, case.length, **settings)
+            kinds = [(getattr(r.plan, "schedule", ""), r.pipelines, len(r.plan.blocks)) for r in roads]
+            return roads[kinds.index((case.schedule, case.pipelines, case.gpus))]
+        blocks = even_blocks(self.config.num_layers, case.gpus)
+        cut = {"micro_batches": case.parts, "stages_per_rank": case.stages_per_rank}
+        plan = ProcessPlan.of(map_of(blocks), sum(blocks), case.schedule, case.checkpointed, **cut)
+        return forecast_processes(self.config, plan, cards, case.rows, case.length, case.pipelines, **settings)
 
 
 @torch.no_grad()
@@ -213,8 +226,8 @@ def one_process(bench: Bench, case: Case, gradients: Path | None = None) -> dict
         places: dict[str, Any] = map_of(even_blocks(layers, case.gpus))
         marks = [block for block, marked in enumerate(is_checkpointed(layers, case.checkpointed)) if marked]
     else:
-        share = (case.length // 2) / (case.length - 1)
-        plan = plan_device_map(bench.config, bench.cards(case.gpus), case.rows, case.length, label_share=share)
+        cards = bench.cards(case.gpus)
+        plan = plan_device_map(bench.config, cards, case.rows, case.length, **bench.settings(case))
         parts, chunk, seconds = plan.micro_batches, plan.setting.loss_chunk, plan.seconds
         places, marks = plan.device_map, plan.checkpointed_layers
     used = sorted({place for place in places.values() if place != "cpu"})
@@ -242,10 +255,10 @@ def one_process(bench: Bench, case: Case, gradients: Path | None = None) -> dict
         draw_adapter(model)
         gradient()
         torch.save({n: w.grad.float().cpu() / scaler.get_scale() for n, w in adapter_weights(model).items()}, gradients)
-    predicted = bench.forecast(case, places, marks, parts)
+    forecast = bench.forecast(case, places, marks, parts)
     facts: dict[str, Any] = {"planned_ms": round(seconds * 1e3, 2)} if seconds else {}
     facts |= {"parts": parts, "planned": not case.parts, "blocks": blocks, "checkpointed": len(marks)}
-    facts |= {"peak_bytes": peaks, "predicted_peak_bytes": predicted}
+    facts |= {"peak_bytes": peaks, "predicted_peak_bytes": forecast.peak_bytes}
     return result(
         case, times, loss=losses[0].item(), steps_skipped=int(bench.on_gpu and scaler.get_scale() < SCALE), **facts
     )
@@ -276,9 +289,8 @@ class Ranks:
         """One case; every rank must call it. `gradients`: as for `one_process`, written by rank 0."""
         bench, processes = self.bench, self.processes(case.gpus)
         bench.free()
-        blocks = even_blocks(bench.config.num_layers, case.gpus)
-        cut = {"micro_batches": case.parts, "stages_per_rank": case.stages_per_rank}
-        plan = ProcessPlan.of(map_of(blocks), sum(blocks), case.schedule, case.checkpointed, **cut)
+        road = bench.road(case)
+        plan: Any = road.plan
         mine = [cut for cut in plan.stages if cut.rank == processes.stage_rank]
         stages = [self.stage(plan, cut, processes.device) for cut in mine]
         weights = {name: weight for stage in stages for name, weight in adapter_weights(stage.model).items()}
@@ -292,11 +304,10 @@ class Ranks:
 
         times = bench.time(step, agree=from_first)
         peaks = gathered(bench.peaks())
-        facts: dict[str, Any] = {
-            "blocks": blocks,
-            "checkpointed": len(plan.checkpointed),
-            "peak_bytes": [*chain(*peaks)],
-        }
+        facts: dict[str, Any] = {"planned": not case.parts, "planned_ms": round(road.seconds * 1e3, 2)}
+        facts |= {"parts": plan.micro_batches, "blocks": plan.blocks, "checkpointed": len(plan.checkpointed)}
+        facts |= {"peak_bytes": [*chain(*peaks)], "predicted_peak_bytes": road.peak_bytes}
+        facts |= {"outside_bytes": [*chain(*gathered(bench.outside()))]}
         facts |= {"loss": found[0][0], "steps_skipped": sum(not taken for _, _, taken in found)}
         if gradients:
             for stage in stages:

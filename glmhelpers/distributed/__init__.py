@@ -5,11 +5,25 @@ who has what  a rank's part  sums over all ranks     gathered and handed out; wh
 
 job.py   -->  launch.py, __main__.py  -->  loop.py
 what and how  notebook, shell              the Trainer's losses and checkpoints
+
+roads.py      which way is faster on a machine, and by how much: planned, before anything is started
 """
 
 from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.launch import launch, torchrun_command
 from glmhelpers.distributed.plan import ProcessPlan, even_blocks
 from glmhelpers.distributed.processes import StartError
+from glmhelpers.distributed.roads import Road, compare_roads, forecast_processes, roads_table
 
-__all__ = ["Job", "ProcessPlan", "StartError", "even_blocks", "launch", "torchrun_command"]
+__all__ = [
+    "Job",
+    "ProcessPlan",
+    "Road",
+    "StartError",
+    "compare_roads",
+    "even_blocks",
+    "forecast_processes",
+    "launch",
+    "roads_table",
+    "torchrun_command",
+]
