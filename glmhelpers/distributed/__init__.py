@@ -9,6 +9,7 @@ what and how  notebook, shell              the Trainer's losses and checkpoints
 roads.py      which way is faster on a machine, and by how much: planned, before anything is started
 """
 
+from glmhelpers.devicemap.scaling import scale_out, scaling_table
 from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.launch import launch, torchrun_command
 from glmhelpers.distributed.plan import ProcessPlan, even_blocks
@@ -25,5 +26,7 @@ __all__ = [
     "forecast_processes",
     "launch",
     "roads_table",
+    "scale_out",
+    "scaling_table",
     "torchrun_command",
 ]
