@@ -6,6 +6,8 @@ one, none   the tiny checkpoint in float32 on cuda:0 and the CPU, or on the CPU 
 
 import json
 import sys
+import zlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +60,7 @@ class Machine:
         """The tiny checkpoint, or full-size random weights, the same for each process, made where they are used."""
         if self.tiny:
             return ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=self.dtype, device_map=places)
-        with torch.device("meta"):
-            net = ChatGLMForConditionalGeneration(self.config)
-        torch.manual_seed(0)
-        for name, parameter in list(net.named_parameters()):
-            place = next(device for part, device in places.items() if name.startswith(part + "."))
-            value = torch.empty(parameter.shape, dtype=self.dtype, device=place)
-            value.fill_(float(name.endswith("weight"))) if "layernorm" in name else value.normal_(std=0.02)
-            owner, _, leaf = name.rpartition(".")
-            setattr(net.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-        net.lm_head.weight = net.transformer.word_embeddings.weight
-        rotary = net.transformer.rotary_emb
-        rotary.inv_freq = rotary.frequencies().to(self.devices[0])
-        return net.place(places)
+        return random_net(self.config, places, self.dtype, self.devices[0]).place(places)
 
     def reset_peaks(self) -> None:
         """From now on, peaks are counted."""
@@ -109,6 +99,38 @@ class Machine:
         """Wait for every GPU."""
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
+
+
+def random_net(
+    config: ChatGLMConfig, places: dict[str, str], dtype: torch.dtype, device: str
+) -> ChatGLMForConditionalGeneration:
+    """A ChatGLM with random weights that depend on a tensor's name alone, made where they are used.
+
+    Args:
+        config: sizes.
+        places: part -> device, with no number left out ("cuda:0"); what is not named stays on "meta". The head is the
+            embedding's tensor.
+        dtype: of all weights.
+        device: where the rotary table goes.
+    """
+    with torch.device("meta"):
+        net = ChatGLMForConditionalGeneration(deepcopy(config))
+    for name, parameter in list(net.named_parameters()):
+        place = next((home for part, home in places.items() if name.startswith(part + ".")), None)
+        if place is None or name == "lm_head.weight":
+            continue
+        value = torch.empty(parameter.shape, dtype=dtype, device=place)
+        if "layernorm" in name:
+            value.fill_(float(name.endswith("weight")))
+        else:
+            value.normal_(std=0.02, generator=torch.Generator(place).manual_seed(zlib.crc32(name.encode())))
+        owner, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    net.lm_head.weight = net.transformer.word_embeddings.weight
+    rotary = net.transformer.rotary_emb
+    rotary.inv_freq = rotary.frequencies().to(device)
+    net.config.dtype = dtype
+    return net
 
 
 def line(figure: str, **values: Any) -> dict:

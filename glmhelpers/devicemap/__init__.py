@@ -2,6 +2,7 @@
 
 plan.py       the plan a user sees            check.py      a map against GPUs and model
 search.py     the best of all cuts            bounds.py     what no plan can be better than
+schedules.py  one process a GPU               scaling.py     1 to 64 GPUs, on paper
 activation_checkpointing.py  run again       devices.py    streams, and where tensors have to be
 """
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from glmhelpers.cost_model.placement import Placement
 from glmhelpers.cost_model.stages import is_checkpointed
-
-SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B")
+from glmhelpers.devicemap.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)

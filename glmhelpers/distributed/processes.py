@@ -145,6 +145,9 @@ def make_mesh(ranks: int, device_type: str, timeout: timedelta) -> DeviceMesh:
             group = dist.new_group(line, timeout=timeout)
             if dist.get_rank() in line:
                 groups[name] = group
+    if device_type == "cuda":
+        # Schedules call a neighbour only, but NCCL makes a group in its first call, in which all ranks must take part.
+        dist.all_reduce(torch.zeros(1, device=device_type), group=groups["pp"])
     return DeviceMesh.from_group([groups["dp"], groups["pp"]], device_type, table, mesh_dim_names=("dp", "pp"))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from glmhelpers.cost_model.placement import device_label, part_names
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.check import check_filled
+from glmhelpers.devicemap.devices import to_device
 from glmhelpers.distributed.plan import ProcessPlan, StageCut
 from glmhelpers.lora.attach import check_adapter, lora_config, origin_of, quiet_peft
 from glmhelpers.lora.layer import fuse_lora
@@ -67,8 +68,8 @@ class StageModule(nn.Module):
         """
         net: Model = self.model.get_base_model()
         chosen = target_rows(labels)
-        targets = labels[:, 1:].reshape(-1)[chosen].to(hidden.device)
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, chosen.to(hidden.device))
+        targets = to_device(labels[:, 1:].reshape(-1)[chosen], hidden.device)
+        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, to_device(chosen, hidden.device))
         return chunked_cross_entropy(rows, net.lm_head.weight, targets, chunk)
 
 
@@ -99,16 +100,39 @@ def build_stage(
         FileNotFoundError, ValueError: see `load_model`.
         RuntimeError: a part of this stage was left without memory.
     """
+    net, _ = load_parts(folder, {"": device_label(device)}, dtype, parts_of(plan, cut), progress=False)
+    return make_stage(net, plan, cut, r=r, alpha=alpha, dropout=dropout, targets=targets, seed=seed)
+
+
+def parts_of(plan: ProcessPlan, cut: StageCut) -> set[str]:
+    """Names of the parts whose tensors a stage holds; the head is the embedding's tensor."""
     embedding, *blocks, norm, _ = part_names(sum(plan.blocks))
-    parts = {blocks[block] for block in cut.blocks}
-    parts |= {embedding} if cut.first or cut.last else set()
-    parts |= {norm} if cut.last else set()
-    net, _ = load_parts(folder, {"": device_label(device)}, dtype, parts, progress=False)
+    ends = {embedding} if cut.first or cut.last else set()
+    return {blocks[block] for block in cut.blocks} | ends | ({norm} if cut.last else set())
+
+
+def make_stage(
+    net: Model,
+    plan: ProcessPlan,
+    cut: StageCut,
+    *,
+    r: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.1,
+    targets: tuple[str, ...] = ("query_key_value",),
+    seed: int = 0,
+) -> StageModule:
+    """A stage of a model that has the parts of the stage on this rank's device, and the others on "meta".
+
+    Args:
+        net: a ChatGLM; it is changed.
+        others: as for `build_stage`, with the same error.
+    """
     torch.manual_seed(seed)
     with quiet_peft():
         model = get_peft_model(net, lora_config(r, alpha, dropout, targets))
     origin_of(model).starts_from = f"fresh, seed {seed}"
-    for block in set(range(len(blocks))) - set(cut.blocks):
+    for block in set(range(sum(plan.blocks))) - set(cut.blocks):
         net.transformer.layers[block] = Elsewhere()
     if not cut.first:
         net.transformer.word_embeddings = nn.Identity()

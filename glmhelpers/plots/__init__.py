@@ -7,6 +7,7 @@ from glmhelpers.plots.device_map import (
     draw_compared,
     draw_cut_curve,
     draw_map,
+    draw_scaling,
     draw_schedule,
     draw_timeline,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "draw_positions",
     "draw_report",
     "draw_rest",
+    "draw_scaling",
     "draw_schedule",
     "draw_shards",
     "draw_timeline",

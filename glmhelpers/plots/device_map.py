@@ -4,6 +4,8 @@
     draw_schedule   GPU 0 |F|F|  |B|B|                           one row for each GPU, time to the right
                     GPU 1   |F|F|B|B|
 
+    draw_scaling    how much of many GPUs each way uses          on paper: dp, pp, FSDP, tensor parallel
+
 What each GPU holds is drawn by `memory_figure`. All functions draw into given axes, or make a figure, and return the
 axes.
 """
@@ -19,7 +21,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from glmhelpers.cost_model.step_time import Task, busy_share
-from glmhelpers.plots.style import COLORS, describe, fill
+from glmhelpers.devicemap.scaling import WAYS, Scaled
+from glmhelpers.plots.style import COLORS, CYCLE, describe, fill
 from glmhelpers.utils.units import GIB
 
 GPU_COLORS = ("blue", "orange", "green", "purple", "sky", "vermillion", "yellow", "grey")
@@ -171,4 +174,40 @@ def draw_compared(
         for name, guess, truth in zip(names, predicted, measured, strict=True)
     )
     describe(axes, f"Predicted and measured peaks in GiB: {pairs}.")
+    return axes
+
+
+def draw_scaling(points: Sequence[Scaled]) -> Axes:
+    """How much of many GPUs is used: speed of each way, in percent of as many times one GPU, against their number.
+
+    Hollow points do not fit into a GPU's memory; a line that ends early says what makes more GPUs impossible.
+
+    Args:
+        points: from `devicemap.scaling.scale_out`.
+    """
+    _, axes = plt.subplots(figsize=(7, 4))
+    counts, said = sorted({point.gpus for point in points}), []
+    one = next(point.tokens_per_s / point.gpus for point in points if not point.why)
+    for number, (way, name) in enumerate(WAYS.items()):
+        line = [point for point in points if point.way == way and not point.why]
+        if not line:
+            continue
+        shares = [100 * point.tokens_per_s / point.gpus / one for point in line]
+        color, marker = COLORS[CYCLE[number]], "osD^v"[number]
+        axes.plot([point.gpus for point in line], shares, "-" + marker, color=color, label=name, markersize=6)
+        for point, share in zip(line, shares, strict=True):
+            if not point.fits:
+                axes.plot(point.gpus, share, marker, color=color, markerfacecolor="white", markersize=6)
+        said.append(f"{name} {shares[-1]:.0f} % on {line[-1].gpus} GPUs")
+        stopped = next((point.why for point in points if point.way == way and point.gpus > line[-1].gpus), "")
+        if stopped:
+            below = -15 if shares[-1] > 20 else 8
+            place: dict[str, Any] = {"xytext": (0, below), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(f"then {stopped}", (line[-1].gpus, shares[-1]), **place)
+            said[-1] += f", then {stopped}"
+    axes.set(xscale="log", xlabel="GPUs", ylabel="% of as many times one GPU", ylim=(0, 112))
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.legend(loc="lower left")
+    describe(axes, f"Share of the GPUs that is used, against their number, up to {counts[-1]}: {'; '.join(said)}.")
     return axes

@@ -25,6 +25,7 @@ from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.decoding_time import Speeds
 from glmhelpers.data.convert import convert_alpaca
 from glmhelpers.devicemap.plan import plan_device_map
+from glmhelpers.devicemap.scaling import scale_out
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_example
 from glmhelpers.utils.units import GIB
@@ -98,6 +99,7 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "draw_positions": lambda _: plots.draw_positions(np.array([range(10), [0] * 6 + [1, 2, 3, 4]]), 6, LABELS),
     "draw_report": lambda folder: plots.draw_report(report(folder)),
     "draw_rest": lambda _: plots.draw_rest(plan()),
+    "draw_scaling": lambda _: plots.draw_scaling(scale_out(REAL, batch_size=64, counts=(1, 8, 32))),
     "draw_schedule": lambda _: plots.draw_schedule(plan().schedule),
     "draw_shards": lambda _: plots.draw_shards(REAL),
     "draw_timeline": lambda _: plots.draw_timeline(block_cost(plan().shape, plan().setting).timeline),

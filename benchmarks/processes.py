@@ -1,0 +1,227 @@
+"""One process a GPU against one process for all: step time and peaks on two GPUs of one host, one JSON line a figure.
+
+    python benchmarks/processes.py              two GPUs, full size, each capped to 14.75 GiB; ends within 4 minutes
+    python benchmarks/processes.py --tiny       the tiny model's sizes on the CPU, gloo (a test runs this)
+
+    24 x 1024 in 8 parts      one process: 1 part, 8 parts, planned     processes: GPipe, 1F1B, interleaved
+    16 x 56, 4 x 256          one process: 1 part, planned              processes: few parts; one pipeline, or two
+
+Weights are random, float16 and made on the GPUs; adapters are float32 with a GradScaler; attention runs on the kernel
+that a T4 has. First the machine is calibrated, so that the plans are made for it. Every result is printed and appended
+to OUT/processes.jsonl as it comes; a case that fails or hangs becomes a line and the next one starts in new processes.
+The last lines compare: how much faster than one part, and than the best way in one process.
+"""
+
+import argparse
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""NVLink multicast can put GPUs that others share out of service."""
+os.environ |= NO_MULTICAST
+
+from benchmarks.roads import ORDER, Case  # noqa: E402
+
+START, CASE, PATIENCE = 75.0, 45.0, 40.0
+"""Seconds: until the first case begins, for a case, and that a rank waits for another."""
+
+SIZES = {False: ((24, 1024, 8), (16, 56, 2), (4, 256, 2)), True: ((8, 32, 4), (4, 16, 2))}
+"""Tiny or not -> (rows, tokens in a row, parts)."""
+
+
+def cases_of(tiny: bool) -> list[Case]:
+    """All that is measured: first in one process, then in two."""
+    (rows, length, parts), *short = SIZES[tiny]
+    long = [Case(rows, length, count) for count in (1, parts, 0)]
+    cases = long + [Case(*size[:2], count, checkpointed="none") for size in short for count in (1, 0)]
+    twice = {"schedule": "Interleaved1F1B", "stages_per_rank": 2}
+    cases += [Case(rows, length, parts, name) for name in ("1F1B", "GPipe")] + [Case(rows, length, parts, **twice)]
+    cases += [Case(rows, length, 0, "1F1B"), Case(rows, length, 0, **twice)]
+    for rows, length, parts in short:
+        size: dict[str, Any] = {"rows": rows, "length": length, "checkpointed": "none"}
+        cases.append(Case(**size, schedule="GPipe"))
+        cases += [Case(**size, parts=parts, schedule=name) for name in ("1F1B", "GPipe")]
+        cases.append(Case(**size, parts=parts, **twice))
+        cases.append(Case(**size, schedule="GPipe", gpus=1, pipelines=2))
+    cases += [Case(*size[:2], 0, "GPipe", checkpointed="none") for size in short]
+    return cases
+
+
+class Book:
+    """Where results go: to the screen and to a file, at once."""
+
+    def __init__(self, path: Path, bench: str):
+        self.path, self.bench = path, bench
+        self.lines: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **line: Any) -> None:
+        """One JSON line."""
+        self.lines.append(line)
+        text = json.dumps({"bench": self.bench, **line}, ensure_ascii=False)
+        print(text, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+class Group:
+    """Some processes of `roads.py` that run cases together; `messages` yields what the first one says.
+
+    Args:
+        cases: all for the same number of processes.
+        tiny: sizes.
+        folder: for what they write on stderr.
+        gradients: folder for gradients, or None.
+    """
+
+    def __init__(self, cases: list[Case], tiny: bool, folder: Path, gradients: Path | None = None):
+        self.folder, self.said = folder, queue.Queue[str | None]()
+        order = {"cases": [asdict(case) for case in cases], "tiny": tiny, "timeout": PATIENCE}
+        order["gradients"] = str(gradients) if gradients else None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        count = cases[0].processes
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        own = {ORDER: json.dumps(order), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "4"}
+        self.processes: list[subprocess.Popen[str]] = []
+        with ExitStack() as files:
+            for rank in range(count):
+                errors = files.enter_context(self.errors(rank).open("w"))
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(PROJECT / "benchmarks" / "roads.py")],
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                        env={**os.environ, **own, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    )
+                )
+        for rank, process in enumerate(self.processes):
+            threading.Thread(target=self.listen, args=(rank, process.stdout), daemon=True).start()
+
+    def errors(self, rank: int) -> Path:
+        """What a rank writes on stderr."""
+        return self.folder / f"stderr-{rank}.txt"
+
+    def listen(self, rank: int, lines: IO[str]) -> None:
+        """Pass on what the first rank prints, and that any of them has ended."""
+        for text in lines:
+            if rank == 0 and text.startswith("{"):
+                self.said.put(text)
+        if self.processes[rank].wait() or rank == 0:
+            self.said.put(None)
+
+    def messages(self, until: float) -> Iterator[dict[str, Any]]:
+        """What the first rank says, until a process ends or time is up (seconds of time.monotonic): then `ended`."""
+        limit = time.monotonic() + START
+        while True:
+            try:
+                text = self.said.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
+            except queue.Empty:
+                yield {"ended": "time is up" if time.monotonic() >= until else "it hung"}
+                return
+            if text is None:
+                codes = [process.poll() for process in self.processes]
+                yield {"ended": "" if codes[0] == 0 else f"exit codes {codes}: {self.last_words()}"}
+                return
+            line = json.loads(text)
+            if "begins" in line:
+                limit = time.monotonic() + CASE
+            yield line
+
+    def last_words(self) -> str:
+        """The end of what each rank wrote on stderr."""
+        return " | ".join(self.errors(rank).read_text()[-700:].strip() for rank in range(len(self.processes)))
+
+    def end(self) -> None:
+        """Let nothing stay behind."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def run_cases(cases: list[Case], tiny: bool, book: Book, until: float, gradients: Path | None = None) -> None:
+    """Run cases of one number of processes; behind one that fails, the others run in new processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        while cases and time.monotonic() < until:
+            group, begun = Group(cases, tiny, Path(folder), gradients), -1
+            try:
+                for message in group.messages(until):
+                    begun = message.get("begins", begun)
+                    if "result" in message:
+                        book.write(**message["result"])
+                    elif "machine" in message or "warning" in message:
+                        book.write(**message)
+                    elif message.get("ended"):
+                        case = asdict(cases[begun]) if begun >= 0 else {}
+                        book.write(**case, error=f"{message['ended']} {group.last_words()}"[:1500])
+                    elif "ended" in message:
+                        return
+            finally:
+                group.end()
+            if begun < 0:
+                return
+            cases = cases[begun + 1 :]
+
+
+def compare(book: Book) -> None:
+    """For each batch and each road, how many times as fast as one part, and as the best way in one process."""
+    measured = [line for line in book.lines if "ms" in line]
+    for rows, length in dict.fromkeys((line["rows"], line["length"]) for line in measured):
+        here = [line for line in measured if (line["rows"], line["length"]) == (rows, length)]
+        alone = [line for line in here if line["schedule"] == "one process"]
+        if not alone:
+            continue
+        best = min(line["ms"] for line in alone)
+        for line in here:
+            facts = {name: line[name] for name in ("schedule", "parts", "gpus", "pipelines", "stages_per_rank", "ms")}
+            times = {
+                "against_one_part": round(alone[0]["ms"] / line["ms"], 2),
+                "against_best": round(best / line["ms"], 2),
+            }
+            book.write(figure="compare", rows=rows, length=length, **facts, **times)
+
+
+def by_processes(cases: Iterable[Case]) -> dict[int, list[Case]]:
+    """Number of processes -> the cases for so many."""
+    groups: dict[int, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.processes, []).append(case)
+    return groups
+
+
+def main() -> None:
+    """Measure everything; exit status 1 if a case failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes on the CPU")
+    parser.add_argument("--seconds", type=float, default=225, help="all must be over then")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", PROJECT / "build")))
+    options = parser.parse_args()
+    start = time.monotonic()
+    book = Book(options.out / "processes.jsonl", "processes")
+    for count, cases in by_processes(cases_of(options.tiny)).items():
+        share = 0.5 if count == 1 else 1.0
+        run_cases(cases, options.tiny, book, start + share * options.seconds)
+    compare(book)
+    sys.exit(any("error" in line for line in book.lines))
+
+
+if __name__ == "__main__":
+    main()

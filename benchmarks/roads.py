@@ -1,0 +1,400 @@
+"""One training step on several GPUs by one of two roads, inside the processes that `processes.py` starts.
+
+one         one process with all GPUs     run_step, GradScaler, clipping, fused AdamW, as the Trainer has it
+processes   one process a GPU             PipelineStep and update on PyTorch's schedules, as in glmhelpers.distributed
+
+Both take the same batch, the same random weights (each tensor's depend on its name alone) and the same adapter, so that
+losses and gradients can be laid side by side. A process prints one JSON line when a case begins and one when it is
+over; of several ranks the first one prints.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from benchmarks.split_machine import CAP, TINY, random_net  # noqa: E402
+from benchmarks.train_step import update as update_one  # noqa: E402
+from glmhelpers.cost_model.gpus import GPU, find_gpu, gpus_here  # noqa: E402
+from glmhelpers.cost_model.kept_rates import RATES  # noqa: E402
+from glmhelpers.cost_model.placement import part_names  # noqa: E402
+from glmhelpers.cost_model.stages import is_checkpointed  # noqa: E402
+from glmhelpers.cost_model.step_memory import Prediction, predict  # noqa: E402
+from glmhelpers.devicemap.plan import plan_device_map  # noqa: E402
+from glmhelpers.distributed.plan import ProcessPlan, StageCut, even_blocks  # noqa: E402
+from glmhelpers.distributed.processes import Processes, joined, make_mesh  # noqa: E402
+from glmhelpers.distributed.roads import Road, compare_roads, forecast_processes  # noqa: E402
+from glmhelpers.distributed.stage import StageModule, make_stage, parts_of  # noqa: E402
+from glmhelpers.distributed.step import PipelineStep, make_scaler, update  # noqa: E402
+from glmhelpers.lora.attach import adapter_weights  # noqa: E402
+from glmhelpers.training.calibration import measure_machine  # noqa: E402
+from glmhelpers.training.measure import prepare, random_batch  # noqa: E402
+from glmhelpers.training.pipeline import run_step  # noqa: E402
+from thuglm import ChatGLMConfig  # noqa: E402
+
+ORDER = "GLM_BENCHMARK_ORDER"
+"""Environment variable with the cases, as JSON."""
+SCALE = 1024.0
+"""Of the GradScalers: random weights overflow with the usual 65536, and a skipped step is no step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        rows, length: of the batch of one step, all pipelines together.
+        parts: micro-batches (of each pipeline); 0: the planner's choice, with its cut and its checkpointed blocks.
+        schedule: "one process", or one of `ProcessPlan`'s.
+        gpus: devices of one process, or ranks of a pipeline.
+        stages_per_rank, pipelines: of the processes.
+        checkpointed: "all" or "none".
+    """
+
+    rows: int
+    length: int
+    parts: int = 1
+    schedule: str = "one process"
+    gpus: int = 2
+    stages_per_rank: int = 1
+    pipelines: int = 1
+    checkpointed: str = "all"
+
+    @property
+    def processes(self) -> int:
+        """How many it takes."""
+        return 1 if self.schedule == "one process" else self.gpus * self.pipelines
+
+
+class Bench:
+    """What all cases of a process share: model sizes, cards, how many steps are timed.
+
+    Args:
+        tiny: the tiny model's sizes on the CPU.
+        seconds: of a case, about.
+        own: this rank's GPU; None for a process that has all.
+    """
+
+    def __init__(self, tiny: bool, seconds: float = 4.0, own: int | None = None):
+        self.tiny, self.seconds = tiny, seconds
+        self.on_gpu = not tiny
+        if self.on_gpu and own is not None:
+            torch.cuda.set_device(own)
+        self.config = ChatGLMConfig.from_pretrained(TINY) if tiny else ChatGLMConfig()
+        self.dtype = torch.float16 if self.on_gpu else torch.float32
+        # A rank must not touch the GPUs of others: each touch makes a CUDA context there.
+        every = list(range(torch.cuda.device_count() if self.on_gpu else 0))
+        self.devices = every if own is None else every[own : own + 1]
+        for device in self.devices:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
+
+    def cards(self, count: int) -> list[GPU]:
+        """The GPUs as they were measured, with a T4's memory; on a CPU, T4s."""
+        found = gpus_here()[:count] if self.on_gpu else [find_gpu("T4")] * count
+        return [replace(gpu, memory=int(CAP)) for gpu in found]
+
+    def batch(self, case: Case) -> dict[str, torch.Tensor]:
+        """The same for each process."""
+        torch.manual_seed(case.rows)
+        batch = random_batch(self.config, case.rows, case.length)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    def sync(self) -> None:
+        """Wait for every GPU of this process."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+
+    def peaks(self) -> list[int]:
+        """Most bytes that were in tensors on each GPU of this process since `reset`; [] without a GPU."""
+        return [torch.cuda.max_memory_allocated(device) for device in self.devices]
+
+    def outside(self) -> list[int]:
+        """What each GPU of this process holds that PyTorch's allocator has not: CUDA context, NCCL, other programs."""
+        used = {device: torch.cuda.mem_get_info(device) for device in self.devices}
+        return [total - free - torch.cuda.memory_reserved(device) for device, (free, total) in used.items()]
+
+    def reset(self) -> None:
+        """Count peaks anew."""
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def free(self) -> None:
+        """Give back what the last case held."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def time(self, step: Callable[[], Any], agree: Callable[[float], float] = float) -> list[float]:
+        """Milliseconds of some steps, after two that do not count.
+
+        `agree`: makes the seconds of the second step one number for all ranks, so that all run as many steps.
+        """
+        step()
+        self.sync()
+        start = time.perf_counter()
+        step()
+        self.sync()
+        count = 3 if self.tiny else max(3, min(12, int(self.seconds / agree(time.perf_counter() - start))))
+        self.reset()
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            step()
+            self.sync()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def settings(self, case: Case) -> dict[str, Any]:
+        """Of the formulas, beside rows and length."""
+        share = (case.length // 2) / (case.length - 1)
+        return {"dtype": str(self.dtype).removeprefix("torch."), "label_share": share}
+
+    def forecast(self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int) -> Prediction:
+        """Predicted bytes of one process."""
+        how = {"micro_batches": parts, "checkpointed": marks, **self.settings(case)}
+        return predict(self.config, places, case.rows, case.length, gpus=self.cards(case.gpus), **how)
+
+    def road(self, case: Case) -> Road:
+        """Plan and prediction of several processes: the planner's choice for this schedule, or an even cut."""
+        cards, settings = self.cards(case.processes), self.settings(case)
+        if not case.parts:
+            roads = compare_roads(self.config, cards, case.rows, case.length, **settings)
+            kinds = [(getattr(r.plan, "schedule", ""), r.pipelines, len(r.plan.blocks)) for r in roads]
+            return roads[kinds.index((case.schedule, case.pipelines, case.gpus))]
+        blocks = even_blocks(self.config.num_layers, case.gpus)
+        cut = {"micro_batches": case.parts, "stages_per_rank": case.stages_per_rank}
+        plan = ProcessPlan.of(map_of(blocks), sum(blocks), case.schedule, case.checkpointed, **cut)
+        return forecast_processes(self.config, plan, cards, case.rows, case.length, case.pipelines, **settings)
+
+
+@torch.no_grad()
+def draw_adapter(model: torch.nn.Module) -> None:
+    """Numbers that depend on a matrix's name alone; lora_B too, or the gradients of lora_A would be 0."""
+    for name, weight in adapter_weights(model).items():
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        weight.copy_(drawn * 0.01)
+
+
+def no_dropout(model: torch.nn.Module) -> None:
+    """For gradients that are compared."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def map_of(blocks: Sequence[int]) -> dict[str, int]:
+    """Part -> GPU; the embedding is the head's own tensor, on the last GPU."""
+    homes = [gpu for gpu, count in enumerate(blocks) for _ in range(count)]
+    return dict(zip(part_names(len(homes)), [homes[-1], *homes, homes[-1], homes[-1]], strict=True))
+
+
+def result(case: Case, times: list[float], **facts: Any) -> dict[str, Any]:
+    """One line."""
+    ms = statistics.median(times)
+    speed = {"ms": round(ms, 2), "ms_all": [round(one, 2) for one in times]}
+    return {**asdict(case), **speed, "tokens_per_s": round(case.rows * case.length / ms * 1e3), **facts}
+
+
+def one_process(bench: Bench, case: Case, gradients: Path | None = None) -> dict[str, Any]:
+    """A step of all GPUs in one process.
+
+    Args:
+        bench: sizes.
+        case: `parts` 0 for the planner's choice.
+        gradients: file for the gradients of one step without dropout.
+    """
+    layers = bench.config.num_layers
+    if case.parts:
+        parts, chunk, seconds = case.parts, 512, None
+        places: dict[str, Any] = map_of(even_blocks(layers, case.gpus))
+        marks = [block for block, marked in enumerate(is_checkpointed(layers, case.checkpointed)) if marked]
+    else:
+        cards = bench.cards(case.gpus)
+        plan = plan_device_map(bench.config, cards, case.rows, case.length, **bench.settings(case))
+        parts, chunk, seconds = plan.micro_batches, plan.setting.loss_chunk, plan.seconds
+        places, marks = plan.device_map, plan.checkpointed_layers
+    used = sorted({place for place in places.values() if place != "cpu"})
+    homes = {part: f"cuda:{place}" if bench.on_gpu and place != "cpu" else "cpu" for part, place in places.items()}
+    embedding = homes["transformer.word_embeddings"]
+    net = random_net(bench.config, homes, bench.dtype, embedding).place(homes)
+    model = prepare(net, marks)
+    draw_adapter(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=SCALE, enabled=bench.on_gpu)
+    batch, losses = bench.batch(case), []
+
+    def gradient() -> torch.Tensor:
+        return run_step(model, batch, parts, backward=lambda loss: scaler.scale(loss).backward(), loss_chunk=chunk)
+
+    def step() -> None:
+        losses.append(gradient())
+        update_one(scaler, optimizer)
+
+    times = bench.time(step)
+    peaks, blocks = bench.peaks(), [list(places.values())[1:-2].count(gpu) for gpu in used]
+    if gradients:
+        no_dropout(model)
+        draw_adapter(model)
+        gradient()
+        torch.save({n: w.grad.float().cpu() / scaler.get_scale() for n, w in adapter_weights(model).items()}, gradients)
+    forecast = bench.forecast(case, places, marks, parts)
+    facts: dict[str, Any] = {"planned_ms": round(seconds * 1e3, 2)} if seconds else {}
+    facts |= {"parts": parts, "planned": not case.parts, "blocks": blocks, "checkpointed": len(marks)}
+    facts |= {"peak_bytes": peaks, "predicted_peak_bytes": forecast.peak_bytes}
+    return result(
+        case, times, loss=losses[0].item(), steps_skipped=int(bench.on_gpu and scaler.get_scale() < SCALE), **facts
+    )
+
+
+class Ranks:
+    """One group of processes, and the pipelines that it can be."""
+
+    def __init__(self, bench: Bench, processes: Processes, timeout: float):
+        self.bench, self.timeout = bench, timedelta(seconds=timeout)
+        self.known: dict[int, Processes] = {processes.mesh["pp"].size(): processes}
+
+    def processes(self, ranks: int) -> Processes:
+        """This process among pipelines of so many ranks."""
+        if ranks not in self.known:
+            some = next(iter(self.known.values()))
+            self.known[ranks] = replace(some, mesh=make_mesh(ranks, some.device.type, self.timeout))
+        return self.known[ranks]
+
+    def stage(self, plan: ProcessPlan, cut: StageCut, device: torch.device) -> StageModule:
+        """With its random weights, and the adapter."""
+        places = dict.fromkeys(parts_of(plan, cut), str(device))
+        stage = make_stage(random_net(self.bench.config, places, self.bench.dtype, str(device)), plan, cut)
+        draw_adapter(stage.model)
+        return stage
+
+    def run(self, case: Case, gradients: Path | None = None) -> dict[str, Any]:
+        """One case; every rank must call it. `gradients`: as for `one_process`, written by rank 0."""
+        bench, processes = self.bench, self.processes(case.gpus)
+        bench.free()
+        road = bench.road(case)
+        plan: Any = road.plan
+        mine = [cut for cut in plan.stages if cut.rank == processes.stage_rank]
+        stages = [self.stage(plan, cut, processes.device) for cut in mine]
+        weights = {name: weight for stage in stages for name, weight in adapter_weights(stage.model).items()}
+        optimizer = torch.optim.AdamW(weights.values(), lr=1e-6, fused=True)
+        scaler = make_scaler(processes.device, init_scale=SCALE) if bench.on_gpu else None
+        engine, batch = PipelineStep(stages, plan, processes, scaler=scaler), bench.batch(case)
+        found: list[tuple[float, float, bool]] = []
+
+        def step() -> None:
+            found.append(update(optimizer, engine(batch), processes, scaler, 1.0))
+
+        times = bench.time(step, agree=from_first)
+        peaks = gathered(bench.peaks())
+        facts: dict[str, Any] = {"planned": not case.parts, "planned_ms": round(road.seconds * 1e3, 2)}
+        facts |= {"parts": plan.micro_batches, "blocks": plan.blocks, "checkpointed": len(plan.checkpointed)}
+        facts |= {"peak_bytes": [*chain(*peaks)], "predicted_peak_bytes": road.peak_bytes}
+        facts |= {"outside_bytes": [*chain(*gathered(bench.outside()))]}
+        facts |= {"loss": found[0][0], "steps_skipped": sum(not taken for _, _, taken in found)}
+        if gradients:
+            for stage in stages:
+                no_dropout(stage.model)
+                draw_adapter(stage.model)
+            engine(batch)
+            scale = scaler.get_scale() if scaler else 1.0
+            everybody = gathered({name: weight.grad.float().cpu() / scale for name, weight in weights.items()})
+            if processes.rank == 0:
+                torch.save({name: grad for part in everybody for name, grad in part.items()}, gradients)
+        return result(case, times, **facts)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank has."""
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, value)
+    return everybody
+
+
+def from_first(seconds: float) -> float:
+    """Rank 0's number, on every rank."""
+    return gathered(seconds)[0]
+
+
+def say(**line: Any) -> None:
+    """One JSON line, at once."""
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def results(cases: list[Case], run: Callable[[Case], dict[str, Any]], alone: bool) -> Iterator[dict[str, Any]]:
+    """The line of each case. An error of a process that is alone becomes a line; of one among others it ends all."""
+    for number, case in enumerate(cases):
+        yield {"begins": number}
+        try:
+            yield {"result": run(case)}
+        except Exception as error:
+            if not alone:
+                raise
+            yield {"result": {**asdict(case), "error": f"{type(error).__name__}: {error}"[:600]}}
+
+
+def work(cases: list[Case], tiny: bool, timeout: float, gradients: Path | None = None) -> None:
+    """Run the cases, all of as many processes as were started, and print.
+
+    Args:
+        cases: all of the same number of processes.
+        tiny: the tiny model's sizes on the CPU.
+        timeout: seconds that a rank waits for another.
+        gradients: folder; each case writes its gradients there, under its number.
+    """
+    alone = cases[0].processes == 1
+    bench = Bench(tiny, own=None if alone else int(os.environ["LOCAL_RANK"]))
+    file = {case: gradients / f"{number}.pt" if gradients else None for number, case in enumerate(cases)}
+    if tiny:
+        torch.set_num_threads(1)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, *([SDPBackend.MATH] if tiny else [])]):
+        if alone:
+            if bench.on_gpu:
+                rates = [{"name": gpu.name, **{rate: getattr(gpu, rate) for rate in RATES}} for gpu in calibrated()]
+                say(machine=rates, torch=torch.__version__)
+            for line in results(cases, lambda case: one_process(bench, case, file[case]), alone=True):
+                bench.free()
+                say(**line)
+            return
+        with joined(cases[0].gpus, bench.on_gpu, timeout) as processes:
+            ranks = Ranks(bench, processes, timeout)
+            for line in results(cases, lambda case: ranks.run(case, file[case]), alone=False):
+                if processes.rank == 0:
+                    say(**line)
+
+
+def calibrated() -> list[GPU]:
+    """Measure GPUs and host, for all plans of this and later processes; what cannot be measured is the catalogue's."""
+    try:
+        measure_machine()
+    except Exception as error:
+        say(warning=f"not calibrated: {type(error).__name__}: {error}"[:600])
+    return gpus_here()
+
+
+def main() -> None:
+    """Read what `processes.py` orders from the environment, and do it."""
+    order = json.loads(os.environ[ORDER])
+    folder = Path(order["gradients"]) if order["gradients"] else None
+    work([Case(**entry) for entry in order["cases"]], order["tiny"], order["timeout"], folder)
+
+
+if __name__ == "__main__":
+    main()
