@@ -23,8 +23,10 @@ from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import COUNTED
 from thuglm.chunked_loss import DEFAULT_CHUNK
 
-SEVERAL = """Several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or no restart would succeed, and run on each
-  torchrun --nnodes 2 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id glm ..."""
+SEVERAL = """Several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or no restart would succeed, and
+run on each of them
+    torchrun --nnodes 2 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+        --rdzv-id glm -m glmhelpers.distributed ..."""
 """The end of `--help`."""
 
 OWN_TO_A_NODE = ("folder", "rows", "output", "adapter", "start_from", "eval_rows")

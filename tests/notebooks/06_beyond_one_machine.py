@@ -61,3 +61,22 @@ assert NEW_NAME in answer.text or not run.is_tiny
 # One sentence each.
 assert len(refusals) == len(wrong)
 assert all("\n" not in sentence and len(sentence) > 30 for sentence in refusals)
+
+# Which road: what the text says of the tables, and the figure on paper.
+by_name = {shape: {road.name: road for road in found} for shape, found in roads.items()}
+long, short = (by_name[shape] for shape in ((24, 1024), (16, 56)))
+assert not long["dp 2"].fits
+assert short["dp 2"].fits
+assert roads[16, 56][0].name == "dp 2"
+assert long["pp 2, 1F1B"].seconds < long["one process"].seconds
+assert len(long["pp 2, 1F1B"].plan.checkpointed) < len(long["one process"].plan.checkpointed_layers)
+assert min(long[name].busy for name in ("one process", "pp 2, 1F1B")) > 0.85
+known = {(point.way, point.gpus): point for point in points}
+assert all(abs(point.simulated / point.seconds - 1) < 0.02 for point in points if point.seconds)
+assert min((point for point in points if point.gpus == 8), key=lambda point: point.tokens_per_s).way == "tp"
+assert max((point for point in points if point.gpus == 64), key=lambda point: point.tokens_per_s).way == "dp"
+assert known["fsdp", 64].sent_bytes > 100 * known["dp", 64].sent_bytes
+assert known["tp", 8].busy < 0.5
+assert not known["pp", 32].fits
+# Two bytes of gradient and eight of Adam for two of weights.
+assert "five times as large as the weights" in text
