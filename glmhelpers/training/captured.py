@@ -30,7 +30,7 @@ from glmhelpers.training.pipeline import target_rows
 from glmhelpers.utils.types import Model
 from thuglm.chunked_loss import IGNORE_INDEX
 
-SHAPES = 12
+SHAPES = 24
 """Shapes that are recorded at most; further ones run without graphs."""
 
 Shape = tuple[int, int]
@@ -124,7 +124,7 @@ class Segment(nn.Module):
 
     def prepare(self, shape: Shape, like: Sequence[Tensor]) -> Passes:
         """Fixed tensors for a micro-batch of this shape [B, L]; `like`: bias, cos and sin to copy shapes from."""
-        norm = self.input_layernorm.weight
+        norm = cast(Tensor, self.input_layernorm.weight)
         hidden = torch.zeros(*shape, norm.shape[0], dtype=norm.dtype, device=norm.device)
         return Passes(hidden.requires_grad_(not self.first), tuple(x.to(norm.device).clone() for x in like))
 
@@ -260,21 +260,24 @@ class Captured:
     def layers_for(self, shapes: tuple[Shape, ...]) -> nn.ModuleList | None:
         """What stands for the blocks in a step of these micro-batches."""
         if reason := self.obstacle():
-            return self.without(reason)
+            self.say_without(reason)
+            return None
         state = (self.transformer.training, *(p.data_ptr() for p in self.transformer.layers.parameters()))
         state += tuple(bool(block.gradient_checkpointing) for block in self.transformer.layers)
         if state != self.state:  # weights were moved, merged or loaded anew: the graphs read the old memory
             self.known, self.state = {}, state
         if shapes not in self.known:
             if len(self.known) == SHAPES:
-                return self.without(f"more than {SHAPES} shapes of batches")
+                self.say_without(f"more than {SHAPES} shapes of batches")
+                return None
             try:
                 self.known[shapes] = self.record(shapes)
             except (RuntimeError, NotImplementedError) as error:
-                return self.without(str(error).splitlines()[0])
+                self.say_without(str(error).splitlines()[0])
+                return None
         return self.known[shapes]
 
-    def without(self, reason: str) -> None:
+    def say_without(self, reason: str) -> None:
         """Say once why a step runs without graphs."""
         if reason not in self.said:
             self.said.add(reason)
@@ -289,7 +292,7 @@ class Captured:
             if last is None or alone or last.input_layernorm.weight.device != place:
                 runs.append([])
             runs[-1].append(block)
-        made = []
+        made: list[Segment] = []
         for blocks in runs:
             place = blocks[0].input_layernorm.weight.device
             self.homes.setdefault(place, self.make_home(place))
