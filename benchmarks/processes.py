@@ -34,6 +34,8 @@ sys.path.insert(0, str(PROJECT))
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast can put GPUs that others share out of service."""
 os.environ |= NO_MULTICAST
+# All processes are on this host, whose name a bare machine may not be able to look up.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from benchmarks.roads import ORDER, Case  # noqa: E402
 
