@@ -34,11 +34,13 @@ sys.path.insert(0, str(PROJECT))
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast can put GPUs that others share out of service."""
 os.environ |= NO_MULTICAST
+# All processes are on this host, whose name a bare machine may not be able to look up.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from benchmarks.roads import ORDER, Case  # noqa: E402
 
 START, CASE, PATIENCE = 75.0, 45.0, 40.0
-"""Seconds: until the first case begins, for a case, and that a rank waits for another."""
+"""Seconds: until the first case begins, for a case, and that a rank waits for another; on a CPU three times that."""
 
 SIZES = {False: ((24, 1024, 8), (16, 56, 2), (4, 256, 2)), True: ((8, 32, 4), (4, 16, 2))}
 """Tiny or not -> (rows, tokens in a row, parts)."""
@@ -86,13 +88,17 @@ class Group:
         cases: all for the same number of processes.
         tiny: sizes.
         folder: for what they write on stderr.
-        gradients: folder for gradients, or None.
+        keep: folder for gradients and pictures, or None.
     """
 
-    def __init__(self, cases: list[Case], tiny: bool, folder: Path, gradients: Path | None = None):
-        self.folder, self.said = folder, queue.Queue[str | None]()
-        order = {"cases": [asdict(case) for case in cases], "tiny": tiny, "timeout": PATIENCE}
-        order["gradients"] = str(gradients) if gradients else None
+    def __init__(self, cases: list[Case], tiny: bool, folder: Path, keep: Path | None = None):
+        self.folder, self.said, self.slower = folder, queue.Queue[str | None](), 3 if tiny else 1
+        order = {
+            "cases": [asdict(case) for case in cases],
+            "tiny": tiny,
+            "timeout": PATIENCE * self.slower,
+            "keep": str(keep) if keep else None,
+        }
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -129,7 +135,7 @@ class Group:
 
     def messages(self, until: float) -> Iterator[dict[str, Any]]:
         """What the first rank says, until a process ends or time is up (seconds of time.monotonic): then `ended`."""
-        limit = time.monotonic() + START
+        limit = time.monotonic() + START * self.slower
         while True:
             try:
                 text = self.said.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
@@ -142,7 +148,7 @@ class Group:
                 return
             line = json.loads(text)
             if "begins" in line:
-                limit = time.monotonic() + CASE
+                limit = time.monotonic() + CASE * self.slower
             yield line
 
     def last_words(self) -> str:
@@ -157,11 +163,11 @@ class Group:
             process.wait()
 
 
-def run_cases(cases: list[Case], tiny: bool, book: Book, until: float, gradients: Path | None = None) -> None:
+def run_cases(cases: list[Case], tiny: bool, book: Book, until: float, keep: Path | None = None) -> None:
     """Run cases of one number of processes; behind one that fails, the others run in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         while cases and time.monotonic() < until:
-            group, begun = Group(cases, tiny, Path(folder), gradients), -1
+            group, begun = Group(cases, tiny, Path(folder), keep), -1
             try:
                 for message in group.messages(until):
                     begun = message.get("begins", begun)

@@ -36,7 +36,8 @@ from glmhelpers.cost_model.kept_rates import RATES  # noqa: E402
 from glmhelpers.cost_model.placement import part_names  # noqa: E402
 from glmhelpers.cost_model.stages import is_checkpointed  # noqa: E402
 from glmhelpers.cost_model.step_memory import Prediction, predict  # noqa: E402
-from glmhelpers.devicemap.plan import plan_device_map  # noqa: E402
+from glmhelpers.cost_model.step_time import Task  # noqa: E402
+from glmhelpers.devicemap.plan import DoesNotFit, plan_device_map  # noqa: E402
 from glmhelpers.distributed.plan import ProcessPlan, StageCut, even_blocks  # noqa: E402
 from glmhelpers.distributed.processes import Processes, joined, make_mesh  # noqa: E402
 from glmhelpers.distributed.roads import Road, compare_roads, forecast_processes  # noqa: E402
@@ -46,6 +47,7 @@ from glmhelpers.lora.attach import adapter_weights  # noqa: E402
 from glmhelpers.training.calibration import measure_machine  # noqa: E402
 from glmhelpers.training.measure import prepare, random_batch  # noqa: E402
 from glmhelpers.training.pipeline import run_step  # noqa: E402
+from glmhelpers.training.step_recorder import StepRecorder, idle_shares  # noqa: E402
 from thuglm import ChatGLMConfig  # noqa: E402
 
 ORDER = "GLM_BENCHMARK_ORDER"
@@ -80,6 +82,12 @@ class Case:
     def processes(self) -> int:
         """How many it takes."""
         return 1 if self.schedule == "one process" else self.gpus * self.pipelines
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        way = f"{self.schedule} {self.pipelines}x{self.gpus}".replace(" ", "-")
+        return f"{self.rows}x{self.length}-{way}-{self.parts}"
 
 
 class Bench:
@@ -212,13 +220,16 @@ def result(case: Case, times: list[float], **facts: Any) -> dict[str, Any]:
     return {**asdict(case), **speed, "tokens_per_s": round(case.rows * case.length / ms * 1e3), **facts}
 
 
-def one_process(bench: Bench, case: Case, gradients: Path | None = None) -> dict[str, Any]:
+def one_process(bench: Bench, case: Case, keep: Path | None = None) -> dict[str, Any]:
     """A step of all GPUs in one process.
 
     Args:
         bench: sizes.
         case: `parts` 0 for the planner's choice.
-        gradients: file for the gradients of one step without dropout.
+        keep: folder for the gradients of one step without dropout, and a picture of who worked when.
+
+    Raises:
+        DoesNotFit: no plan of the planner does.
     """
     layers = bench.config.num_layers
     if case.parts:
@@ -250,13 +261,17 @@ def one_process(bench: Bench, case: Case, gradients: Path | None = None) -> dict
 
     times = bench.time(step)
     peaks, blocks = bench.peaks(), [list(places.values())[1:-2].count(gpu) for gpu in used]
-    if gradients:
+    facts: dict[str, Any] = {"planned_ms": round(seconds * 1e3, 2)} if seconds else {}
+    if keep:
         no_dropout(model)
         draw_adapter(model)
         gradient()
-        torch.save({n: w.grad.float().cpu() / scaler.get_scale() for n, w in adapter_weights(model).items()}, gradients)
+        save_gradients({n: w.grad / scaler.get_scale() for n, w in adapter_weights(model).items()}, keep, case)
+        with StepRecorder(model, blocks) as recorder:
+            run_step(model, batch, parts, backward=recorder.backward, loss_chunk=chunk)
+        facts["idle_share"] = [round(share, 3) for share in idle_shares(recorder.tasks())]
+        draw_tasks(recorder.tasks(), keep / f"{case.name}.png")
     forecast = bench.forecast(case, places, marks, parts)
-    facts: dict[str, Any] = {"planned_ms": round(seconds * 1e3, 2)} if seconds else {}
     facts |= {"parts": parts, "planned": not case.parts, "blocks": blocks, "checkpointed": len(marks)}
     facts |= {"peak_bytes": peaks, "predicted_peak_bytes": forecast.peak_bytes}
     return result(
@@ -285,11 +300,17 @@ class Ranks:
         draw_adapter(stage.model)
         return stage
 
-    def run(self, case: Case, gradients: Path | None = None) -> dict[str, Any]:
-        """One case; every rank must call it. `gradients`: as for `one_process`, written by rank 0."""
+    def run(self, case: Case, keep: Path | None = None) -> dict[str, Any]:
+        """One case; every rank must call it. `keep`: as for `one_process`, for gradients alone, written by rank 0.
+
+        Raises:
+            DoesNotFit: the same on all ranks: no plan of this kind fits.
+        """
         bench, processes = self.bench, self.processes(case.gpus)
         bench.free()
         road = bench.road(case)
+        if not road.fits and not case.parts:
+            raise DoesNotFit(f"no plan fits; the best would take {max(road.total_bytes):,} bytes on a GPU", [], {})
         plan: Any = road.plan
         mine = [cut for cut in plan.stages if cut.rank == processes.stage_rank]
         stages = [self.stage(plan, cut, processes.device) for cut in mine]
@@ -309,7 +330,7 @@ class Ranks:
         facts |= {"peak_bytes": [*chain(*peaks)], "predicted_peak_bytes": road.peak_bytes}
         facts |= {"outside_bytes": [*chain(*gathered(bench.outside()))]}
         facts |= {"loss": found[0][0], "steps_skipped": sum(not taken for _, _, taken in found)}
-        if gradients:
+        if keep:
             for stage in stages:
                 no_dropout(stage.model)
                 draw_adapter(stage.model)
@@ -317,8 +338,29 @@ class Ranks:
             scale = scaler.get_scale() if scaler else 1.0
             everybody = gathered({name: weight.grad.float().cpu() / scale for name, weight in weights.items()})
             if processes.rank == 0:
-                torch.save({name: grad for part in everybody for name, grad in part.items()}, gradients)
+                save_gradients({name: grad for part in everybody for name, grad in part.items()}, keep, case)
         return result(case, times, **facts)
+
+
+def save_gradients(gradients: dict[str, torch.Tensor], folder: Path, case: Case) -> None:
+    """For a comparison with those of another road."""
+    torch.save({name: gradient.float().cpu() for name, gradient in gradients.items()}, folder / f"{case.name}.pt")
+
+
+def draw_tasks(tasks: Sequence[Task], path: Path) -> None:
+    """A Gantt chart of one step."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    from glmhelpers.plots.device_map import draw_schedule
+    from glmhelpers.plots.style import use_style
+
+    use_style()
+    figure: Any = draw_schedule(tasks).figure
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def gathered(value: Any) -> list[Any]:
@@ -344,24 +386,25 @@ def results(cases: list[Case], run: Callable[[Case], dict[str, Any]], alone: boo
         yield {"begins": number}
         try:
             yield {"result": run(case)}
+        except DoesNotFit as refusal:
+            yield {"result": {**asdict(case), "skipped": str(refusal)[:300]}}
         except Exception as error:
             if not alone:
                 raise
             yield {"result": {**asdict(case), "error": f"{type(error).__name__}: {error}"[:600]}}
 
 
-def work(cases: list[Case], tiny: bool, timeout: float, gradients: Path | None = None) -> None:
+def work(cases: list[Case], tiny: bool, timeout: float, keep: Path | None = None) -> None:
     """Run the cases, all of as many processes as were started, and print.
 
     Args:
         cases: all of the same number of processes.
         tiny: the tiny model's sizes on the CPU.
         timeout: seconds that a rank waits for another.
-        gradients: folder; each case writes its gradients there, under its number.
+        keep: folder for gradients and pictures of each case, under its name.
     """
     alone = cases[0].processes == 1
     bench = Bench(tiny, own=None if alone else int(os.environ["LOCAL_RANK"]))
-    file = {case: gradients / f"{number}.pt" if gradients else None for number, case in enumerate(cases)}
     if tiny:
         torch.set_num_threads(1)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, *([SDPBackend.MATH] if tiny else [])]):
@@ -369,13 +412,13 @@ def work(cases: list[Case], tiny: bool, timeout: float, gradients: Path | None =
             if bench.on_gpu:
                 rates = [{"name": gpu.name, **{rate: getattr(gpu, rate) for rate in RATES}} for gpu in calibrated()]
                 say(machine=rates, torch=torch.__version__)
-            for line in results(cases, lambda case: one_process(bench, case, file[case]), alone=True):
+            for line in results(cases, lambda case: one_process(bench, case, keep), alone=True):
                 bench.free()
                 say(**line)
             return
         with joined(cases[0].gpus, bench.on_gpu, timeout) as processes:
             ranks = Ranks(bench, processes, timeout)
-            for line in results(cases, lambda case: ranks.run(case, file[case]), alone=False):
+            for line in results(cases, lambda case: ranks.run(case, keep), alone=False):
                 if processes.rank == 0:
                     say(**line)
 
@@ -392,7 +435,7 @@ def calibrated() -> list[GPU]:
 def main() -> None:
     """Read what `processes.py` orders from the environment, and do it."""
     order = json.loads(os.environ[ORDER])
-    folder = Path(order["gradients"]) if order["gradients"] else None
+    folder = Path(order["keep"]) if order["keep"] else None
     work([Case(**entry) for entry in order["cases"]], order["tiny"], order["timeout"], folder)
 
 
