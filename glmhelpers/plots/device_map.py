@@ -201,11 +201,11 @@ def draw_scaling(points: Sequence[Scaled]) -> Axes:
         said.append(f"{name} {shares[-1]:.0f} % on {line[-1].gpus} GPUs")
         stopped = next((point.why for point in points if point.way == way and point.gpus > line[-1].gpus), "")
         if stopped:
-            below = -15 if shares[-1] > 20 else 8
+            below = -15 if shares[-1] > 20 else 16
             place: dict[str, Any] = {"xytext": (0, below), "textcoords": "offset points", "ha": "center", "fontsize": 9}
             axes.annotate(f"then {stopped}", (line[-1].gpus, shares[-1]), **place)
             said[-1] += f", then {stopped}"
-    axes.set(xscale="log", xlabel="GPUs", ylabel="% of as many times one GPU", ylim=(0, 112))
+    axes.set(xscale="log", xlabel="GPUs", ylabel="speed, % of N times one GPU", ylim=(0, 112))
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.legend(loc="lower left")
