@@ -37,7 +37,7 @@ from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens import round_trip, texts
 from glmhelpers.tokens.prompts import build_prompt, with_input
 from glmhelpers.tokens.report import Settings, TokenReport
-from glmhelpers.tokens.round_trip import RoundTrip, text_ids
+from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
 from glmhelpers.utils.environment import output_folder
 from glmhelpers.utils.files import current, whole_file, write_json
 from thuglm import ChatGLMConfig
@@ -188,18 +188,21 @@ def _is_whole(target: Path) -> bool:
     if not target.is_file():
         return False
     try:
-        report = json.loads(target.with_suffix(".json").read_text("utf-8"))
-        whole = report["sha256"] == _sha256(target)
-    except (OSError, ValueError, TypeError, KeyError):
+        values = json.loads(target.with_suffix(".json").read_text("utf-8"))
+        whole = values.pop("sha256") == _checksum(target, values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         print(f"[NOTE] {target} is damaged, or its report is: the rows are encoded again")
     return whole
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(tokens: Path, report: Mapping[str, Any]) -> str:
+    """SHA-256 of a token file and of its report."""
+    with open(tokens, "rb") as file:
+        total = hashlib.file_digest(file, "sha256")
+    total.update(json.dumps(report, sort_keys=True).encode())
+    return total.hexdigest()
 
 
 def token_report(dataset: datasets.Dataset) -> TokenReport:
@@ -226,7 +229,7 @@ def cache_key(path: Path, tokenizer: Any, settings: Settings) -> str:
     # Two tokenizers can share a model file and still differ in what they do before and after it.
     probes = [tokenizer.encode(probe, probe) for probe in PROBES]
     key.update(json.dumps([asdict(settings), model_length(tokenizer), probes], sort_keys=True).encode())
-    for module in (__file__, *(each.__file__ for each in (templates, texts, round_trip, thuglm.prompt))):
+    for module in (__file__, templates.__file__, texts.__file__, round_trip.__file__, thuglm.prompt.__file__):
         key.update(Path(module).read_bytes())
     return key.hexdigest()
 
@@ -290,7 +293,8 @@ def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
                 stream.write_batch(_encode_chunk(encoder, chunk, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
-        write_json(target.with_suffix(".json"), vars(report) | {"sha256": _sha256(unfinished)})
+        values = json.loads(json.dumps(vars(report)))
+        write_json(target.with_suffix(".json"), values | {"sha256": _checksum(unfinished, values)})
 
 
 def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:
@@ -319,17 +323,10 @@ def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: Tok
         kept_keys.append(key)
     changed = encoder.round_trip.changed([text for text, _ in learnt], [own for _, own in learnt])
     report.changed += len(changed)
-    report.changed_shown += [_around_difference(*pair) for pair in changed[: 3 - len(report.changed_shown)]]
+    report.changed_shown += [around_difference(*pair) for pair in changed[: 3 - len(report.changed_shown)]]
     report.kept += len(sizes)
     report.tokens += len(flat)
     return _batch(flat, sizes, starts, kept_keys, report)
-
-
-def _around_difference(before: str, after: str, most: int = 40) -> tuple[str, str]:
-    """Both texts from a little before the place where they part."""
-    same = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
-    start = max(0, same - most // 4)
-    return before[start : start + most], after[start : start + most]
 
 
 def _batch(

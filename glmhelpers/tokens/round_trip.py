@@ -92,3 +92,17 @@ class RoundTrip:
 def _same(text: str) -> str:
     """The text without what does not count: width and blanks."""
     return "".join(text.translate(_WIDTH).split())
+
+
+def around_difference(before: str, after: str, most: int = 40) -> tuple[str, str]:
+    """Two texts from a little before the place where they differ in more than width and blanks; `most` characters."""
+    (own, places), (other, others) = _counting(before), _counting(after)
+    same = next((at for at, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
+    starts = [max(0, (at[same] if same < len(at) else len(at)) - most // 4) for at in (places, others)]
+    return before[starts[0] :][:most], after[starts[1] :][:most]
+
+
+def _counting(text: str) -> tuple[list[str], list[int]]:
+    """The characters that count, and their places."""
+    kept = [(_same(character), place) for place, character in enumerate(text) if _same(character)]
+    return [character for character, _ in kept], [place for _, place in kept]
