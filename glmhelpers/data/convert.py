@@ -202,7 +202,7 @@ class _Writer:
         if not files:
             lines = [f"{source} holds no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"]
             raise ValueError("\n".join(lines + self.report.other_lines()))
-        below = {path: path.relative_to(source).as_posix() if path != source else path.name for path, _ in files}
+        below = {path: self.report.name_of(FileReport(path)) for path, _ in files}
         parts = parts_of(below.values())
         if self.part is None:
             self.report.parts = sorted(set(parts.values()))

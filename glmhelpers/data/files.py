@@ -208,12 +208,12 @@ def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], l
     files: list[SourceFile] = []
     others = []
     for member in sorted(archive.infolist(), key=lambda member: member.filename):
-        if member.is_dir() or any(_is_hidden(part) for part in Path(member.filename).parts):
+        if member.filename.endswith("/") or any(_is_hidden(part) for part in Path(member.filename).parts):
             continue
         if member.filename.lower().endswith(ENDINGS):
             files.append((source / member.filename, partial(_open_member, archive, member)))
         else:
-            others.append(member.filename)
+            others.append(member.filename or "a file without a name")
     return files, others
 
 

@@ -151,14 +151,17 @@ def _read_arrow(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Ite
     if not holds_rows(found):
         notes.not_data = missing_columns(names)
         return
-    yield from _table_rows(batches, list(dict.fromkeys(found.values())))
+    yield from _table_rows(batches, list(dict.fromkeys(found.values())), check=True)
 
 
-def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str]) -> Iterator[Found]:
+def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str], check: bool = False) -> Iterator[Found]:
+    # Arrow files are taken as they lie there: to read a place that a damaged one points to would end the process.
     number = 0
     for batch in batches:
         # A name may stand in the file twice: as with our names, the first one counts.
         of_name = {name: batch.column(batch.schema.names.index(name)) for name in wanted}
+        for column in of_name.values() if check else ():
+            column.validate(full=True)
         for place in range(len(batch)):
             number += 1
             try:

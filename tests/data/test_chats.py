@@ -106,7 +106,7 @@ def test_a_history_that_ends_with_a_question_is_refused(tmp_path):
 
 def test_the_advice_for_a_conversation_under_another_name_works(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"dialogue": said("q", "a")}))
-    with pytest.raises(ValueError, match="columns={'dialogue': \"messages\"}"):
+    with pytest.raises(ValueError, match=r"columns=\{'dialogue': \"messages\"\}"):
         convert_alpaca(tmp_path / "a.json", tmp_path / "out.jsonl")
     report = convert_alpaca(tmp_path / "a.json", tmp_path / "out.jsonl", columns={"dialogue": "messages"})
     assert report.rows_valid == 1

@@ -229,7 +229,7 @@ def test_parts_of_a_data_set_are_named_and_can_be_chosen(tmp_path):
             _, report = read(folder, part=name)
             assert report.rows_valid == len(rows)
             assert name not in report.parts
-        with pytest.raises(ValueError, match="no part 'dev'; .* test, train, validation"):
+        with pytest.raises(ValueError, match=r"no part 'dev'; .* test, train, validation"):
             read(folder, part="dev")
 
 
