@@ -124,7 +124,7 @@ def _listed(state: Path) -> set[str]:
     """The files of rows that a folder of `save_to_disk` names; what else lies there are results of its `map`."""
     try:
         return {file["filename"] for file in json.loads(state.read_text("utf-8"))["_data_files"]}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()
 
 

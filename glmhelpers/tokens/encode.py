@@ -114,7 +114,7 @@ def model_length(tokenizer: Any) -> int:
     path = Path(str(getattr(tokenizer, "vocab_file", ""))).parent / "config.json"
     try:
         length = json.loads(path.read_text("utf-8")).get("max_sequence_length", usual)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return usual
     return length if isinstance(length, int) and length > 0 else usual
 
@@ -190,7 +190,7 @@ def _is_whole(target: Path) -> bool:
     try:
         values = json.loads(target.with_suffix(".json").read_text("utf-8"))
         whole = values.pop("sha256") == _checksum(target, values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
         print(f"[NOTE] {target} is damaged, or its report is: the rows are encoded again")

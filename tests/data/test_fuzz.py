@@ -152,8 +152,10 @@ def test_damaged_zips_alone(tmp_path):
     dice, read = random.Random(0), 0
     for _ in range(200):
         (tmp_path / "a.zip").write_bytes(spoilt(dice.choice(ZIPS), dice))
+        said = ""
         try:
             read += convert_alpaca(tmp_path / "a.zip", tmp_path / "out.jsonl").rows_valid > 0
         except ValueError as error:
-            assert "a.zip" in str(error)
+            said = str(error)
+        assert not said or "a.zip" in said
     assert 0 < read < 200

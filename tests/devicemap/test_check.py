@@ -93,6 +93,32 @@ def test_every_door_gives_the_same_verdict(device_map):
     assert list(predict(CONFIG, device_map, 1, 64).devices) == placement.devices
 
 
+ANY_KEYS = (
+    st.sampled_from([*KEYS, *KEYS[:-2]]) | st.text(max_size=6) | st.none() | st.integers(-2, 9) | st.binary(max_size=3)
+)
+ANY_DEVICES = st.sampled_from([*DEVICES, 0, 1, 0, 1]) | st.text("cuda:01-x", max_size=7) | st.floats() | st.booleans()
+ANY_DEVICES |= st.integers() | st.lists(st.integers(), max_size=1) | st.binary(max_size=3)
+ANY_MAPS = MAPS | st.dictionaries(ANY_KEYS, ANY_DEVICES, max_size=4)
+ANY_MAPS |= st.builds(lambda whole, more: {**whole, **more}, MAPS, st.dictionaries(ANY_KEYS, ANY_DEVICES, max_size=1))
+
+
+@given(ANY_MAPS)
+@settings(max_examples=2000, deadline=None, derandomize=True)
+def test_any_map_is_a_placement_of_every_part_or_refused_in_words(device_map):
+    said = verdict(lambda: check_device_map(CONFIG, device_map, ["T4", "T4"]))
+    if all(isinstance(key, str) and key in KEYS for key in device_map) and all(
+        any(place is known for known in DEVICES) for place in device_map.values()
+    ):
+        assert (said == "good") == is_good(device_map, 2), said
+    if said == "good":
+        places = Placement.of(device_map, LAYERS, 2).map
+        assert list(places) == part_names(LAYERS)
+        assert set(places.values()) <= {0, 1, "cpu"}
+    else:
+        assert said.strip()
+        assert len(said) < 4000
+
+
 def test_a_map_of_two_names_works_everywhere():
     device_map = {"transformer": 0, "lm_head": 0}
     full = dict.fromkeys(part_names(LAYERS), 0)
