@@ -10,7 +10,6 @@ import io
 import json
 import lzma
 import random
-import signal
 import zipfile
 
 import pandas as pd
@@ -122,7 +121,6 @@ def spoilt(content: bytes, dice: random.Random) -> bytes:
 @pytest.mark.parametrize("part", range(5))
 def test_damaged_files_are_judged_one_by_one(tmp_path, part):
     dice, signs = random.Random(part), set()
-    signal.alarm(300)  # a reader that hangs ends the test
     for number in range(part, FOLDERS, 5):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -144,7 +142,6 @@ def test_damaged_files_are_judged_one_by_one(tmp_path, part):
             assert written["output"].strip()
             assert all(len(turn) == 2 for turn in written.get("history", []))
         str(report)
-    signal.alarm(0)
     assert signs >= {"ok", "repaired", "refused", "not_data"}
 
 
