@@ -216,11 +216,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         else:
             ids = iter(self.sp_model.encode(whole, num_threads=threads) if whole else [])
         return [
-            next(ids) if is_plain else self.convert_tokens_to_ids(self.tokenize(text))
+            next(ids) if is_plain else [*self.convert_tokens_to_ids(self.tokenize(text))]  # type: ignore[misc]
             for text, is_plain in zip(texts, plain, strict=True)
         ]
 
-    def _encode_plus(self, text, text_pair=None, **settings):
+    def _encode_plus(self, text, text_pair=None, **settings):  # type: ignore[override]
         # What `tokenizer(...)` and `encode` call; it takes ids as well as texts.
         if not settings.get("is_split_into_words") and not settings.get("sanitize_control_tokens"):
             text, text_pair = self._as_ids(text), self._as_ids(text_pair)
@@ -234,7 +234,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return [ids or each for ids, each in zip(self.text_ids(text), text, strict=True)]
         return text
 
-    def prepare_for_model(
+    def prepare_for_model(  # type: ignore[override] # what is not named here is given by its name everywhere
         self, ids, pair_ids=None, add_special_tokens=True, padding=False, truncation=False, max_length=None, **settings
     ) -> BatchEncoding:
         """As in transformers, but in a fraction of the time where nothing is padded, cut or asked for beside the ids

@@ -40,8 +40,7 @@ from glmhelpers.tokens.report import Settings, TokenReport
 from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
 from glmhelpers.utils.environment import output_folder
 from glmhelpers.utils.files import current, whole_file, write_json
-from thuglm import ChatGLMConfig
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
 from thuglm.prompt import as_turns
 
 CHUNK = 512
@@ -110,13 +109,12 @@ class _Encoder:
 def model_length(tokenizer: Any) -> int:
     """Most tokens that the model can read: `max_sequence_length` of the config.json beside the tokenizer's model file;
     that of ChatGLM-6B where there is none."""
-    usual = ChatGLMConfig().max_sequence_length
     path = Path(str(getattr(tokenizer, "vocab_file", ""))).parent / "config.json"
     try:
-        length = json.loads(path.read_text("utf-8")).get("max_sequence_length", usual)
+        length = json.loads(path.read_text("utf-8")).get("max_sequence_length", MAX_LENGTH)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return usual
-    return length if isinstance(length, int) and length > 0 else usual
+        return MAX_LENGTH
+    return length if isinstance(length, int) and length > 0 else MAX_LENGTH
 
 
 def encode_example(tokenizer: Any, row: Mapping[str, Any], **settings: Any) -> dict[str, list[int]]:
