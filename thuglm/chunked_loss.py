@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
+from thuglm.constants import IGNORE_INDEX
+
 DEFAULT_CHUNK = 512
 
 

@@ -11,7 +11,9 @@ newer code and then talk nonsense, so they are recognised here and refused.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from thuglm.constants import MAX_LENGTH
 
 V1_0_VOCAB_SIZE = 150528
 V1_0_FIRST_SPECIAL_ID = 150000
@@ -60,7 +62,7 @@ class ChatGLMConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     inner_hidden_size: int = 16384
     layernorm_epsilon: float = 1e-5
-    max_sequence_length: int = 2048
+    max_sequence_length: int = MAX_LENGTH
     position_encoding_2d: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -102,5 +104,7 @@ class ChatGLMConfig(PreTrainedConfig):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+
+AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 
 __all__ = ["ChatGLMConfig"]

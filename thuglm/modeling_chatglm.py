@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -925,5 +933,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     process_response: Callable[[str], str] = staticmethod(process_response)
 
+
+# The published repository maps AutoModel to the whole model, so that `AutoModel...chat()` works: so does this one.
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 
 __all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

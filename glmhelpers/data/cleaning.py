@@ -9,18 +9,24 @@ A row is valid if its instruction and its output are texts with something in the
 only say that there is no input (无输入, No input ...) become "".
 """
 
-import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from glmhelpers.data.chats import is_message, read_chat
+from glmhelpers.tokens import texts
+
 NAMES = {
     "instruction": ("instruction", "prompt"),
     "input": ("input",),
-    "output": ("output", "response"),
+    "output": ("output", "response", "completion"),
     "history": ("history",),
     "system": ("system",),
+    "messages": ("messages", "conversations", "conversation"),
 }
 """Our name of a column -> the names it has in files, the first one found counts."""
 
@@ -49,10 +55,10 @@ UNDECODABLE = "text that is not UTF-8"
 """Reason of rows with bytes that could not be decoded."""
 ENCODING_HINT = "say what its text is, such as encoding='gb18030'"
 
+NO_PAIRS, NO_CHAT = "history is not pairs of texts", "messages are no conversation"
+PLACEHOLDER, NUMBER = "placeholder input", "numbers written as texts"
+
 _AROUND = " \t\n.。!！<>()（）[]【】\"'“”"
-# Control characters other than tab and newline, and surrogates (halves of a character, or undecodable bytes).
-_TROUBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-_BLANK = re.compile(r"[\x0b\x0c\x1c-\x1f]")
 _LOST_BYTE = re.compile(r"[\udc80-\udcff]")
 _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f]")
 _LATIN = re.compile(r"[A-Za-z]{2}")
@@ -78,7 +84,7 @@ def find_columns(names: Sequence[Any], columns: Mapping[str, str]) -> dict[str, 
 
 def holds_rows(found: Mapping[str, str]) -> bool:
     """Whether a table has the columns that a row needs; `found` is from `find_columns`."""
-    return {"instruction", "output"} <= found.keys()
+    return {"instruction", "output"} <= found.keys() or "messages" in found
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -100,6 +106,8 @@ def missing_columns(names: Sequence[Any]) -> str:
     """What to tell about a table, or about objects, without instruction or output."""
     if any(_LOST_BYTE.search(name) for name in names if isinstance(name, str)):
         return f"the names of its columns are no UTF-8; {ENCODING_HINT}"
+    if is_message(dict.fromkeys(names)):
+        return 'they are messages; put those of one conversation into one object: {"messages": [...]}'
     more = ", ..." if len(names) > 8 else ""
     return (
         f"its columns are {', '.join(repr(name)[:40] for name in names[:8])}{more}; instruction and output are needed "
@@ -114,16 +122,32 @@ def layout_hint(row: Mapping[str, Any], found: Mapping[str, str]) -> str:
         row: the only object of a file.
         found: from `find_columns`.
     """
-    if any(isinstance(row[found[name]], Mapping | list) for name in ("instruction", "output") if name in found):
-        return "each column is one list; one object a row is needed: with pandas, to_json(..., orient='records')"
+    lists = [isinstance(row[found[name]], Mapping | list) for name in ("instruction", "output") if name in found]
+    if any(lists) or {"columns", "data"} <= row.keys() or (row and all(map(_seems_row, row.values()))):
+        return "it is a table in one object; one object a row is needed: with pandas, to_json(..., orient='records')"
     for name, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        if (
+            name not in found.values()
+            and isinstance(value, list)
+            and value
+            and all(isinstance(each, Mapping) for each in value)
+        ):
+            if is_message(value[0]):
+                return f'a conversation is in {name!r}: say columns={{{name!r}: "messages"}}'
             return f"{len(value):,} objects are inside {name!r}: write that list alone into a file, or pass the list"
     return ""
 
 
+def _seems_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and holds_rows(find_columns(list(value), {}))
+
+
 class Refused(ValueError):
-    """A row is not valid; the message is the reason under which it is counted."""
+    """A row is not valid; the message is the reason under which it is counted, `detail` says more about this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str, Any]:
@@ -132,47 +156,45 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
     Args:
         row: what a reader found.
         found: from `find_columns`.
-        changes: counts what had to be changed: "lone surrogate", "control character", "placeholder input".
+        changes: counts what had to be changed, by names such as "lone surrogate" or `PLACEHOLDER`.
 
     Returns:
         `instruction`, `input` ("" if there is none), `output`, and if the row has them `history`
-        ([[question, answer], ...]) and `system`.
+        ([[question, answer], ...]) and `system`. A conversation ends with the last of its answers.
 
     Raises:
         Refused: it is no valid row.
     """
-    values = {ours: row[theirs] for ours, theirs in found.items()}
+    try:
+        values = {ours: _plain(row[theirs]) for ours, theirs in found.items()}
+    except RecursionError:
+        raise Refused("nested too deeply") from None
+    query, answer = values.get("instruction"), values.get("output")
+    messages = values.get("messages")
+    if isinstance(query, list) and isinstance(answer, list):
+        messages, query, answer = query + answer, None, None
+    system, turns = _chat(values.get("history"), "history", NO_PAIRS, changes, has_query=True)
+    if messages and not query and not answer:
+        words, said = _chat(messages, "messages", NO_CHAT, changes)
+        if not said:
+            raise Refused(NO_CHAT, "it holds no question with an answer")
+        *before, (query, answer) = said
+        turns, system = turns + before, "\n".join(filter(None, (system, words)))
     cleaned: dict[str, Any] = {
-        "instruction": _needed(values.get("instruction"), "instruction", changes),
+        "instruction": _needed(query, "instruction", changes),
         "input": _about(values.get("input"), changes),
-        "output": _needed(values.get("output"), "output", changes),
+        "output": _needed(answer, "output", changes),
     }
-    if history := _history(values.get("history"), changes):
-        cleaned["history"] = history
-    system = values.get("system")
-    if not _is_null(system) and not isinstance(system, str):
+    if turns:
+        cleaned["history"] = [
+            [_clean(question, changes), _clean(said, changes, indent=True)] for question, said in turns
+        ]
+    own = values.get("system")
+    if own is not None and not isinstance(own, str):
         raise Refused("system is not text")
-    if isinstance(system, str) and (system := clean_text(system, changes)):
+    if system := _clean("\n".join(filter(None, (own, system))), changes):
         cleaned["system"] = system
     return cleaned
-
-
-def clean_text(text: str, changes: Counter) -> str:
-    """Without space around it and with "\\n" as line end; what cannot be written becomes U+FFFD, and is counted.
-
-    Raises:
-        Refused: the text holds bytes that could not be decoded.
-    """
-    text = text.strip()
-    if not _TROUBLE.search(text):
-        return text
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if _LOST_BYTE.search(text):
-        raise Refused(UNDECODABLE)
-    text = _BLANK.sub(" ", text)
-    for character in _TROUBLE.findall(text):
-        changes["lone surrogate" if character >= "\ud800" else "control character"] += 1
-    return _TROUBLE.sub("\ufffd", text)
 
 
 def is_untranslated(row: Mapping[str, Any]) -> bool:
@@ -181,47 +203,64 @@ def is_untranslated(row: Mapping[str, Any]) -> bool:
     return not _CHINESE.search(text) and bool(_LATIN.search(text))
 
 
-def _is_null(value: Any) -> bool:
+def _plain(value: Any) -> Any:
+    """A value without what numpy, pandas and Arrow put around it; None where it is missing."""
+    if value is None or isinstance(value, str):
+        return None if value is None else str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    elif hasattr(value, "as_py"):
+        value = value.as_py()
+    pandas = sys.modules.get("pandas")  # whoever has a value of it has imported it
+    if pandas is not None and (value is pandas.NA or value is pandas.NaT):
+        return None
     # Tables write a missing value as NaN, the one number that differs from itself.
-    return value is None or (isinstance(value, float) and value != value)
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return {name: _plain(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def _clean(text: str, changes: Counter, indent: bool = False) -> str:
+    """`clean_text`, but bytes that could not be decoded are refused."""
+    if _LOST_BYTE.search(text):
+        raise Refused(UNDECODABLE)
+    return texts.clean_text(text, changes, indent)
 
 
 def _needed(value: Any, name: str, changes: Counter) -> str:
-    if _is_null(value):
+    if value is None:
         raise Refused(f"no {name}")
     if not isinstance(value, str):
         raise Refused(f"{name} is not text")
-    if not (text := clean_text(value, changes)):
+    if not (text := _clean(value, changes, indent=name == "output")):
         raise Refused(f"no {name}")
     return text
 
 
 def _about(value: Any, changes: Counter) -> str:
-    if _is_null(value):
+    if value is None:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
+        changes[NUMBER] += 1
         return str(value)
     if not isinstance(value, str):
         raise Refused("input is not text")
-    text = clean_text(value, changes)
+    text = _clean(value, changes, indent=True)
     if text and " ".join(text.strip(_AROUND).casefold().split()) in NO_INPUT:
-        changes["placeholder input"] += 1
+        changes[PLACEHOLDER] += 1
         return ""
     return text
 
 
-def _history(value: Any, changes: Counter) -> list[list[str]]:
-    if isinstance(value, str):
-        if not value.strip():
-            return []
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Refused("history is not pairs of texts") from None
-    if _is_null(value):
-        return []
-    lists = (list, tuple)
-    pairs = isinstance(value, lists) and all(isinstance(turn, lists) and len(turn) == 2 for turn in value)
-    if not pairs or not all(isinstance(text, str) for turn in value for text in turn):
-        raise Refused("history is not pairs of texts")
-    return [[clean_text(question, changes), clean_text(answer, changes)] for question, answer in value]
+def _chat(
+    value: Any, name: str, reason: str, changes: Counter, has_query: bool = False
+) -> tuple[str, list[tuple[str, str]]]:
+    """`read_chat`, with nothing for nothing, and a refusal for what cannot be read."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "", []
+    try:
+        return read_chat(value, changes, has_query)
+    except ValueError as error:
+        raise Refused(reason, f"{name}: {error}") from None

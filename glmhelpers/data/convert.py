@@ -13,21 +13,23 @@ all rows. The output gets its name when everything is done; until then an older 
 import codecs
 import hashlib
 import json
-import zipfile
-import zlib
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
 
+from glmhelpers.data.chats import GREETING, UNANSWERED
 from glmhelpers.data.cleaning import (
     ENCODING_HINT,
+    NUMBER,
+    PLACEHOLDER,
     UNDECODABLE,
     Refused,
     check_columns,
@@ -38,18 +40,26 @@ from glmhelpers.data.cleaning import (
     missing_columns,
 )
 from glmhelpers.data.dedupe import repeated
-from glmhelpers.data.files import ENDINGS, open_source, written_by_report
-from glmhelpers.data.json_recovery import Found, Notes
+from glmhelpers.data.files import ENDINGS, FORMATS, SourceFile, open_source, parts_of, plain_name, written_by_report
+from glmhelpers.data.json_recovery import Found, Notes, Twice
 from glmhelpers.data.readers import read_rows
 from glmhelpers.data.report import FileReport, Report, report_path
 from glmhelpers.tokens.prompts import with_input
+from glmhelpers.tokens.texts import AROUND, LINE_END
 from glmhelpers.utils.files import whole_file, whole_files
 
 ROWS_SOURCE = "rows"
-UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
+QUIET = (AROUND, LINE_END, NUMBER, GREETING, UNANSWERED)
+"""Changes that are counted, but make no file "repaired"."""
+TABLES = {"iterrows": "to_dict('records')", "to_pylist": "to_pylist()", "to_dicts": "to_dicts()"}
+"""What tells a table of another library -> how it gives its rows."""
 # Everything that str.splitlines takes for the end of a line: a line of the output is one for every reader.
 _LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class _Unreadable(Exception):
+    """A file cannot be read to its end, for whatever reason: files are other people's, and so are their readers."""
 
 
 @dataclass
@@ -85,12 +95,13 @@ def convert_alpaca(
     max_answer_chars: int | None = None,
     columns: Mapping[str, str] | None = None,
     encoding: str | None = None,
+    part: str | None = None,
 ) -> Report:
     """Write all valid rows of a source as JSON Lines, and a report beside it.
 
     Args:
-        source: a file, a folder (with all folders below it) or a zip of JSON, JSON Lines, CSV or parquet files; or an
-            iterable of dicts.
+        source: a file, a folder (with all folders below it) or a zip of JSON, JSON Lines, CSV, parquet or Arrow files,
+            each of them maybe packed by gzip, bzip2 or xz; or an iterable of dicts.
         output: the file to write. Each line has `instruction`, `input`, `output` and, where a row has them, `history`
             ([[question, answer], ...]) and `system`.
         dedupe: of equal rows only the first is kept.
@@ -99,6 +110,10 @@ def convert_alpaca(
         max_answer_chars: most characters of the output.
         columns: a name in the files -> the name here, as in {"question": "instruction", "answer": "output"}.
         encoding: of text files, such as "gb18030"; by default UTF-8, or what a byte order mark says.
+        part: "train", "test" or "validation": of a source whose files or folders are named so, this part only; the
+            other files are left alone. By default all of them, with a remark in the report.
+
+    A row is a question and an answer, or a conversation in one of the formats of `glmhelpers.data.chats`.
 
     Returns:
         The report: `rows_valid` (lines written), `files`, `rejected`. It is saved as `<output>.report.json`.
@@ -109,20 +124,22 @@ def convert_alpaca(
         IsADirectoryError: the output is a folder.
         LookupError: Python knows no such encoding.
         TypeError: the source is a dict, or a table of another library.
-        ValueError: not one row is valid, and the message names each file and why; or `columns` names no column of ours.
+        ValueError: not one row is valid, and the message names each file and why; `columns` names no column of ours; or
+            the source has no such part.
 
     Where one file holds the rows of others (a full file beside its parts), `dedupe` keeps each row once.
     """
     output = Path(output).expanduser()
-    source = source.expanduser() if isinstance(source, Path) else source
+    source = Path(source).expanduser() if isinstance(source, str | Path) else source
     check_columns(columns or {})
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:
         codecs.lookup(encoding)
     flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
+    flags["part"] = part
     name = str(source) if isinstance(source, str | Path) else ROWS_SOURCE
     report = Report(name, output, {option: value for option, value in (flags | limits).items() if value})
-    writer = _Writer(report, limits, columns or {}, encoding)
+    writer = _Writer(report, limits, columns or {}, encoding, part)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
     # Output and report take their places together; the check comes when nobody else is writing them.
@@ -144,7 +161,7 @@ def _check_output(source: Any, output: Path) -> None:
     """Whether the output can be written without a loss of somebody's rows."""
     if not (isinstance(source, str | Path) and output.exists()):
         return
-    folder, place = Path(source).resolve(), output.resolve()
+    folder, place = Path(os.path.realpath(source)), Path(os.path.realpath(output))
     if place == folder:
         raise FileExistsError(f"{output} is the source itself, with rows that may be refused; write to another file")
     if folder in place.parents and written_by_report(report_path(output)) != output.name:
@@ -163,32 +180,48 @@ class _Writer:
         limits: dict[str, int | None],
         columns: Mapping[str, str],
         encoding: str | None,
+        part: str | None,
     ) -> None:
-        self.report, self.limits, self.columns, self.encoding = report, limits, columns, encoding
+        self.report, self.limits, self.columns, self.encoding, self.part = report, limits, columns, encoding, part
         self.kept: list[_Kept] = []
         # The rows of a file mostly have the same keys.
         self.find_columns = lru_cache(256)(partial(find_columns, columns=columns))
 
     def write_all(self, source: Any, file: BinaryIO) -> None:
         if not isinstance(source, str | Path):
-            if isinstance(source, Mapping):
-                raise TypeError("source is one dict; give a list of rows, or the path of a file")
-            if hasattr(source, "iterrows"):
-                raise TypeError("source is a DataFrame; give its rows: source.to_dict('records')")
-            rows = (Found(number, row) for number, row in enumerate(source, 1))
-            self._write_rows(Path(ROWS_SOURCE), rows, Notes(unit="row"), file)
+            self._write_rows(Path(ROWS_SOURCE), _numbered(source), Notes(unit="row"), file)
             return
-        with open_source(Path(source)) as (files, self.report.left_alone):
-            if not files:
-                lines = [f"{source} holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"]
-                raise ValueError("\n".join(lines + self.report.other_lines()))
-            for path, open_file in files:
+        source = Path(source)
+        with open_source(source) as (files, self.report.left_alone):
+            for path, open_file in self._of_part(source, files):
                 notes = Notes()
                 self._write_rows(path, self._rows(path, open_file, notes), notes, file)
 
-    def _rows(self, path: Path, open_file: Callable[[], BinaryIO], notes: Notes) -> Iterator[Found]:
-        with open_file() as opened:
-            yield from read_rows(opened, path.name, notes, self.columns, self.encoding)
+    def _of_part(self, source: Path, files: list[SourceFile]) -> list[SourceFile]:
+        """The files to read, of the part of the data set that is wanted."""
+        if not files:
+            lines = [f"{source} holds no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"]
+            raise ValueError("\n".join(lines + self.report.other_lines()))
+        below = {path: self.report.name_of(FileReport(path)) for path, _ in files}
+        parts = parts_of(below.values())
+        if self.part is None:
+            self.report.parts = sorted(set(parts.values()))
+            return files
+        wanted = [each for each in files if parts.get(below[each[0]]) == self.part]
+        if not wanted:
+            named = ", ".join(sorted(set(parts.values()))) or "none of train, test and validation"
+            raise ValueError(f"{source} has no part {self.part!r}; the names of its files and folders say: {named}")
+        self.report.left_alone += [name for name in below.values() if parts.get(name) != self.part]
+        return wanted
+
+    def _rows(
+        self, path: Path, open_file: Callable[[], AbstractContextManager[BinaryIO]], notes: Notes
+    ) -> Iterator[Found]:
+        try:
+            with open_file() as opened:
+                yield from read_rows(opened, plain_name(path.name), notes, self.columns, self.encoding)
+        except Exception as error:
+            raise _Unreadable(str(error) or type(error).__name__) from error
 
     def _write_rows(self, path: Path, rows: Iterable[Found], notes: Notes, file: BinaryIO) -> None:
         kept = _Kept(FileReport(path))
@@ -198,13 +231,12 @@ class _Writer:
         try:
             for found in rows:
                 self._write_row(found, kept, notes, seen, file)
-        except UNREADABLE as error:
-            if path == Path(ROWS_SOURCE):
-                raise
+        except _Unreadable as error:
             # What was read until here may be half of the file: all of it goes out again.
             kept.report.message = f"cannot be read: {error}"
             kept.leave_out("file cannot be read to its end", np.ones(len(kept.hashes), bool))
-        self.report.placeholders += seen.pop("placeholder input", 0)
+        self.report.placeholders += seen.pop(PLACEHOLDER, 0)
+        self.report.changes += {change: seen.pop(change, 0) for change in QUIET}
         _finish(kept.report, notes, seen)
 
     def _write_row(self, found: Found, kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
@@ -217,6 +249,7 @@ class _Writer:
         if not isinstance(found.value, Mapping):
             report.reject(found.line, "not an object", f"not an object with names, but {type(found.value).__name__}")
             return
+        seen["name that stands twice in a row, the last one counts"] += isinstance(found.value, Twice)
         names = self.find_columns(tuple(found.value))
         seen["with our columns"] += bool(names)
         if not names and not notes.foreign:
@@ -227,7 +260,7 @@ class _Writer:
             row = clean_row(found.value, names, seen)
             self._check_limits(row)
         except Refused as reason:
-            report.reject(found.line, str(reason))
+            report.reject(found.line, str(reason), reason.detail)
             return
         line = _to_json(row)
         for character, escape in _LINE_ENDS.items():
@@ -245,6 +278,20 @@ class _Writer:
         ):
             if limit is not None and len(text) > limit:
                 raise Refused(f"{name} {limit} characters")
+
+
+def _numbered(source: Iterable[Any]) -> Iterator[Found]:
+    """The rows of an iterable."""
+    if isinstance(source, Mapping):
+        if source and all(hasattr(each, "column_names") for each in source.values()):
+            raise TypeError(f"source is a data set in parts; give one of them: source[{next(iter(source))!r}]")
+        raise TypeError("source is one dict; give a list of rows, or the path of a file")
+    for sign, way in TABLES.items():
+        if hasattr(source, sign):
+            raise TypeError(f"source is a {type(source).__name__}; give its rows: source.{way}")
+    if hasattr(source, "with_format"):
+        source = source.with_format(None)  # a data set that gives arrays or tables otherwise
+    return (Found(number, row) for number, row in enumerate(source, 1))
 
 
 def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:

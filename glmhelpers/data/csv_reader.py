@@ -19,7 +19,9 @@ from glmhelpers.data.json_recovery import Found, Notes
 
 LONGEST_FIELD = 2**20
 """Characters of one field; in a longer one, its opening quote counts as broken."""
-MOST_TITLES = 20
+LONGEST_LINE = 2**24
+"""Characters of one line; a longer one is broken, and its rest is not kept."""
+MOST_TITLES = 200
 """Lines with something in them that may stand before the names of the columns."""
 
 DELIMITERS = ",\t;|"
@@ -32,13 +34,23 @@ class _Lines:
         self.text, self.number = text, 0
         self.back: deque[str] = deque()
         self.record: list[str] = []
+        self.cut = False
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        line = self.back.popleft() if self.back else next(self.text)
+        line = self.back.popleft() if self.back else self._next_line()
         self.record.append(line)
+        return line
+
+    def _next_line(self) -> str:
+        if not (line := self.text.readline(LONGEST_LINE)):
+            raise StopIteration
+        if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
+            self.cut = True
+            while (more := self.text.readline(LONGEST_LINE)) and not more.endswith(("\n", "\r")):
+                pass
         return line
 
     def done(self) -> int:
@@ -127,10 +139,15 @@ def _records(lines: _Lines, names: list[str], delimiter: str) -> Iterator[Found]
             return
         except csv.Error as error:
             yield Found(lines.only_first(), None, str(error))
+            lines.cut = False
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             continue
         line = lines.done()
-        if any(field.strip() for field in fields[len(names) :]):
+        if lines.cut:
+            lines.cut = False
+            yield Found(line, None, f"a line longer than {LONGEST_LINE:,} characters")
+        elif any(field.strip() for field in fields[len(names) :]):
             yield Found(line, None, f"{len(fields)} fields under {len(names)} column names")
         elif any(fields):
-            yield Found(line, dict(zip(names, fields, strict=False)))
+            # A name may stand above two columns: as in other tables, the first one counts.
+            yield Found(line, dict(reversed(list(zip(names, fields, strict=False)))))

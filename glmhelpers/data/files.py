@@ -1,29 +1,50 @@
 """The files that rows are read from: one file, a folder with all below it, or what is in a zip.
 
 folder/                        -> history/zh/a.json     read
-  history/zh/a.json               data/b.csv            read
-  data/b.csv                      README.md             left alone, but named in the report
+  history/zh/a.json               data/b.csv.gz         read, unpacked on the way
+  data/b.csv.gz                   README.md             left alone, but named in the report
   README.md                       inner.zip             left alone, but named in the report
   inner.zip                       train.jsonl           left alone, but named: an earlier conversion wrote it
   train.jsonl                     .git/...              not looked at
   train.report.json
   .git/...
+
+A folder of `save_to_disk` holds .arrow files, and settings that are no rows; one of the hub a train and a test part.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import re
+import stat
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NoReturn
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PACKED: dict[bytes, tuple[str, Callable[..., Any]]] = {
+    b"\x1f\x8b": (".gz", gzip.open),
+    b"BZh": (".bz2", bz2.open),
+    b"\xfd7zXZ\x00": (".xz", lzma.open),
+}
+"""First bytes of a packed file -> the ending of its name, and what unpacks it."""
+ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of what is not unpacked here -> its name."""
+PACKED_ENDINGS = tuple(ending for ending, _ in PACKED.values())
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+ENDINGS = FORMATS + tuple(ending + packed for ending in FORMATS for packed in PACKED_ENDINGS)
 """Of the files that are read in a folder or a zip. A single file is read whatever its name."""
 
+PARTS = {"test": "test", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+PARTS |= {"eval": "validation", "train": "train", "training": "train"}
+"""First word of a file's or a folder's name -> the part of a data set that it holds."""
+_DATASET_FACTS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
-SourceFile = tuple[Path, Callable[[], Any]]
+SourceFile = tuple[Path, Callable[[], AbstractContextManager[BinaryIO]]]
 """A file to read: where it is, and how to open it for reading bytes."""
 
 
@@ -37,10 +58,12 @@ def open_source(source: Path) -> Iterator[tuple[list[SourceFile], list[str]]]:
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
+        OSError: it is no file, but a pipe or a device.
         ValueError: it starts like a zip but cannot be read as one.
     """
     if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder to read rows from")
+        what = "a link that leads to nothing" if source.is_symlink() else "no such file or folder"
+        raise FileNotFoundError(f"{source}: {what}; rows cannot be read from it")
     if source.is_dir():
         yield _in_folder(source)
     elif _starts_like_zip(source):
@@ -51,16 +74,18 @@ def open_source(source: Path) -> Iterator[tuple[list[SourceFile], list[str]]]:
         with archive:
             yield _in_zip(source, archive)
     else:
-        yield [(source, partial(source.open, "rb"))], []
+        yield [(source, partial(_open, source))], []
 
 
 def _in_folder(folder: Path) -> tuple[list[SourceFile], list[str]]:
-    def stop(error: OSError) -> None:
-        raise error
-
     files, others = [], []
+    closed: list[SourceFile] = []
+
     # Without onerror, a folder that cannot be listed would be passed over in silence.
-    for here, folders, names in os.walk(folder, onerror=stop):
+    def note(error: OSError) -> None:
+        closed.append((Path(error.filename), partial(_fail, error)))
+
+    for here, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         # os.walk does not follow links to folders, which could lead round in a circle.
         names += [name for name in folders if Path(here, name).is_symlink()]
@@ -69,21 +94,104 @@ def _in_folder(folder: Path) -> tuple[list[SourceFile], list[str]]:
             path = Path(here, name)
             if _is_hidden(name):
                 continue
-            if name.lower().endswith(ENDINGS) and name not in own and not path.is_dir():
+            # What lies here packed and unpacked is read once.
+            twice = plain_name(name) != name and plain_name(name) in names
+            if name.lower().endswith(ENDINGS) and name not in own and not twice and not path.is_dir():
                 files.append(path)
             else:
                 others.append(path.relative_to(folder).as_posix())
     ordered = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-    return [(path, partial(path.open, "rb")) for path in ordered], sorted(others)
+    return [(path, partial(_open, path)) for path in ordered] + closed, sorted(others)
 
 
 def _own_files(folder: Path, names: list[str]) -> set[str]:
-    """Those of the names that this package wrote: outputs with their reports, and the reports beside token files."""
-    own = {name for name in names if name.endswith(".json") and f"{name[:-5]}.arrow" in names}
+    """Those of the names that are no data of the user: outputs of this package with their reports, token files with
+    theirs, and what the datasets library writes beside its rows."""
+    own = _DATASET_FACTS.intersection(names)
+    for name in names:
+        if name.endswith(".json") and f"{name[:-5]}.arrow" in names:
+            own |= {name, f"{name[:-5]}.arrow"}
+    if "state.json" in names and "dataset_info.json" in names:
+        listed = _listed(folder / "state.json")
+        own |= {"state.json", *(name for name in names if name.endswith(".arrow") and name not in listed)}
     for name in names:
         output = written_by_report(folder / name) if name.endswith(".report.json") else None
         own |= {name, output} if output else set()
     return own
+
+
+def _listed(state: Path) -> set[str]:
+    """The files of rows that a folder of `save_to_disk` names; what else lies there are results of its `map`."""
+    try:
+        return {file["filename"] for file in json.loads(state.read_text("utf-8"))["_data_files"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+
+
+def parts_of(names: Iterable[str]) -> dict[str, str]:
+    """File (path below the source) -> "train", "test" or "validation", for those whose name or folder says so."""
+    found = {}
+    for name in names:
+        words = [re.match(r"[a-z]*", part.lower()) for part in PurePosixPath(name).parts]
+        said = [PARTS[word[0]] for word in words if word and word[0] in PARTS]
+        if said:
+            found[name] = said[-1]
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A file's name without the ending that only says how it is packed."""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in PACKED_ENDINGS else name
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked.
+
+    Raises:
+        OSError: it is none: to open a pipe would wait for ever, and a device may have no end.
+        ValueError: see `_unpacked`.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise OSError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}; write what it gives into a file first")
+    with open(path, "rb") as file, _unpacked(file) as opened:
+        yield opened
+
+
+@contextmanager
+def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[BinaryIO]:
+    with archive.open(member) as file, _unpacked(file) as opened:
+        yield opened
+
+
+def _unpacked(file: Any) -> Any:
+    """What is in a packed file, or the file itself if it is not packed.
+
+    Raises:
+        ValueError: it is an archive that is not unpacked here, or packed twice (there are files that hold themselves).
+    """
+    if (unpack := _unpacker(file)) is None:
+        return file
+    inner = unpack(file)
+    if _unpacker(inner):
+        raise ValueError("it is packed twice: unpack it once, and give that")
+    return inner
+
+
+def _unpacker(file: Any) -> Callable[..., Any] | None:
+    head = file.read(512)
+    file.seek(0)
+    name = next((name for start, name in ARCHIVES.items() if head.startswith(start)), "")
+    if name or head[257:262] == b"ustar":
+        raise ValueError(f"it is packed ({name or 'tar'}): unpack it into a folder, and give that")
+    return next((unpack for start, (_, unpack) in PACKED.items() if head.startswith(start)), None)
 
 
 def written_by_report(path: Path) -> str | None:
@@ -100,12 +208,12 @@ def _in_zip(source: Path, archive: zipfile.ZipFile) -> tuple[list[SourceFile], l
     files: list[SourceFile] = []
     others = []
     for member in sorted(archive.infolist(), key=lambda member: member.filename):
-        if member.is_dir() or any(_is_hidden(part) for part in Path(member.filename).parts):
+        if member.filename.endswith("/") or any(_is_hidden(part) for part in Path(member.filename).parts):
             continue
         if member.filename.lower().endswith(ENDINGS):
-            files.append((source / member.filename, partial(archive.open, member)))
+            files.append((source / member.filename, partial(_open_member, archive, member)))
         else:
-            others.append(member.filename)
+            others.append(member.filename or "a file without a name")
     return files, others
 
 
@@ -114,5 +222,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _starts_like_zip(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")

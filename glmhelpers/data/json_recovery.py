@@ -18,14 +18,26 @@ from typing import Any, TextIO
 
 WINDOW = 2**18
 """Characters in memory at one time, for rows of usual size."""
-LONGEST_ROW = 2**26
+LONGEST_ROW = 2**24
 """Characters after which an unfinished value counts as broken."""
-KEYS = ("instruction", "input", "output", "prompt", "response", "history", "system")
+KEYS = ("instruction", "input", "output", "prompt", "response", "history", "system", "messages", "conversations")
 """Names with which a row can start."""
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _ANY_KEY = re.compile(r'\{\s*+"((?:[^"\\\n]|\\u[0-9a-fA-F]{4}){1,60}+)"\s*+:')
-_STRICT, _LENIENT = json.JSONDecoder(), json.JSONDecoder(strict=False)
+
+
+class Twice(dict):
+    """An object in which a name stands more than once; as everywhere, the last one counts."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Twice(found)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object, strict=False)
 
 
 @dataclass(slots=True)
@@ -178,7 +190,7 @@ def _may_be_cut(failure: Exception, window: _Window) -> bool:
 
 def _decode(window: _Window, notes: Notes) -> tuple[Any, int]:
     try:
-        return _STRICT.raw_decode(window.text, window.pos)
+        return DECODER.raw_decode(window.text, window.pos)
     except json.JSONDecodeError as error:
         if not error.msg.startswith("Invalid control character"):
             raise

@@ -1,27 +1,40 @@
 """Rows out of a file, whatever its format.
 
     first bytes / first line / name
-        PAR1                      -> parquet      batches of rows
+        PAR1, ARROW1, ffffffff    -> a table      batches of rows
         version .. oid sha256:..  -> none         Git LFS left a pointer in place of the file
         name ends in .csv, .tsv   -> csv          the first line that names our columns, then rows
         a line that is an object  -> JSON Lines   one row a line
         anything else             -> JSON         an array of rows, or values one after the other
 
 What a file is called matters less than what is in it: many `.json` files hold JSON Lines. A reader never judges a row;
-it says on which line it stands and whether it could be parsed. Memory does not grow with the size of the file.
+it says on which line it stands and whether it could be parsed. Memory does not grow with the size of the file, nor
+with that of a line. Of a table only our columns are read: whatever stands beside them cannot do any harm.
 """
 
 import io
 import json
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet
+
+from glmhelpers.data.cleaning import UNDECODABLE, find_columns, holds_rows, missing_columns
 from glmhelpers.data.csv_reader import read_csv
-from glmhelpers.data.json_recovery import Found, Notes, read_json
-from glmhelpers.data.parquet_reader import read_parquet
+from glmhelpers.data.json_recovery import DECODER, LONGEST_ROW, Found, Notes, read_json
 
 HEAD = 2**16
 """Bytes that are looked at to tell the format."""
+
+BATCH = 1000
+"""Rows that are in memory at one time, if they are of usual size."""
+BATCH_BYTES = 2**26
+"""Bytes that a batch of longer rows may have."""
+
+
+FEATHER, STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+"""First bytes of Arrow's two formats."""
 
 _BOMS = {
     b"\xef\xbb\xbf": "utf-8-sig",
@@ -50,7 +63,10 @@ def read_rows(
     head = file.read(HEAD)
     file.seek(0)
     if head.startswith(b"PAR1"):
-        yield from read_parquet(file, notes, columns)
+        yield from _read_parquet(file, notes, columns)
+        return
+    if head.startswith((FEATHER, STREAM)):
+        yield from _read_arrow(file, notes, columns)
         return
     if head.startswith(b"version ") and b"\noid sha256:" in head:
         yield Found(1, None, "a pointer of Git LFS, the file itself is elsewhere (git lfs pull brings it)")
@@ -81,11 +97,18 @@ def _is_object(line: str) -> bool:
 
 
 def _read_lines(text: io.TextIOWrapper, notes: Notes) -> Iterator[Found]:
-    for number, line in enumerate(text, 1):
+    number = 0
+    while line := text.readline(LONGEST_ROW):
+        number += 1
+        if len(line) == LONGEST_ROW and not line.endswith("\n"):
+            while (more := text.readline(LONGEST_ROW)) and not more.endswith("\n"):
+                pass
+            yield Found(number, None, f"longer than {LONGEST_ROW:,} characters")
+            continue
         if not line.strip(" \t\r\n\ufeff"):
             continue
         try:
-            value = json.loads(line)
+            value = DECODER.decode(line)
         except (ValueError, RecursionError):
             for found in read_json(io.StringIO(line, newline="\n"), notes):
                 found.line = number
@@ -93,3 +116,71 @@ def _read_lines(text: io.TextIOWrapper, notes: Notes) -> Iterator[Found]:
         else:
             notes.top_level += 1
             yield Found(number, value)
+
+
+class _NoValue(Exception):
+    """A value that has no form in Python; the message says why."""
+
+
+def _read_parquet(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
+    """Rows of one open file, as mappings of our columns only; arguments as for `read_rows`."""
+    notes.unit = "row"
+    table = pyarrow.parquet.ParquetFile(file)
+    names = table.schema_arrow.names
+    found = find_columns(names, columns)
+    if not holds_rows(found):
+        notes.not_data = missing_columns(names)
+        return
+    wanted = list(dict.fromkeys(found.values()))
+    yield from _table_rows(table.iter_batches(_batch_rows(table), columns=wanted), wanted)
+
+
+def _read_arrow(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
+    """As `_read_parquet`, for Arrow's own two formats: of `save_to_disk`, and of Feather."""
+    notes.unit = "row"
+    # Mapped into memory where that can be: then only what is looked at is read.
+    source = pa.memory_map(file.name) if isinstance(file, io.BufferedReader) else file
+    if file.read(len(FEATHER)) == FEATHER:
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(place) for place in range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        reader = batches = pa.ipc.open_stream(source)
+    names = reader.schema.names
+    found = find_columns(names, columns)
+    if not holds_rows(found):
+        notes.not_data = missing_columns(names)
+        return
+    yield from _table_rows(batches, list(dict.fromkeys(found.values())), check=True)
+
+
+def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str], check: bool = False) -> Iterator[Found]:
+    # Arrow files are taken as they lie there: to read a place that a damaged one points to would end the process.
+    number = 0
+    for batch in batches:
+        # A name may stand in the file twice: as with our names, the first one counts.
+        of_name = {name: batch.column(batch.schema.names.index(name)) for name in wanted}
+        for column in of_name.values() if check else ():
+            column.validate(full=True)
+        for place in range(len(batch)):
+            number += 1
+            try:
+                yield Found(number, {name: _value(column[place], name) for name, column in of_name.items()})
+            except _NoValue as reason:
+                yield Found(number, None, str(reason))
+
+
+def _batch_rows(table: pyarrow.parquet.ParquetFile) -> int:
+    facts = table.metadata
+    groups = [facts.row_group(place) for place in range(facts.num_row_groups)]
+    each = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(BATCH, int(BATCH_BYTES / max(1, each))))
+
+
+def _value(scalar: pa.Scalar, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise _NoValue(UNDECODABLE) from None
+    except Exception as error:  # dates beyond the year 9999, zones nobody knows, a name twice: as many errors
+        raise _NoValue(f"its {name} cannot be read: {error}") from None

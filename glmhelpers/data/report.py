@@ -78,6 +78,8 @@ class Report:
         left_alone: names of files in the source that were not read: no data by their ending, archives inside the
             source, links to folders, and what an earlier conversion wrote.
         placeholders: inputs such as "No input" that became "".
+        changes: what was done to texts and conversations that does not change what they say -> times.
+        parts: the parts of a data set (train, test, validation) that the files' names tell of, if all were read.
     """
 
     source: str
@@ -86,6 +88,8 @@ class Report:
     files: list[FileReport] = field(default_factory=list)
     left_alone: list[str] = field(default_factory=list)
     placeholders: int = 0
+    changes: Counter = field(default_factory=Counter)
+    parts: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -119,6 +123,13 @@ class Report:
         lines.append(_row("all", "", self.rows, self.rows_valid, _counts(self.rejected), width))
         if self.placeholders:
             lines.append(f"inputs that only said that there is none (无输入, No input ...): {self.placeholders:,}")
+        if any(self.changes.values()):
+            lines.append(f"changed on the way: {_counts(+self.changes)}")
+        if len(self.parts) > 1:
+            one = "train" if "train" in self.parts else self.parts[0]
+            lines.append(
+                f"rows of {' and '.join(self.parts)} stand together in the output; part={one!r} takes these only"
+            )
         return "\n".join(lines + self.other_lines())
 
     def other_lines(self) -> list[str]:
@@ -133,6 +144,7 @@ class Report:
     def save(self, folder: Path) -> None:
         """Write the report as JSON into `folder`, under its name beside the output."""
         values = asdict(self) | {"source": self.source, "output": self.output.name}
+        values["changes"] = +self.changes
         values["rows"], values["rows_valid"], values["rejected"] = self.rows, self.rows_valid, self.rejected
         for file, saved in zip(self.files, values["files"], strict=True):
             saved |= {"path": self.name_of(file), "rejected": file.rejected, "repairs": file.repairs}

@@ -24,6 +24,7 @@ from peft import PeftModel
 from glmhelpers.inference.decoder import Decoder
 from glmhelpers.inference.model_state import held_alone, is_merged
 from glmhelpers.tokens.prompts import TEMPLATES, build_prompt
+from glmhelpers.tokens.texts import clean_text
 from thuglm.prompt import as_turns, process_response
 
 LEAST_ROOM = 16
@@ -103,19 +104,18 @@ class Answer:
         return self.text
 
 
-def plain_text(text: str, tokenizer: Any) -> str:
-    """Text as the model can read it, and only as text.
+def plain_text(text: str, tokenizer: Any, indent: bool = False) -> str:
+    """Text as the model can read it, and only as text: cleaned as the rows of a training are, see `clean_text`.
 
-    Half characters (lone surrogates, which no encoding can store) become U+FFFD, which
-    the tokenizer reads as a space. A spelled-out `<sop>` or `[MASK]`
-    would become that token and move the start of the answer; with a full-width bracket it is read as the same letters.
+    A spelled-out `<sop>` or `[MASK]` would become that token and move the start of the answer; with a full-width
+    bracket it is read as the same letters.
 
     Raises:
         TypeError: it is no text.
     """
     if not isinstance(text, str):
         raise TypeError(f"{text!r} is a {type(text).__name__}: expected text")
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = clean_text(text, indent=indent)
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, {"<": "＜", "[": "［"}.get(token[0], token[0]) + token[1:])
     return text
@@ -123,7 +123,9 @@ def plain_text(text: str, tokenizer: Any) -> str:
 
 def plain_turns(history: Sequence[Any], tokenizer: Any) -> list[tuple[str, str]]:
     """`plain_text` of every turn; a history as `as_turns` reads it, with its errors."""
-    return [(plain_text(question, tokenizer), plain_text(answer, tokenizer)) for question, answer in as_turns(history)]
+    return [
+        (plain_text(asked, tokenizer), plain_text(said, tokenizer, indent=True)) for asked, said in as_turns(history)
+    ]
 
 
 @dataclass

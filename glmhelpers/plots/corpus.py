@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from glmhelpers.plots.data import KINDS
 from glmhelpers.plots.style import COLORS, describe
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX
 
 LINES = {"yours": ("orange", "-"), "chinese": ("blue", "-"), "all": ("black", "--")}
 """Whose rows -> colour and line."""

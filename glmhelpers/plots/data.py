@@ -21,7 +21,7 @@ from matplotlib.patches import Patch, Rectangle
 from glmhelpers.data.report import Report
 from glmhelpers.plots.style import COLORS, cjk_font, describe, fill
 from glmhelpers.tokens.lengths import limit_costs, quantile
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX
 from thuglm.prefix_mask import make_position_ids, make_visible
 
 KINDS = {

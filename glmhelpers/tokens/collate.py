@@ -16,12 +16,14 @@ makes them with `SAMPLING` below. Lengths are multiples of 8, which fp16 matrix 
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLING = {
     "train_sampling_strategy": "group_by_length",
@@ -54,7 +56,7 @@ class RightPadCollator(DataCollatorForSeq2Seq):
         on_the_right.padding_side = "right"
         super().__init__(on_the_right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORE_INDEX)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> "dict[str, Tensor]":
         """One batch of B rows, L tokens wide.
 
         Args:

@@ -17,12 +17,13 @@ Tokens are kept in a file that is named after everything they depend on: the row
 settings and this code. Change any of them, and the old file is not found any more.
 """
 
+import errno
 import hashlib
 import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,13 @@ import pyarrow as pa
 
 import thuglm.prompt
 from glmhelpers.tokens import prompts as templates
+from glmhelpers.tokens import round_trip, texts
 from glmhelpers.tokens.prompts import build_prompt, with_input
-from glmhelpers.utils.files import whole_file, write_json
-from thuglm.chunked_loss import IGNORE_INDEX
+from glmhelpers.tokens.report import Settings, TokenReport
+from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
+from glmhelpers.utils.environment import output_folder
+from glmhelpers.utils.files import current, whole_file, write_json
+from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
 from thuglm.prompt import as_turns
 
 CHUNK = 512
@@ -50,88 +55,6 @@ SCHEMA = pa.schema(
     }
 )
 PROBES = ("你好，世界！", "a\n\tb  c", "<sop> [MASK] [gMASK] <eop>", "１２３ é 👋")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How rows become tokens.
-
-    Args:
-        template: a key of `templates.TEMPLATES`.
-        max_length: most tokens an example may have, special tokens included; None for no limit.
-        too_long: "drop" leaves a longer example out and counts it; "cut" shortens its answer and keeps <eop>.
-        answers: "last" or "all" answers of a conversation.
-        train_sop: <sop> is a target too, as in the original fine-tuning script.
-
-    Raises:
-        ValueError: a value that is none of these.
-    """
-
-    template: str = "chatglm"
-    max_length: int | None = None
-    too_long: str = "drop"
-    answers: str = "last"
-    train_sop: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in {
-            "template": tuple(templates.TEMPLATES),
-            "too_long": ("drop", "cut"),
-            "answers": ("last", "all"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
-        if self.max_length is not None and self.max_length < 5:
-            raise ValueError(f"max_length is {self.max_length}; 5 tokens hold one of prompt and answer each")
-
-
-@dataclass
-class TokenReport:
-    """What became of the rows: rows -> examples == kept + sum(dropped)."""
-
-    source: str
-    settings: dict[str, Any]
-    rows: int = 0
-    examples: int = 0
-    kept: int = 0
-    cut: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    lengths: Counter = field(default_factory=Counter)
-    """Tokens of an example before any limit -> number of examples."""
-    tokens: int = 0
-    targets: int = 0
-
-    def __str__(self) -> str:
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items())) or "none"
-        return (
-            f"{self.rows:,} rows -> {self.examples:,} examples, {self.kept:,} kept ({self.cut:,} of them cut), "
-            f"dropped: {dropped}\n{self.tokens:,} tokens, {self.targets:,} of them targets, "
-            f"template {self.settings['template']!r}"
-        )
-
-
-def text_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts without special tokens: `tokenizer.encode(text, add_special_tokens=False)` of each, but faster.
-
-    ChatGLM's tokenizer hands a text to SentencePiece as a whole if no special token is written in it, and most of its
-    time goes into preparing the call. So such texts go to SentencePiece directly, many in one call.
-    """
-    if not hasattr(tokenizer, "sp_model"):
-        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-    starts = {token[0] for token in special}
-    plain = [not (any(x in text for x in starts) and any(token in text for token in special)) for text in texts]
-    spaced = [
-        # Most texts have no run of spaces, and looking for 79 kinds of them takes longer than the encoding.
-        tokenizer.encode_whitespace(text) if "  " in text else text.replace("\n", "<n>").replace("\t", "<|tab|>")
-        for text, is_plain in zip(texts, plain, strict=True)
-        if is_plain
-    ]
-    fast = iter(tokenizer.sp_model.encode(spaced) if spaced else [])
-    return [
-        next(fast) if is_plain else tokenizer.encode(text, add_special_tokens=False)
-        for text, is_plain in zip(texts, plain, strict=True)
-    ]
 
 
 def examples_of(row: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, str]]:
@@ -154,6 +77,9 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
+        self.round_trip = RoundTrip(tokenizer)
+        self.model_limit = model_length(tokenizer)
+        self.limit = min(settings.max_length or self.model_limit, self.model_limit)
         *middle, end = tokenizer.build_inputs_with_special_tokens([], [])
         self.middle, self.end = middle, [end]
         mask = tokenizer.convert_tokens_to_ids("[MASK]")
@@ -165,11 +91,11 @@ class _Encoder:
             return "special token in the text"
         if not answer:
             return "answer without tokens"
-        limit = self.settings.max_length
-        start = len(prompt) + len(self.middle)
-        if limit is not None and start + len(answer) + 1 > limit:
+        limit, start = self.limit, len(prompt) + len(self.middle)
+        if start + len(answer) + 1 > limit:
             if self.settings.too_long == "drop":
-                return f"longer than {limit} tokens"
+                whose = "the model's " if limit == self.model_limit else ""
+                return f"longer than {whose}{limit} tokens"
             answer = answer[: max(0, limit - start - 1)]
             if not answer:
                 return f"prompt alone fills {limit} tokens"
@@ -178,6 +104,17 @@ class _Encoder:
     def targets_from(self, start: int) -> int:
         """Place of the first target."""
         return start - 1 if self.settings.train_sop else start
+
+
+def model_length(tokenizer: Any) -> int:
+    """Most tokens that the model can read: `max_sequence_length` of the config.json beside the tokenizer's model file;
+    that of ChatGLM-6B where there is none."""
+    path = Path(str(getattr(tokenizer, "vocab_file", ""))).parent / "config.json"
+    try:
+        length = json.loads(path.read_text("utf-8")).get("max_sequence_length", MAX_LENGTH)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return MAX_LENGTH
+    return length if isinstance(length, int) and length > 0 else MAX_LENGTH
 
 
 def encode_example(tokenizer: Any, row: Mapping[str, Any], **settings: Any) -> dict[str, list[int]]:
@@ -210,7 +147,8 @@ def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = Non
     Args:
         path: a file as `convert_alpaca` writes it.
         tokenizer: ChatGLM's tokenizer.
-        cache: folder for token files; by default `tokens` beside the file.
+        cache: folder for token files; by default `tokens` beside the file, or in the output folder (GLM_OUTPUT) where
+            nothing can be written beside it. A token file that is damaged is made again.
         **settings: fields of `Settings`.
 
     Returns:
@@ -222,12 +160,47 @@ def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = Non
         FileNotFoundError: no such file.
         ValueError: a line is no row (the message names it), or not one example is left.
     """
-    path, chosen = Path(path), Settings(**settings)
-    folder = Path(cache) if cache else path.parent / "tokens"
-    target = folder / f"{path.stem}-{cache_key(path, tokenizer, chosen)}.arrow"
-    if not (target.is_file() and target.with_suffix(".json").is_file()):
-        _write(path, target, _Encoder(tokenizer, chosen))
+    path, chosen = Path(path).expanduser(), Settings(**settings)
+    # The present file, also where a conversion was killed before it gave the file its name.
+    rows, encoder = current(path.parent, path.name, path.name), _Encoder(tokenizer, chosen)
+    name = f"{path.stem}-{cache_key(rows, tokenizer, chosen)}.arrow"
+    target = (Path(cache).expanduser() if cache else path.parent / "tokens") / name
+    try:
+        _make_whole(path, rows, target, encoder)
+    except OSError as error:
+        if cache or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        target = output_folder() / "tokens" / name
+        print(f"[NOTE] nothing can be written into {path.parent}: the tokens are in {target.parent}")
+        _make_whole(path, rows, target, encoder)
     return datasets.Dataset.from_file(str(target))
+
+
+def _make_whole(path: Path, rows: Path, target: Path, encoder: _Encoder) -> None:
+    if not _is_whole(target):
+        _write(path, rows, target, encoder)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a token file is there, with its report, as it was written."""
+    if not target.is_file():
+        return False
+    try:
+        values = json.loads(target.with_suffix(".json").read_text("utf-8"))
+        whole = values.pop("sha256") == _checksum(target, values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        print(f"[NOTE] {target} is damaged, or its report is: the rows are encoded again")
+    return whole
+
+
+def _checksum(tokens: Path, report: Mapping[str, Any]) -> str:
+    """SHA-256 of a token file and of its report."""
+    with open(tokens, "rb") as file:
+        total = hashlib.file_digest(file, "sha256")
+    total.update(json.dumps(report, sort_keys=True).encode())
+    return total.hexdigest()
 
 
 def token_report(dataset: datasets.Dataset) -> TokenReport:
@@ -237,8 +210,10 @@ def token_report(dataset: datasets.Dataset) -> TokenReport:
         FileNotFoundError: the report is not beside the dataset's file.
     """
     values = json.loads(Path(dataset.cache_files[0]["filename"]).with_suffix(".json").read_text("utf-8"))
+    del values["sha256"]
     values["dropped"] = Counter(values["dropped"])
     values["lengths"] = Counter({int(length): count for length, count in values["lengths"].items()})
+    values["changed_shown"] = [(before, after) for before, after in values["changed_shown"]]
     return TokenReport(**values)
 
 
@@ -251,8 +226,8 @@ def cache_key(path: Path, tokenizer: Any, settings: Settings) -> str:
         key.update(tokenizer.sp_model.serialized_model_proto())
     # Two tokenizers can share a model file and still differ in what they do before and after it.
     probes = [tokenizer.encode(probe, probe) for probe in PROBES]
-    key.update(json.dumps([asdict(settings), probes], sort_keys=True).encode())
-    for module in (__file__, templates.__file__, thuglm.prompt.__file__):
+    key.update(json.dumps([asdict(settings), model_length(tokenizer), probes], sort_keys=True).encode())
+    for module in (__file__, templates.__file__, texts.__file__, round_trip.__file__, thuglm.prompt.__file__):
         key.update(Path(module).read_bytes())
     return key.hexdigest()
 
@@ -307,16 +282,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _write(path: Path, target: Path, encoder: _Encoder) -> None:
+def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
     report = TokenReport(path.name, asdict(encoder.settings))
-    rows = _rows(path)
+    rows = _rows(source)
     with whole_file(target) as unfinished:
         with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
             while chunk := list(islice(rows, CHUNK)):
                 stream.write_batch(_encode_chunk(encoder, chunk, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
-        write_json(target.with_suffix(".json"), vars(report))
+        values = json.loads(json.dumps(vars(report)))
+        write_json(target.with_suffix(".json"), values | {"sha256": _checksum(unfinished, values)})
 
 
 def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:
@@ -328,7 +304,8 @@ def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: Tok
         keys += [split_key(row)] * len(of_row)
     ids = text_ids(encoder.tokenizer, [text for pair in pairs for text in pair])
     flat, sizes, starts, kept_keys = [], [], [], []
-    for key, prompt, answer in zip(keys, ids[::2], ids[1::2], strict=True):
+    learnt: list[tuple[str, list[int]]] = []
+    for (_, text), key, prompt, answer in zip(pairs, keys, ids[::2], ids[1::2], strict=True):
         report.examples += 1
         whole = len(prompt) + len(encoder.middle) + len(answer) + 1
         report.lengths[whole] += 1
@@ -337,10 +314,14 @@ def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: Tok
             report.dropped[joined] += 1
             continue
         report.cut += len(joined[0]) < whole
+        learnt.append((text, answer))
         flat += joined[0]
         sizes.append(len(joined[0]))
         starts.append(encoder.targets_from(joined[1]))
         kept_keys.append(key)
+    changed = encoder.round_trip.changed([text for text, _ in learnt], [own for _, own in learnt])
+    report.changed += len(changed)
+    report.changed_shown += [around_difference(*pair) for pair in changed[: 3 - len(report.changed_shown)]]
     report.kept += len(sizes)
     report.tokens += len(flat)
     return _batch(flat, sizes, starts, kept_keys, report)

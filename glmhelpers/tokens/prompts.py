@@ -17,6 +17,7 @@ into the token file and beside the adapter, and whoever chats with the adapter a
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from glmhelpers.tokens.texts import clean_text
 from thuglm.prompt import as_turns, chat_prompt
 
 History = Sequence[Any]
@@ -25,7 +26,7 @@ History = Sequence[Any]
 def build_prompt(
     query: str, history: History = (), template: str = "chatglm", input: str = "", system: str = ""
 ) -> str:
-    """The text that stands before the model's answer.
+    """The text that stands before the model's answer; every text in it is cleaned as `convert_alpaca` cleans rows.
 
     Args:
         query: the question or instruction.
@@ -38,17 +39,25 @@ def build_prompt(
         The prompt, without [gMASK] and <sop>: the tokenizer adds these.
 
     Raises:
+        TypeError: the query is no text.
         ValueError: the template has no such name, or a turn of the history cannot be read.
     """
     if template not in TEMPLATES:
         raise ValueError(f"no template is called {template!r}; use one of {sorted(TEMPLATES)}")
-    prompt = TEMPLATES[template](query, as_turns(history), input)
-    return f"{system}\n{prompt}" if system else prompt
+    turns = [(clean_text(question), clean_text(answer, indent=True)) for question, answer in as_turns(history)]
+    prompt = TEMPLATES[template](_text(query), turns, clean_text(input, indent=True))
+    return f"{system}\n{prompt}" if (system := clean_text(system)) else prompt
 
 
 def with_input(query: str, input: str = "") -> str:
     """A query and the text it is about, as one question."""
     return f"{query}\n{input}" if input else query
+
+
+def _text(query: str) -> str:
+    if not isinstance(query, str):
+        raise TypeError(f"the query is a {type(query).__name__}; expected text")
+    return clean_text(query)
 
 
 def _chatglm(query: str, history: History, input: str) -> str:

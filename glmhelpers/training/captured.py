@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from glmhelpers.training.pipeline import target_rows
 from glmhelpers.utils.types import Model
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX
 
 SHAPES = 24
 """Shapes that are recorded at most; further ones run without graphs."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
 from glmhelpers.utils.types import Model
-from thuglm.chunked_loss import IGNORE_INDEX
+from thuglm.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from glmhelpers.training.captured import Captured

@@ -62,7 +62,7 @@ def need_disk(folder: Path, need: int, what: str, advice: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and renames it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(path.parent, path.name, ".tmp")
+    clear_leftovers(path.parent, "", ".tmp")
     unfinished = _draft(path.parent, path.name, ".tmp")
     try:
         unfinished.touch()
@@ -181,8 +181,14 @@ def alone(path: Path, wait: bool = True, doing: str = "writing to") -> Iterator[
 
 
 def clear_leftovers(folder: Path, key: str, suffix: str) -> None:
-    """Remove what processes of this machine that are gone have left of their drafts; what belongs to others stays."""
-    name = rf"\.{re.escape(key)}\.{re.escape(_HERE)}\.(\d+)\.\w+{re.escape(suffix)}"
+    """Remove what processes of this machine that are gone have left of their drafts; what belongs to others stays.
+
+    Args:
+        folder: where they lie.
+        key: the name they were to get; "" for any.
+        suffix: of drafts of this kind.
+    """
+    name = rf"\.{re.escape(key) or '.+'}\.{re.escape(_HERE)}\.(\d+)\.\w+{re.escape(suffix)}"
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(name, path.name)
         if match and not psutil.pid_exists(int(match[1])):

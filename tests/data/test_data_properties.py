@@ -58,9 +58,19 @@ def run(content: bytes, name: str, **options):
         return report, written
 
 
+def indented(text: str) -> str:
+    """Without blanks around it, but with those before the first line if they are an indentation."""
+    body, blanks = text.strip(), len(text) - len(text.lstrip())
+    before = text[len(text[:blanks].rstrip(" \t\u3000\xa0")) : blanks] if body else ""
+    return before + body if "\n" in body or "\t" in before or len(before) > 1 else body
+
+
 def expected(row: dict) -> dict:
-    about = row["input"].strip()
-    return {"instruction": row["instruction"].strip(), "input": about, "output": row["output"].strip()}
+    return {
+        "instruction": row["instruction"].strip(),
+        "input": indented(row["input"]),
+        "output": indented(row["output"]),
+    }
 
 
 @quick
@@ -155,7 +165,7 @@ def test_broken_rows_cost_only_themselves(items, indent):
     if not good:
         assert report is None
         return
-    assert [row["output"] for row in written] == [item["output"].strip() for item in good]
+    assert [row["output"] for row in written] == [indented(item["output"]) for item in good]
     assert report.rejected == ({"broken": len(items) - len(good)} if len(items) > len(good) else {})
     lines = [1 + sum(text.count("\n") + 1 for text in texts[:i]) + 1 for i, t in enumerate(items) if isinstance(t, str)]
     assert [problem.line for problem in report.files[0].problems] == lines
@@ -189,7 +199,7 @@ def test_broken_lines_cost_only_themselves(items):
     good = [item for item in items if isinstance(item, dict)]
     texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
     report, written = run("\n".join(texts).encode(), "a.jsonl")
-    assert [row["output"] for row in written] == [item["output"].strip() for item in good] if good else report is None
+    assert [row["output"] for row in written] == [indented(item["output"]) for item in good] if good else report is None
 
 
 @quick

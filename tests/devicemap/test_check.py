@@ -1,5 +1,6 @@
 """One placement from any form, one verdict at every door: against rules written down a second time."""
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,49 @@ def test_every_door_gives_the_same_verdict(device_map):
     assert Placement.of(placement.map, LAYERS) == Placement.of(placement, LAYERS) == placement
     assert sorted(layer for blocks in placement.blocks.values() for layer in blocks) == list(range(LAYERS))
     assert list(predict(CONFIG, device_map, 1, 64).devices) == placement.devices
+
+
+ODD_KEYS = [
+    "lm_head ",
+    "transformer.layers.99",
+    "transformer.layers.-1",
+    "transformer.layers.x",
+    None,
+    0,
+    b"lm_head",
+    ("",),
+]
+ODD_DEVICES = ["cuda:9", "cuda:x", "cuda", "disk", "mps", "", 1.0, float("nan"), True, 10**30, -(10**30), [0], {}, b"0"]
+
+
+def any_map(dice: random.Random) -> dict:
+    """Mostly good: blocks up to a cut on GPU 0, and up to three names more, some of them odd."""
+    cut = dice.randint(0, LAYERS)
+    whole = {"": dice.choice((0, 1, "cpu")), **{f"transformer.layers.{layer}": 0 for layer in range(cut)}}
+    more = [
+        (dice.choice(KEYS if dice.random() < 0.8 else ODD_KEYS), dice.choice(DEVICES[:5] if dice.random() < 0.7 else ODD_DEVICES))
+        for _ in range(dice.randint(0, 3))
+    ]  # fmt: skip
+    return {**(whole if dice.random() < 0.8 else {}), **dict(more)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_map_is_a_placement_of_every_part_or_refused_in_words(seed):
+    """2,000 maps."""
+    dice, good = random.Random(seed), 0
+    for _ in range(500):
+        device_map = any_map(dice)
+        said = verdict(lambda device_map=device_map: check_device_map(CONFIG, device_map, ["T4", "T4"]))
+        odd_key = any(key is odd for key in device_map for odd in ODD_KEYS)
+        if not odd_key and not any(place is odd for place in device_map.values() for odd in ODD_DEVICES):
+            assert (said == "good") == is_good(device_map, 2), (device_map, said)
+        good += said == "good"
+        if said == "good":
+            places = Placement.of(device_map, LAYERS, 2).map
+            assert list(places) == part_names(LAYERS)
+            assert set(places.values()) <= {0, 1, "cpu"}
+        assert 0 < len(said.strip()) < 4000
+    assert 100 < good < 400
 
 
 def test_a_map_of_two_names_works_everywhere():
