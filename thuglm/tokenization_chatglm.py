@@ -85,8 +85,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if missing := [piece for piece in needed if str(piece) not in self._pieces]:
             raise ValueError(
                 f"{self.vocab_file} has no piece {', '.join(map(str, missing))}. Either it is not the ice_text.model "
-                "of ChatGLM-6B v1.1 (download it again from the revision of the weights: see notebook 01), or a special "
-                "token was given another name, which the model does not know: leave that out."
+                "of ChatGLM-6B v1.1 (download it again from the revision of the weights: see notebook 01), or a "
+                "special token was given another name, which the model does not know: leave that out."
             )
         kwargs.setdefault("special_tokens_pattern", "none")
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
