@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZ
 SUITE := HF_ENDPOINT=http://127.0.0.1:9 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test test-oldest test-newest notebooks zh grown rehearsal clean
+.PHONY: help tutorial test test-oldest test-newest test-peers notebooks zh grown rehearsal clean
 
 help:
 	@echo "make tutorial     run notebooks 01 to 06 on the tiny checkpoint, on the CPU -> build/tutorial/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         lint and the whole suite, newest supported packages"
 	@echo "make test-oldest  the suite on the oldest supported packages"
 	@echo "make test-newest  the suite on the newest packages that the ranges give today, without pins (torch stays)"
+	@echo "make test-peers   the tests of transformers and peft with our model (needs the package registry)"
 	@echo "make notebooks    rewrite the committed notebooks with fresh outputs"
 	@echo "make zh           the Chinese edition from the English one and the translations in locale/"
 	@echo "make clean        remove everything that these commands made"
@@ -65,6 +66,12 @@ test-newest:
 	@mkdir -p build && grep "^torch==" constraints.txt >build/torch.txt
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh .venv-newest build/torch.txt --upgrade
 	$(SUITE) .venv-newest/bin/python -m pytest $(PYTEST_ARGS) -m "not once" $$(.venv-newest/bin/python scripts/newest.py $(TESTS))
+
+# Their tests have markers of their own, so those are not looked at.
+test-peers: .venv/.installed
+	.venv/bin/python tests/peers/fetch.py build/peers
+	GLM_PEERS=1 $(SUITE) .venv/bin/python -m pytest -o addopts="-q --import-mode=importlib" -W ignore $(PYTEST_ARGS) \
+		$(or $(TESTS),tests/peers)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .venv-lab3 build .pytest_cache .ruff_cache .hypothesis *.egg-info

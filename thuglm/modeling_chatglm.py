@@ -102,6 +102,14 @@ class ChatGLMRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, self.width, 2, dtype=torch.float32, device="cpu") / self.width
         return (1.0 / 10000**exponents).half().float()
 
+    def _apply(self, fn, recurse=True):
+        # No file holds the frequencies: after `to_empty` they would be whatever lay in that memory.
+        before = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq is not before and not self.inv_freq.is_meta:
+            self.inv_freq = self.frequencies().to(self.inv_freq)
+        return self
+
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[B, 2, L] -> cos and sin, each [B, L, 1, 1, 2, head_dim / 4], ready to broadcast over heads and over q, k.
 
@@ -203,8 +211,9 @@ class ChatGLMAttention(nn.Module):
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
         past_key_values=None,
+        output_attentions: bool = False,
     ):
-        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them.
+        """[B, L, H] -> [B, L, H], and the attention weights if they were asked for.
 
         A prefix, [B, heads, P, head_dim], stands in front of the other keys and values.
         """
@@ -218,7 +227,7 @@ class ChatGLMAttention(nn.Module):
             key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config._attn_implementation == "eager":
+        if output_attentions or self.config._attn_implementation == "eager":
             context, weights = eager_attention(query, key, value, bias, self.layer_idx)
         else:
             context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=bias), None
@@ -257,10 +266,13 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
         past_key_values=None,
+        output_attentions: bool = False,
     ):
-        """[B, L, H] -> [B, L, H], and the attention weights where the implementation has them."""
+        """[B, L, H] -> [B, L, H], and the attention weights if they were asked for."""
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normed, bias, cos, sin, prefix_key, prefix_value, past_key_values)
+        attended, weights = self.attention(
+            normed, bias, cos, sin, prefix_key, prefix_value, past_key_values, output_attentions
+        )
         normed = self.post_attention_layernorm(attended.add(normed, alpha=ALPHA))
         return self.mlp(normed).add(normed, alpha=ALPHA), weights
 
@@ -382,7 +394,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return self
 
 
-IGNORED_KEYWORDS = frozenset({"cache_position", "is_first_iteration", "token_type_ids"})
+IGNORED_KEYWORDS = frozenset(
+    {"assistant_tokenizer", "cache_position", "is_first_iteration", "token_type_ids", "tokenizer"}
+)
 """What transformers and peft hand to every model's forward and this one has no use for."""
 
 
@@ -458,7 +472,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Returns:
             `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
-            the last, and `last_hidden_state`; `.attentions`, with `attn_implementation="eager"`.
+            the last, and `last_hidden_state`; `.attentions`, if asked for: written out as with
+            `attn_implementation="eager"`.
 
         Raises:
             TypeError: a keyword that nobody knows.
@@ -472,8 +487,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values = one_cache(past_key_values, cache)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError('Attention weights exist with attn_implementation="eager" alone: set_attn_implementation.')
         if position_ids is not None:
             check_position_ids(position_ids)
         table = self.word_embeddings
@@ -548,7 +561,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             before = (part.to(device) for part in prefix[layer]) if prefix else ()
-            hidden_states, weights = block(hidden_states, *on_device[device], *before, past_key_values=past_key_values)
+            more = {"output_attentions": True} if output_attentions else {}
+            hidden_states, weights = block(
+                hidden_states, *on_device[device], *before, past_key_values=past_key_values, **more
+            )
             all_attentions.append(weights)
         norm = self.final_layernorm
         hidden_states = norm(hidden_states.to(getattr(norm, "weight", hidden_states).device))
@@ -718,7 +734,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
 
         Args:
-            labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here.
+            labels: [B, L], the ids themselves, -100 where no token is to be learnt; the shift by one happens here
+                (`shift_labels`, as in transformers, are shifted already and count instead).
             logits_to_keep: compute the logits of the last so many positions only; 0 means all. Or their indices, [n].
             return_logits: by default logits are returned unless a loss is computed in training mode.
             target_rows: [N] int64, the flat indices `row * (L - 1) + position` of the labelled targets
@@ -734,6 +751,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             [B, L, V] on the last device, or None; `.past_key_values`, `.hidden_states`, `.attentions`. Labels that
             lie where `lm_head` does cost no copy between GPUs, and such a copy makes both of them wait.
         """
+        # Not an argument by name: the Trainer takes all whose name has "label" in it for columns of the data.
+        shift_labels = kwargs.pop("shift_labels", None)
         refuse_unknown(kwargs, ChatGLMForConditionalGeneration.forward)
         if labels is not None and position_ids is None and all_ids is None:
             all_ids = input_ids  # a row with labels is whole; looking for its prompt would wait for the GPU
@@ -761,7 +780,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             given = inputs_embeds if input_ids is None else input_ids
             home = cast(Tensor, given).device if labels.device.type == "cpu" else labels.device
-            loss = self._loss(hidden, labels, target_rows, num_items_in_batch, loss_chunk).to(home)
+            rows, targets = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
+            loss = self._loss(rows, targets, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -771,10 +791,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         return answer if wants_dict(return_dict, self.config) else answer.to_tuple()
 
-    def _loss(self, hidden, labels, target_rows, num_items_in_batch, chunk) -> Tensor:
-        targets = labels[:, 1:].reshape(-1)
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        if target_rows is None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    def _loss(self, rows, targets, target_rows, num_items_in_batch, chunk) -> Tensor:
+        targets, rows = targets.reshape(-1), rows.reshape(-1, rows.shape[-1])
+        if target_rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
             target_rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
             if target_rows.numel() == 0:
                 raise ValueError(

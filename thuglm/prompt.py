@@ -14,6 +14,29 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+# The same rules for `tokenizer.apply_chat_template`.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') or message['content'] is not string %}
+        {{- raise_exception("Message " ~ loop.index0 ~ " has role '" ~ message['role'] ~ "': ChatGLM knows texts of "
+            ~ "'user' and 'assistant' alone, in turns, 'user' first.") }}
+    {%- endif %}
+{%- endfor %}
+{%- if messages | length % 2 == 0 %}
+    {{- raise_exception("The last message is an answer, and an answer is no part of a ChatGLM prompt: leave it out, or "
+        ~ "pass it to tokenizer(prompt, answer).") }}
+{%- elif messages | length == 1 %}
+    {{- messages[0]['content'] }}
+{%- else %}
+    {%- for message in messages %}
+        {%- if message['role'] == 'user' %}
+            {{- '[Round ' ~ loop.index0 // 2 ~ ']\\n问：' ~ message['content'] ~ '\\n答：' }}
+        {%- else %}
+            {{- message['content'] ~ '\\n' }}
+        {%- endif %}
+    {%- endfor %}
+{%- endif %}"""
+
 
 def as_turns(history: Iterable[Any]) -> list[tuple[str, str]]:
     """A history as (question, answer) turns: of such pairs, of role/content messages, or of both.

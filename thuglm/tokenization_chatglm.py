@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from thuglm.prompt import CHAT_TEMPLATE
+
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
 LONGEST_BLANK = 80
 _BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
@@ -42,7 +44,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         num_image_tokens: must be 0; 20000 is the v1.0 tokenizer.
 
     Raises:
-        ValueError: for v1.0 files, or a model file that lacks one of the special pieces.
+        ValueError: for v1.0 files, no model file, or one that lacks one of the special pieces.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -51,7 +53,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: str | None,
         bos_token: str = "<sop>",
         eos_token: str = "<eop>",
         end_token: str = "</s>",
@@ -69,6 +71,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 f"tokenizer_config.json says num_image_tokens={num_image_tokens}: this is the tokenizer of ChatGLM-6B "
                 "v1.0. Take ice_text.model and tokenizer_config.json of v1.1 (num_image_tokens 0): see notebook 01."
             )
+        if vocab_file is None:
+            raise ValueError(f"There is no {VOCAB_FILES_NAMES['vocab_file']} in this folder: download it as well.")
         self.vocab_file = str(vocab_file)
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
         self._pieces = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.get_piece_size())}
@@ -86,10 +90,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
         if missing := [piece for piece in needed if str(piece) not in self._pieces]:
             raise ValueError(
-                f"{self.vocab_file} has no piece {', '.join(map(str, missing))}: it is not the ice_text.model of "
-                "ChatGLM-6B v1.1. Download it again from the revision of the weights: see notebook 01."
+                f"{self.vocab_file} has no piece {', '.join(map(str, missing))}. Either it is not the ice_text.model "
+                "of ChatGLM-6B v1.1 (download it again from the revision of the weights: see notebook 01), or a "
+                "special token was given another name, which the model does not know: leave that out."
             )
         kwargs.setdefault("special_tokens_pattern", "none")
+        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         # transformers makes every "..._token" of tokenizer_config.json special, and writes such lists itself when it
         # saves. Only the five below are: otherwise a text that spells "[gMASK]" would become the token.
         # What a user added has an id behind the pieces, and is kept.
@@ -272,6 +278,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return [int(token in added) for token in token_ids_0]
         mask = [0] * len(token_ids_0) + [1, 1]
         return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+
+    def apply_chat_template(  # type: ignore[override] # what is not named here is given by its name everywhere
+        self, conversation, tools=None, documents=None, chat_template=None, *, tokenize: bool = True, **settings
+    ):
+        """As in transformers. With the published template the ids are those of `tokenizer(text)`: they end with
+        `[gMASK] <sop>`, which no text can spell."""
+        render = super().apply_chat_template
+        if not tokenize or chat_template is not None or self.chat_template != CHAT_TEMPLATE:
+            return render(conversation, tools, documents, chat_template, tokenize=tokenize, **settings)
+        names = settings.keys() & {"padding", "truncation", "max_length", "return_tensors"}
+        encoding = {name: settings.pop(name) for name in names} | (settings.pop("tokenizer_kwargs", None) or {})
+        whole = settings.pop("return_dict", True)
+        encoded = self(render(conversation, tools, documents, tokenize=False, **settings), **encoding)
+        return encoded if whole else encoded["input_ids"]
 
     def truncate_sequences(self, ids, pair_ids=None, num_tokens_to_remove=0, truncation_strategy="longest_first", **kw):
         """As in the base class, but a text is left whole where not even its first token would fit: the published

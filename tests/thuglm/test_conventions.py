@@ -45,12 +45,14 @@ def test_the_configuration_says_what_comes_back():
 def test_the_attention_can_be_changed():
     ids, _ = batch()
     net = fresh_model()
-    with pytest.raises(ValueError, match="set_attn_implementation"):
-        net(ids, output_attentions=True)
+    asked = net(ids, output_attentions=True)
     net.set_attn_implementation("eager")
     weights = net(ids, output_attentions=True).attentions[-1]
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+    assert torch.equal(asked.attentions[-1], weights)
+    assert torch.equal(asked.logits, net(ids).logits)
     net.set_attn_implementation("sdpa")
+    assert net(ids).attentions is None
     torch.testing.assert_close(net(ids).logits, model()(ids).logits)
 
 
@@ -60,6 +62,15 @@ def test_logits_of_chosen_positions():
     for chosen in (torch.tensor([0, 3, 2]), torch.tensor([-1]), torch.arange(4)):
         torch.testing.assert_close(model()(ids, logits_to_keep=chosen).logits, whole[:, chosen])
     torch.testing.assert_close(model()(ids, logits_to_keep=2).logits, whole[:, -2:])
+
+
+def test_labels_that_are_shifted_already():
+    batch = the_batch()
+    want = model()(**batch).loss
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    for labels in (batch["labels"], torch.full_like(batch["labels"], 7)):
+        got = model()(**{**batch, "labels": labels}, shift_labels=shifted).loss
+        torch.testing.assert_close(got, want)
 
 
 # Masks and positions -----------------------------------------------------------------------------------------------

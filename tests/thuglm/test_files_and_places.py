@@ -74,6 +74,11 @@ def test_an_added_token_can_be_answered():
     assert answers(net, tokens, ["你好"], max_new_tokens=2) == ["<工具><工具>"]
 
 
+def test_a_folder_without_its_vocabulary():
+    with pytest.raises(ValueError, match=r"no ice_text\.model"):
+        AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
 # Places ------------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +91,19 @@ def test_offload_to_disk_is_refused_before_a_weight_is_read(monkeypatch, tmp_pat
     for places in ({"device_map": disk}, {"device_map": "auto", "max_memory": {"cpu": "600KB"}}):
         with pytest.raises(ValueError, match="Offload is not supported"):
             ChatGLMForConditionalGeneration.from_pretrained(CHECKPOINT, offload_folder=tmp_path, **places)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_made_without_memory_and_filled_later(dtype):
+    source = fresh_model(dtype)
+    with torch.device("meta"):
+        net = ChatGLMForConditionalGeneration(source.config).to(dtype)
+    net.to_empty(device="cpu").load_state_dict(source.state_dict())
+    net.transformer.rotary_emb.inv_freq.fill_(float("nan"))  # what lay in memory
+    net.to_empty(device="cpu").load_state_dict(source.state_dict())
+    ids = torch.tensor([training_rows()[0]])
+    assert torch.equal(net.eval()(ids).logits, source(ids).logits)
+    assert torch.equal(net.float()(ids).logits, source.float()(ids).logits)
 
 
 def test_weights_that_accelerate_takes_away_are_refused(tmp_path):
