@@ -23,7 +23,7 @@ from glmhelpers.devicemap.devices import first_device, own_streams, place_part
 from glmhelpers.lora.attach import fill_adapter, not_a_number
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
-from glmhelpers.training.pipeline import run_step, split_batch, target_rows
+from glmhelpers.training.pipeline import behind_prefix, run_step, split_batch, target_rows
 from glmhelpers.utils.types import Model
 
 RANDOM_STATES = "rng_state_gpus.pth"
@@ -129,6 +129,7 @@ class GLMTrainer(Trainer):
         total, labels, rows = torch.zeros((), dtype=torch.float64), 0, 0
         # In training's streams, or memory that the allocator keeps for them could not be used here.
         with torch.random.fork_rng(devices=[]), own_streams(model):
+            called, before = behind_prefix(model)
             for batch in dataloader:
                 rows += len(batch["labels"])
                 self.batch_shape = tuple(batch["input_ids"].shape)
@@ -136,9 +137,9 @@ class GLMTrainer(Trainer):
                     continue  # adds nothing to either sum
                 for part in split_batch(batch, -(-len(batch["labels"]) // rows_at_once)):
                     labels += len(part["target_rows"])
-                    placed = place_part(model, part, device)
-                    output = model(**placed, num_items_in_batch=1, use_cache=False, return_logits=False, **self.forward)
-                    total = total.to(output.loss.device) + output.loss
+                    placed = {**place_part(model, part, device), "num_items_in_batch": 1, **before, **self.forward}
+                    loss = called(**placed, use_cache=False, return_logits=False).loss
+                    total = total.to(loss.device) + loss
         if not labels:
             self.guard.refuse_unlabelled(f"the {rows} rows for evaluation have")
         metrics = {f"{metric_key_prefix}_loss": total.item() / labels}
