@@ -99,7 +99,9 @@ def merged_in_memory(model: Any) -> Iterator[Any]:
     layers = lora_layers(model)
     if not layers:
         if learnt_prefix(model):
-            raise ValueError("a learnt prefix is no part of the weights, so it cannot be merged: use the model as it is")
+            raise ValueError(
+                "a learnt prefix is no part of the weights, so it cannot be merged: use the model as it is"
+            )
         raise ValueError("the model has no adapter: load one with load_adapter(base, folder)")
     if is_merged(model):
         raise ValueError("the adapter is merged already: leave the other `with merged_in_memory(...)` first")

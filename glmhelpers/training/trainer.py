@@ -20,7 +20,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from glmhelpers.devicemap.devices import first_device, own_streams, place_part
-from glmhelpers.lora.attach import fill_adapter, not_a_number
+from glmhelpers.lora.adapter import write_peft_files
+from glmhelpers.lora.attach import adapter_weights, fill_adapter, not_a_number, prefix_encoder
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
 from glmhelpers.training.pipeline import behind_prefix, run_step, split_batch, target_rows
@@ -182,7 +183,12 @@ class GLMTrainer(Trainer):
         keep_last(self.folder, keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if prefix_encoder(self.model) is None:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        else:  # peft would leave out the network of a prefix_projection
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            weights = {name: weight.detach().cpu() for name, weight in adapter_weights(self.model).items()}
+            write_peft_files(Path(str(output_dir)), self.model.active_peft_config, weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
