@@ -454,8 +454,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Raises:
             TypeError: a keyword that nobody knows.
-            ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`, and for a prefix beside a
-                cache that holds something.
+            ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`, and for a prefix beside
+                a cache that holds something.
         """
         refuse_unknown(kwargs, ChatGLMModel.forward)
         # A block may stand for one of another process, and have no parts.

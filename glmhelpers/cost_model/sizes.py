@@ -149,8 +149,8 @@ class Setting:
             )
         if self.prefix_length and self.lora_rank:
             raise ValueError(
-                f"prefix_length is {self.prefix_length} and lora_rank {self.lora_rank}: one of them is trained; set the "
-                "other to 0"
+                f"prefix_length is {self.prefix_length} and lora_rank {self.lora_rank}: one of them is trained; set "
+                "the other to 0"
             )
         unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
         if unknown:

@@ -110,7 +110,7 @@ def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
 
 
 def cast_bytes(shape: Shape, setting: Setting) -> int:
-    """Keys and values of one block's prefix in the base's dtype; as one of its inputs a checkpointed block keeps them."""
+    """Keys and values of one block's prefix in the base's dtype; a checkpointed block keeps them as its input."""
     return 2 * setting.prefix_length * shape.hidden * setting.element if setting.element == 2 else 0
 
 

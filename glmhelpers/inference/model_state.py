@@ -55,7 +55,8 @@ def peft_prefix(model: Model) -> Prefix:
         return []
     if model.active_peft_config.peft_type != "PREFIX_TUNING":
         return []
-    encoder, net = model.prompt_encoder[model.active_adapter], model.get_base_model()
+    encoder: Any = model.prompt_encoder[model.active_adapter]
+    net: Any = model.get_base_model()
     flat = encoder.embedding.weight
     flat = encoder.transform(flat) if hasattr(encoder, "transform") else flat
     homes = [block.input_layernorm.weight.device for block in net.transformer.layers]

@@ -168,7 +168,7 @@ def _adapted(model: nn.Module, config: LoraConfig | PrefixTuningConfig) -> PeftM
     refuse_second(model)
     # peft refuses a prefix where blocks are checkpointed, since a block that is run again would fill a cache twice.
     # Here its keys are arguments of the blocks.
-    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    marked: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     with quiet_peft():
         try:
             for module in marked if isinstance(config, PrefixTuningConfig) else ():
@@ -179,6 +179,8 @@ def _adapted(model: nn.Module, config: LoraConfig | PrefixTuningConfig) -> PeftM
                 module.gradient_checkpointing = True
     fuse_lora(adapted)
     bring_prefix_home(adapted)
+    if (encoder := prefix_encoder(adapted)) is not None and config.inference_mode:
+        encoder.requires_grad_(False)
     check_adapter(adapted)
     return adapted
 

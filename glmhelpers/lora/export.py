@@ -146,7 +146,8 @@ def export_merged(
         FileExistsError: there is something at `output`.
         OSError: errno EBUSY, another process is exporting to it.
         OSError: errno ENOSPC, the disk is too small; nothing has been written.
-        ValueError: unknown layout, no plain LoRA adapter (a learnt prefix is no part of the weights), or one for another model.
+        ValueError: unknown layout, no plain LoRA adapter (a learnt prefix is no part of the weights), or one for
+            another model.
         RuntimeError: a file does not read back as it was written, or a sum is not what it should be.
     """
     from thuglm import ChatGLMConfig

@@ -112,8 +112,8 @@ def run_step(
             placed = place_part(model, part, device)
             if looked_up:
                 placed["inputs_embeds"] = looked_up.pop(0)
-            placed |= {"num_items_in_batch": num_items, "use_cache": False, "return_logits": False}
-            losses.append(called(**placed, **before, **forward).loss)
+            how = {"num_items_in_batch": num_items, "use_cache": False, "return_logits": False, **before, **forward}
+            losses.append(called(**placed, **how).loss)
         # Or the last part's embeddings would live as long as the backward pass.
         del placed
         total = torch.stack(losses).sum().to(device)
