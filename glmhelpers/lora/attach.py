@@ -120,7 +120,7 @@ def prefix_config(length: int, **how: Any) -> PrefixTuningConfig:
         task_type="CAUSAL_LM",
         num_virtual_tokens=length,
         prefix_projection=how.get("projection", False),
-        encoder_hidden_size=how.get("width"),
+        encoder_hidden_size=cast(int, how.get("width")),  # peft takes None, for the model's width
         inference_mode=how.get("inference_mode", False),
     )
 

@@ -11,8 +11,19 @@ from safetensors.torch import save_file
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.inference import ChatSession, Generation, answers, compare, held_out_loss, merged_in_memory
-from glmhelpers.lora import attach_lora, attach_prefix, export_adapter, export_merged, import_ptuning, load_adapter
-from glmhelpers.lora import base_checksum, count_parameters, prove, save_adapter, witness
+from glmhelpers.lora import (
+    attach_lora,
+    attach_prefix,
+    base_checksum,
+    count_parameters,
+    export_adapter,
+    export_merged,
+    import_ptuning,
+    load_adapter,
+    prove,
+    save_adapter,
+    witness,
+)
 from glmhelpers.lora.attach import bring_prefix_home, check_adapter
 from glmhelpers.lora.fingerprint import base_note
 from glmhelpers.tokens.collate import RightPadCollator
@@ -170,7 +181,7 @@ def test_checkpointed_before_or_after_and_by_a_plan(tmp_path):
     tuned = attach_prefix(net, LENGTH)
     assert [block.gradient_checkpointing for block in net.transformer.layers] == [False, True, False, True]
     plan = plan_device_map(net.config, ["T4"], 3, 64, dtype="float32", prefix_length=LENGTH, checkpointed="all")
-    cpu = {name: "cpu" for name in plan.device_map}
+    cpu = dict.fromkeys(plan.device_map, "cpu")
     refuse_plan(plan, tuned, 3)
     with pytest.raises(ValueError, match="prefix_length is 7 in the plan and 6 here"):
         refuse_plan(plan_device_map(net.config, ["T4"], 3, 64, dtype="float32", prefix_length=7), tuned, 3)
