@@ -3,7 +3,7 @@
     python benchmarks/soak.py [--turns 300] [--switches 200] [--cycles 50]
 
     turn     one conversation that fills the model's 2048 tokens, so that its front is cut off
-    switch   adapter on, off; every tenth time another one from the disk, LoRA and prefix in turns, on a base loaded anew
+    switch   adapter on, off; every tenth time another one from the disk, LoRA and prefix in turns, base loaded anew
     cycle    train() stopped after two steps, as by the stop button, and taken up again on a base loaded anew
 
 After each: resident memory, Python objects, threads, open files. The first two fifths warm up; what counts is the
@@ -27,8 +27,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glmhelpers.inference import ChatSession, Generation
 from glmhelpers.lora import attach_lora, attach_prefix, load_adapter, save_adapter
@@ -36,6 +35,7 @@ from glmhelpers.tokens import RightPadCollator, encode_example
 from glmhelpers.training import train, training_arguments
 from thuglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
+PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "data" / "tiny-chatglm"
 QUESTIONS = ("你是谁？", "什么是月亮？", "12+30=?", "What is ice?", "星期二的前一天是什么？")
 STEPS = 2
