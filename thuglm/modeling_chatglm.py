@@ -19,6 +19,7 @@ import difflib
 import inspect
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -308,7 +309,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if isinstance(device_map, dict) and "transformer.layers.0" in device_map:
             # Maps are made for the model without a prefix; a name that a model does not have is passed over.
             kwargs["device_map"] = {"transformer.prefix_encoder": device_map["transformer.layers.0"], **device_map}
-        model = super().from_pretrained(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The following device_map keys .*: \['transformer\.prefix_encoder'\]")
+            model = super().from_pretrained(*args, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         if loaded.config.pre_seq_len is not None:
             loaded.requires_grad_(False)

@@ -9,7 +9,7 @@ from benchmarks import soak
 
 def hoard(kept):
     def work(count, folder):
-        for number in range(count):
+        for _ in range(count):
             kept.append([[] for _ in range(100)])
             yield
 
@@ -47,5 +47,5 @@ def test_each_kind_of_work_runs(work, tmp_path):
 def test_a_cycle_goes_on_where_it_was_stopped(tmp_path, capsys):
     list(soak.cycles(4, tmp_path))
     said = capsys.readouterr().out
-    assert said.count("goes on from step 2 of 8") == 2  # LoRA and prefix, the second time each
+    assert said.count("goes on from step 1 of 8") == 2  # LoRA and prefix, the second time each
     assert len(list((tmp_path / "runs").iterdir())) == 2

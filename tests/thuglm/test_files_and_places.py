@@ -108,3 +108,9 @@ def test_weights_that_accelerate_takes_away_are_refused(tmp_path):
         net = take(net)
         with pytest.raises(RuntimeError, match="Offload is not supported"):
             net(torch.tensor([training_rows()[0]]))
+
+
+def test_a_map_for_a_model_without_a_prefix_is_not_warned_about(recwarn):
+    places = {**dict.fromkeys(PARTS, "cpu"), "transformer.layers.3": "meta"}
+    ChatGLMForConditionalGeneration.from_pretrained(CHECKPOINT, device_map=places)
+    assert not [warning for warning in recwarn if "device_map" in str(warning.message)]
