@@ -141,7 +141,10 @@ def soak(name: str, work: Callable[[int, Path], Iterator[None]], count: int) -> 
             samples.append(state())
     growth = grown(samples)
     ok = all(growth[key] <= most for key, most in ALLOWED.items())
-    print(json.dumps({"bench": "soak", "kind": name, "count": count, "ok": ok, "grown": growth, "last": samples[-1]}))
+    print(
+        json.dumps({"bench": "soak", "kind": name, "count": count, "ok": ok, "grown": growth, "last": samples[-1]}),
+        flush=True,
+    )
     return ok
 
 
