@@ -12,6 +12,7 @@ difference between the middle of the rest's first and last thirds. One JSON line
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import io
 import json
@@ -41,8 +42,8 @@ QUESTIONS = ("你是谁？", "什么是月亮？", "12+30=?", "What is ice?", "�
 STEPS = 2
 """Steps of a training between two stops."""
 
-ALLOWED = {"rss_bytes": 8 * 2**20, "objects": 500, "threads": 0, "files": 0}
-"""What each may have grown between the two thirds: the allocator of the C library keeps some pages."""
+ALLOWED = {"rss_bytes": 4 * 2**20, "objects": 500, "threads": 0, "files": 0}
+"""What each may have grown between the two thirds."""
 
 
 def base() -> ChatGLMForConditionalGeneration:
@@ -64,8 +65,11 @@ class Stop(TrainerCallback):
 
 
 def state() -> dict[str, int]:
-    """What this process holds now, after collecting what nobody holds."""
+    """What this process holds now, after collecting what nobody holds, and giving free pages back to the system: else
+    the C library keeps up to 30 MB of them, more or less from one model to the next."""
     gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     process = psutil.Process()
     return {
         "rss_bytes": process.memory_info().rss,
@@ -154,7 +158,6 @@ if __name__ == "__main__":
     parser.add_argument("--switches", type=int, default=200)
     parser.add_argument("--cycles", type=int, default=50)
     options = vars(parser.parse_args())
-    results = [
-        soak(name, work, options[name]) for name, work in (("turns", turns), ("switches", switches), ("cycles", cycles))
-    ]
+    work = {"turns": turns, "switches": switches, "cycles": cycles}
+    results = [soak(name, work[name], count) for name, count in options.items() if count]
     sys.exit(not all(results))
