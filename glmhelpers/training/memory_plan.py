@@ -171,7 +171,6 @@ def model_settings(model: Model) -> dict[str, Any]:
             "lora_rank": adapter.r,
             "lora_targets": tuple(sorted(adapter.target_modules)),
             "lora_dropout": adapter.lora_dropout,
-            "prefix_length": 0,
         }
     return {
         **trained,
