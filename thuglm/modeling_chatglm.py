@@ -45,7 +45,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX, called_cross_entropy, chunked_cross_entropy, is_matrix
 from thuglm.configuration_chatglm import ChatGLMConfig
-from thuglm.prefix_encoder import PrefixEncoder, taken_from
+from thuglm.prefix_encoder import Prefix, PrefixEncoder, taken_from
 from thuglm.prefix_mask import (
     check_input_ids,
     check_position_ids,
@@ -215,7 +215,7 @@ class ChatGLMAttention(nn.Module):
     ):
         """[B, L, H] -> [B, L, H], and the attention weights if they were asked for.
 
-        A prefix, [B, heads, P, head_dim], stands in front of the other keys and values.
+        A prefix, [B or 1, heads, P, head_dim], stands in front of the other keys and values.
         """
         batch, length, hidden = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
@@ -224,7 +224,8 @@ class ChatGLMAttention(nn.Module):
             split = _SplitAndRotate.not_in_place
         query, key, value = (x.transpose(1, 2) for x in split(mixed, cos, sin, self.heads))
         if prefix_key is not None and prefix_value is not None:
-            key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+            before = (part.expand(batch, -1, -1, -1) for part in (prefix_key, prefix_value))
+            key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if output_attentions or self.config._attn_implementation == "eager":
@@ -450,6 +451,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return_dict: bool | None = None,
         all_ids: Tensor | None = None,
         prompt_positions: Tensor | None = None,
+        prefix: Prefix | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks. Nothing in here waits for a GPU.
@@ -469,6 +471,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 prompts share) stands before the prompt, and everybody sees it. By default, `input_ids` that start with
                 a prompt are all ids.
             prompt_positions: [B, 2, P], positions of the first P of `all_ids`, if they are not the derived ones.
+            prefix: keys and values in front of the prompt, for each block; in any dtype, on any device.
 
         Returns:
             `.last_hidden_state` [B, L, H]; `.hidden_states`, if asked for: the embeddings, the output of each block but
@@ -477,7 +480,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Raises:
             TypeError: a keyword that nobody knows.
-            ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`.
+            ValueError: see `check_input_ids`; also for a sequence beyond `max_sequence_length`, and for a prefix beside
+                a cache that holds something.
         """
         refuse_unknown(kwargs, ChatGLMModel.forward)
         # A block may stand for one of another process, and have no parts.
@@ -499,9 +503,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache = config.use_cache and not self.training
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         first = isinstance(past, int) and past == 0
-        prefix = None
-        if past_key_values is not None and not use_cache and (prefix := taken_from(past_key_values)):
-            past_key_values = None
+        if prefix and not first:
+            raise ValueError("prefix goes in front of a prompt: the cache holds one already, with its prefix, if any.")
+        if past_key_values is not None and not use_cache and (found := taken_from(past_key_values)):
+            prefix, past_key_values = found, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         # Ids that are a prompt by themselves, behind keys of something else: those keys stand before it.
@@ -530,9 +535,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = table(input_ids.to(table.weight.device))
         device = self._device_of(0, inputs_embeds)
         hidden_states = inputs_embeds.to(device)
-        if first and config.pre_seq_len is not None:
-            prefix, past = self.prefix_encoder(len(input_ids), hidden_states.dtype), config.pre_seq_len
+        if first and not prefix and config.pre_seq_len is not None:
+            prefix = self.prefix_encoder(len(input_ids), hidden_states.dtype)
         added = prefix[0][0].shape[2] if prefix else 0
+        past = added if first and prefix else past
         kv_length = added + new if past_key_values is None else past_key_values.get_mask_sizes(added + new, 0)[0]
         visible = self._visible(
             new,
@@ -560,7 +566,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states = hidden_states.to(device)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            before = (part.to(device) for part in prefix[layer]) if prefix else ()
+            before = (part.to(device, hidden_states.dtype) for part in prefix[layer]) if prefix else ()
             more = {"output_attentions": True} if output_attentions else {}
             hidden_states, weights = block(
                 hidden_states, *on_device[device], *before, past_key_values=past_key_values, **more
@@ -729,6 +735,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         all_ids: Tensor | None = None,
         prompt_positions: Tensor | None = None,
+        prefix: Prefix | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss if `labels` are given. See `ChatGLMModel.forward` for the arguments not listed.
@@ -768,6 +775,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             all_ids=all_ids,
             prompt_positions=prompt_positions,
+            prefix=prefix,
             return_dict=True,
         )
         refuse_offloaded(self.lm_head)

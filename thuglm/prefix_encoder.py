@@ -11,7 +11,8 @@ everybody sees; they alone are learnt:
             a           #   #   #  │  #   #   #   .   .
             x           #   #   #  │  #   #   #   #   #
 
-peft's PREFIX_TUNING is the same, kept outside the model: its keys come in a cache, see `taken_from`.
+peft's PREFIX_TUNING is the same, kept outside the model: its keys come as the argument `prefix` of forward, or in a
+cache, see `taken_from`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from transformers import Cache, DynamicCache
 from thuglm.configuration_chatglm import ChatGLMConfig
 
 Prefix = Sequence[tuple[Tensor, Tensor]]
-"""Key and value of each block, [B, heads, P, head_dim]."""
+"""Key and value of each block, [B or 1, heads, P, head_dim]."""
 
 DROPOUT = 0.1  # the published number; no configuration has it
 
@@ -46,9 +47,18 @@ class PrefixEncoder(nn.Module):
         """Key and value of each block for `batch` rows, on the device of this module."""
         flat = self.embedding.weight
         flat = self.trans(flat) if hasattr(self, "trans") else flat
-        flat = flat.to(dtype).view(1, -1, *self.shape).expand(batch, -1, -1, -1, -1)
-        parts = self.dropout(flat).permute(2, 0, 3, 1, 4)
-        return [(key, value) for key, value in zip(parts[::2], parts[1::2], strict=True)]
+        return split_prefix(self.dropout(flat.to(dtype).expand(batch, -1, -1)), self.shape)
+
+
+def split_prefix(flat: Tensor, shape: tuple[int, int, int]) -> Prefix:
+    """[B or 1, P, layers * 2 * H], as every program keeps it -> key and value of each block; views of it.
+
+    `shape`: (layers * 2, heads, head_dim).
+
+    One `unbind`, so that the gradients of all blocks are put together once.
+    """
+    parts = [part.transpose(1, 2) for part in flat.unflatten(-1, shape).unbind(2)]
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def taken_from(cache: Cache) -> Prefix | None:

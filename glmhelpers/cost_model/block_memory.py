@@ -20,7 +20,8 @@ order of `thuglm.modeling_chatglm` and of the LoRA layer. The highest total is t
 tests/cost_model/test_memory_formula.py runs the real model on tensors without data and finds the same bytes.
 
 Block 0 of the model needs a little less: its input, the embeddings, needs no gradient. So autograd keeps nothing up to
-its first adapter, and its backward pass ends there.
+its first adapter, and its backward pass ends there. A learnt prefix comes in at the attention, where its keys and those
+of the row are put into one tensor.
 
 Unit of the comments: U = hidden states of one micro-batch = rows * length * hidden * bytes of an element.
 """
@@ -87,6 +88,8 @@ class _Block:
     def __init__(self, shape: Shape, setting: Setting, *, keep: bool, first: bool = False, checkpointed: bool = False):
         self.to_run_again = checkpointed
         self.book, self.shape, self.setting, self.keep = Ledger(), shape, setting, keep
+        self.first = first
+        self.keys = 2 * setting.rows * setting.keys * shape.hidden * setting.element if setting.prefix_length else 0
         self.end = next((name for name in LORA_TARGETS if first and name in setting.adapters), None)
         self.keeps = keep
         self.tokens = setting.tokens
@@ -99,7 +102,8 @@ class _Block:
         book, unit, inner = self.book, self.unit, self.unit * self.shape.inner // self.shape.hidden
         statistics = 2 * 4 * self.tokens
 
-        self.keep = self.keeps and not self.end
+        prefix = self.setting.prefix_length
+        self.keep = self.keeps and not self.end and not (prefix and self.first)
         book.make("normed", unit)
         if self.keep:
             book.make("statistics", statistics)
@@ -108,6 +112,8 @@ class _Block:
         book.make("rotation", unit)
         book.drop("rotation")
         # Query, key and value are views of one tensor: all of it lives as long as attention needs any of them.
+        book.make("keys", self.keys)
+        self.keep = self.keep or (self.keeps and prefix > 0)
         book.make("context", unit)
         if self.keep:
             # float32, one for each row and head, the length rounded up to 32 by the kernel
@@ -118,7 +124,7 @@ class _Block:
         self.linear("dense", "context")
         book.drop("context")
         if not attention_kept:
-            book.drop("query_key_value")
+            book.drop("query_key_value", "keys")
         book.make("residual", unit)
         book.make("normed2", unit)
         book.drop("normed")
@@ -160,11 +166,19 @@ class _Block:
         book.make("grad_normed", unit * to_normed)
         if self.undo_linear("dense", "grad_attended", "grad_context", accumulate=False):
             return
-        book.make("grad_qkv", 3 * unit)
+        book.make("grad_qkv", unit + self.keys if self.keys else 3 * unit)
         # The kernel sums the gradient of the queries in float32 in a buffer of its own.
         book.make("kernel", 4 * self.tokens * self.shape.hidden if self.half else 0)
-        book.drop("kernel", "query_key_value", "context", "logsumexp", "grad_context")
+        book.drop("kernel", "query_key_value", "keys", "context", "logsumexp", "grad_context")
         book.step("attention back")
+        if self.keys:
+            length, hidden = self.setting.prefix_length, self.shape.hidden
+            if self.half:
+                book.make("grad summed", 2 * length * hidden * self.setting.element)
+            book.make("grad prefix", 4 * 2 * length * hidden)
+            book.drop(*["grad summed"] * self.half)
+            if self.first:
+                return
         book.make("grad_mixed", 3 * unit)
         book.drop("grad_qkv")
         if self.undo_linear("query_key_value", "grad_mixed", "grad_normed", accumulate=True):

@@ -110,6 +110,8 @@ class Setting:
         label_share: part of the token positions that carry a label, 0 to 1; the others never become logits.
         training: False for generation with a key-value cache.
         kv_length: tokens in the cache at the end of generation; at least seq_length.
+        prefix_length: keys of a learnt prefix (P-tuning v2) in front of every row, 0 for none; instead of LoRA.
+        prefix_projection: width of the network that the prefix comes out of, 0 for none.
     """
 
     batch_size: int = 4
@@ -125,6 +127,8 @@ class Setting:
     label_share: float = 1.0
     training: bool = True
     kv_length: int = 0
+    prefix_length: int = 0
+    prefix_projection: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, in words.
@@ -134,13 +138,19 @@ class Setting:
         """
         object.__setattr__(self, "lora_targets", as_targets(self.lora_targets))
         least = dict.fromkeys(("batch_size", "seq_length", "micro_batches", "loss_chunk"), 1)
-        for name, low in (least | {"lora_rank": 0, "kv_length": 0}).items():
+        none = dict.fromkeys(("lora_rank", "kv_length", "prefix_length", "prefix_projection"), 0)
+        for name, low in (least | none).items():
             if not _is_whole(value := getattr(self, name), low, MOST):
                 raise ValueError(f"{name} is {shown(value)}; it must be a whole number from {low} to {MOST:,}")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.micro_batches} equal micro-batches; "
                 f"choose one of {divisors(self.batch_size)}"
+            )
+        if self.prefix_length and self.lora_rank:
+            raise ValueError(
+                f"prefix_length is {self.prefix_length} and lora_rank {self.lora_rank}: one of them is trained; set "
+                "the other to 0"
             )
         unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
         if unknown:
@@ -170,6 +180,11 @@ class Setting:
         return self.rows * self.seq_length
 
     @property
+    def keys(self) -> int:
+        """Keys that a token can see: those of the prefix and of its row."""
+        return self.prefix_length + self.seq_length
+
+    @property
     def fused(self) -> bool:
         """Is the fused LoRA layer in use? 8- and 4-bit layers keep peft's."""
         return self.lora_fused and self.base_bits >= 16
@@ -178,6 +193,18 @@ class Setting:
     def adapters(self) -> tuple[str, ...]:
         """Linear layers that carry an adapter; empty when the rank is 0."""
         return self.lora_targets if self.lora_rank else ()
+
+
+def with_prefix(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with the prefix of a configuration that has one (`pre_seq_len`); with a prefix there is no LoRA,
+    unless the settings say so."""
+    known = config if isinstance(config, Mapping) else vars(config)
+    found = dict(settings)
+    if length := known.get("pre_seq_len"):
+        found = {"prefix_length": length, **found}
+        if known.get("prefix_projection"):
+            found = {"prefix_projection": known["hidden_size"], **found}
+    return {"lora_rank": 0, **found} if found.get("prefix_length") else found
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpus
 from glmhelpers.cost_model.placement import Placement
-from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape
+from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, with_prefix
 from glmhelpers.cost_model.stages import Stage, find_stages
 from glmhelpers.utils.units import GIB, MIB
 
@@ -90,12 +90,36 @@ def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
     return blocks * 4 * setting.lora_rank * sum(sum(shape.linear(name)) for name in setting.adapters)
 
 
+def prefix_bytes(shape: Shape, setting: Setting) -> int:
+    """What a prefix trains, in float32: keys and values of all blocks, P * 2 * layers * hidden; or the network that
+    makes them, P * hidden, hidden to its middle, and from there to 2 * layers * hidden. Beside block 0."""
+    length, middle, out = setting.prefix_length, setting.prefix_projection, 2 * shape.layers * shape.hidden
+    if not middle or not length:
+        return 4 * length * out
+    return 4 * (length * shape.hidden + (shape.hidden + 1) * middle + (middle + 1) * out)
+
+
+def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
+    """What a step keeps of the prefix in float32 beside its parameters: on the other GPUs a copy for their blocks;
+    beside a network all that it made, and its middle."""
+    block = 4 * 2 * setting.prefix_length * shape.hidden
+    if not stage.first:
+        return block * len(stage.blocks)
+    made = shape.layers * block + 4 * setting.prefix_length * setting.prefix_projection
+    return made if setting.prefix_projection else 0
+
+
+def cast_bytes(shape: Shape, setting: Setting) -> int:
+    """Keys and values of one block's prefix in the base's dtype; a checkpointed block keeps them as its input."""
+    return 2 * setting.prefix_length * shape.hidden * setting.element if setting.element == 2 else 0
+
+
 def mask_bytes(setting: Setting) -> int:
-    """Additive mask of one micro-batch, rows * length * length (each row padded to 8), shared by all heads.
+    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads.
 
     Every micro-batch keeps its own until its backward pass is over.
     """
-    padded = ceil(setting.seq_length / 8) * 8
+    padded = ceil(setting.keys / 8) * 8
     return setting.rows * setting.seq_length * padded * setting.element
 
 
@@ -149,7 +173,7 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
     """
     blocks = len(stage.blocks)
-    lora = lora_bytes(shape, setting, blocks)
+    lora = lora_bytes(shape, setting, blocks) + (prefix_bytes(shape, setting) if stage.first else 0)
     base = dict.fromkeys(TERMS, 0)
     base["weights"] = weight_bytes(shape, setting, stage)
     base["embedding"] = embedding_bytes(shape, setting, stage)
@@ -186,7 +210,16 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
     full["activations"] = saved(count) * batches
 
+    # A prefix: copies kept for the whole step, and inputs of the checkpointed blocks of each micro-batch.
+    keys, cast = prefix_keys_bytes(shape, setting, stage), cast_bytes(shape, setting)
+    piece = 4 * 2 * setting.prefix_length * shape.hidden  # a block's gradient, until all are put together
+    full["cache"] = keys + cast * sum(marks) * batches
+
     moments = [("optimizer step", {"adam": 2 * lora, "masks": 0, "gradients": lora, "block": 2 * lora})]
+    if stage.first and piece:
+        pieces = piece * shape.layers
+        last_of_all = {"adam": 2 * lora, "gradients": pieces + max(pieces, lora * (setting.prefix_projection > 0))}
+        moments.append(("gradient of the prefix", {**last_of_all, "cache": keys}))
     if stage.head:
         now = loss * batches + loss_working_bytes(shape, setting)
         moments.append(("loss of the last micro-batch", {**full, "loss": now}))
@@ -194,19 +227,22 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
         last = cost_of_first if count == 1 else cost
         running = last.forward if marks[-1] else last.keeping - last.saved
         # On the first GPU visible pairs (bool), positions (2 x int64) and embeddings live as long as the forward pass.
-        pairs, positions = setting.rows * setting.seq_length**2, 16 * setting.tokens
-        running += stage.first * (pairs + positions + unit * spared)
+        pairs, positions = setting.tokens * setting.keys, 16 * setting.tokens
+        running += stage.first * (pairs + positions + unit * spared) + cast * (not marks[-1])
         moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
     # From one block to the next of its kind every term grows or shrinks by the same bytes: the worst is at an end.
     ends = {0, 1, count - 1} | {
         p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)
     }
+    trained, marked = piece * count or lora, sum(marks)
     turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
     for done, place in product(range(min(batches, 2)), turns):
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
-            "gradients": lora // count * (count if done else count - 1 - place),
+            "gradients": trained // count * (count if done else count - 1 - place)
+            + piece * (stage.first and done == batches - 1) * (shape.layers - count),
+            "cache": keys + cast * (marked * left + sum(marks[:place])),
             "masks": masks * (left + 1),
             "inputs": unit * ((count - spared) * left + place + 1 - spared),
             "activations": saved(count) * left + saved(place + 1),
@@ -222,10 +258,10 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
 def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str, dict[str, int]]]:
     """Reading the prompt, and the last token of the answer, when one layer's cache is copied to grow by a token."""
     unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
-    tokens = max(setting.kv_length, setting.seq_length)
+    tokens = max(setting.kv_length, setting.seq_length) + setting.prefix_length
     logits = stage.head * setting.batch_size * shape.vocab * (4 + setting.element)
     masks = mask_bytes(setting) + table_bytes(shape, setting) if blocks else 0
-    prompt = {"cache": cache_bytes(shape, setting, setting.seq_length, blocks), "masks": masks}
+    prompt = {"cache": cache_bytes(shape, setting, setting.keys, blocks), "masks": masks}
     prompt["block"] = block_cost(shape, setting).forward + unit if blocks else unit
     last = {"cache": cache_bytes(shape, setting, tokens, blocks), "loss": logits, "masks": masks}
     last["block"] = cache_bytes(shape, setting, tokens, 1) // 2 if blocks else 0
@@ -288,6 +324,9 @@ class Prediction:
         names = [f"GPU {device}" if device != "cpu" else "CPU" for device in self.devices]
         lines = [f"{'GiB':24}" + "".join(f"{name:>10}" for name in names)]
         named = TERMS if self.setting.training else {**TERMS, "block": "one block at work"}
+        if self.setting.prefix_length:
+            named = named | {"lora": "prefix parameters", "gradients": "prefix gradients"}
+            named |= {"cache": "keys of the prefix"} if self.setting.training else {}
         rows = {named[key]: [terms[key] for terms in self.breakdown] for key in named}
         rows = {name: sizes for name, sizes in rows.items() if any(sizes)}
         rows["peak"] = self.peak_bytes
@@ -319,13 +358,14 @@ def predict(
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
         tied: embedding and head are one tensor where they are on the same GPU.
         settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
-            base_bits, loss_chunk, label_share, training, kv_length.
+            base_bits, loss_chunk, label_share, training, kv_length, prefix_length, prefix_projection (the prefix of a
+            config with `pre_seq_len` by default).
 
     Returns:
         A Prediction; `.peak_bytes` has one number for each device that holds something, in order of index.
     """
     shape = Shape.of(config)
-    setting = Setting(batch_size, seq_length, **settings)
+    setting = Setting(batch_size, seq_length, **with_prefix(config, settings))
     known = find_gpus(list(gpus)) if gpus else None
     placement = Placement.of(device_map, shape.layers, len(known) if known else None)
     stages = find_stages(placement, checkpointed, tied)

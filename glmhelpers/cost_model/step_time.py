@@ -14,7 +14,7 @@ Work of one block, forward, on T tokens of length L (multiply and add count as t
 
     matrix products    2 * T * (matrix weights)           backward the same again: the matrices are frozen; with few
                                                           tokens, the time to read the weights once, if that is longer
-    attention          4 * T * L * hidden                 backward 2.5 times that
+    attention          4 * T * L * hidden                 backward 2.5 times that; with a prefix L + P keys
     elementwise        bytes read and written, in units of the hidden states, counted in `thuglm` and in the LoRA layer
 
 A checkpointed block runs forward again before its backward, up to the last product, whose result nobody needs.
@@ -47,6 +47,9 @@ LAST_SUM = 3
 """The last of them, behind the last product: it is not run again."""
 
 FUSED_LORA = (3.5, 2, 8, 2)
+PREFIX = 4
+"""With a prefix: keys and values are read and written once more to stand behind it, in units of the keys."""
+
 PEFT_LORA = (9.5, 14, 14, 14)
 """The same for one adapter, forward and backward, for each hidden-sized piece of its (input, output, input, output):
 dropout, thin products and sums in `glmhelpers.lora.layer`; in peft also casts to float32 and scaling. With dropout."""
@@ -87,10 +90,12 @@ def block_seconds(shape: Shape, setting: Setting, gpu: GPU) -> tuple[float, floa
     matrices, again = (
         _product_seconds(2 * setting.tokens * count, count, setting, gpu) for count in (weights, weights - last)
     )
-    operations = 4 * setting.tokens * setting.seq_length * shape.hidden
+    operations = 4 * setting.tokens * setting.keys * shape.hidden
     attention = operations / (gpu.matrix_rate * gpu.attention_share)
     unit = hidden_bytes(shape, setting) / (gpu.bandwidth * gpu.memory_share)
     forward, backward = float(ELEMENTWISE_FORWARD), float(ELEMENTWISE_BACKWARD)
+    if setting.prefix_length:
+        forward += PREFIX * setting.keys / setting.seq_length
     ahead_in, ahead_out, back_in, back_out = FUSED_LORA if setting.fused else PEFT_LORA
     for name in setting.adapters:
         inputs, outputs = (width / shape.hidden for width in shape.linear(name))

@@ -95,7 +95,8 @@ def recompute(function: Callable, hidden: Tensor, *others):
     Args:
         function: a block; the same result whenever it is called with the same random state.
         hidden: [B, L, H].
-        others: what else the block reads, without a gradient and on its device.
+        others: what else the block reads, on its device: mask and tables, perhaps keys of a learnt prefix, whose
+            gradients come from the first run as the input's does.
     """
     run = _Run(function, hidden, others)
     with saved_tensors_hooks(run.number, run.tensor):

@@ -28,7 +28,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from glmhelpers.cost_model.gpus import GPU, find_gpus, one_host
-from glmhelpers.cost_model.sizes import Setting, Shape
+from glmhelpers.cost_model.sizes import Setting, Shape, with_prefix
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import Prediction, predict, stage_terms, with_outside
 from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
@@ -244,8 +244,8 @@ def plan_device_map(
         embedding: "first", "tied" or "cpu", or None to choose.
         reserve: memory to keep free on every GPU, or one size for each.
         devices: index of each GPU on its machine, ascending; by default 0, 1, ...
-        settings: further fields of `sizes.Setting`, such as lora_rank, base_bits, loss_chunk (SMALL_LOSS_CHUNK
-            by default when the objective is "memory"), training.
+        settings: further fields of `sizes.Setting`, such as lora_rank, prefix_length, base_bits, loss_chunk
+            (SMALL_LOSS_CHUNK by default when the objective is "memory"), training.
 
     Returns:
         A Plan; `plan.setting.loss_chunk` is what the model's forward should be given.
@@ -313,7 +313,7 @@ def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> 
     if len(reserves) != len(cards):
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
     usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
-    setting = Setting(batch, length, 1 if parts is None else parts, **settings)
+    setting = Setting(batch, length, 1 if parts is None else parts, **with_prefix(config, settings))
     return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
 
 
@@ -340,6 +340,8 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
         better = next((v.micro_batches for v in variants(setting, None) if search.fits([v])), None)
         if better:
             changes["micro_batches"] = better
+    if setting.prefix_projection and works(replace(setting, prefix_projection=0)):
+        changes["prefix_projection"] = 0
     for bits in (8, 4):
         if bits < setting.base_bits and works(replace(setting, base_bits=bits)):
             changes["base_bits"] = bits

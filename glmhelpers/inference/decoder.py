@@ -273,7 +273,7 @@ class Decoder:
                 f"trained for {limit} together (max_sequence_length)."
             )
         with evaluating(self.model):
-            prefix = learnt_prefix(self.model, batch)
+            prefix = learnt_prefix(self.model)
             before = prefix[0][0].shape[2] if prefix else 0
             key = self._prepare(batch, bucket_for(before + length + max_new_tokens))
             real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0

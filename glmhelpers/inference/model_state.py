@@ -18,7 +18,7 @@ from torch import nn
 
 from glmhelpers.utils.types import Model
 from thuglm.modeling_chatglm import evaluating
-from thuglm.prefix_encoder import Prefix, taken_from
+from thuglm.prefix_encoder import Prefix, split_prefix
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
@@ -46,16 +46,32 @@ def held_alone(model: nn.Module) -> Iterator[None]:
         lock.release()
 
 
-def learnt_prefix(model: Model, batch: int) -> Prefix:
-    """Keys and values that a P-tuning puts in front of every prompt, for `batch` rows; none, or none now: []."""
+def peft_prefix(model: Model) -> Prefix:
+    """Keys and values of peft's PREFIX_TUNING, one row for all, each on its block's device; none, or none now: [].
+
+    peft itself makes a copy for every row of every micro-batch. Their dtype is the prefix's, float32.
+    """
+    if not isinstance(model, PeftModel) or model._adapters_disabled:
+        return []
+    if model.active_peft_config.peft_type != "PREFIX_TUNING":
+        return []
+    encoder: Any = model.prompt_encoder[model.active_adapter]
+    net: Any = model.get_base_model()
+    flat = encoder.embedding.weight
+    flat = encoder.transform(flat) if hasattr(encoder, "transform") else flat
+    homes = [block.input_layernorm.weight.device for block in net.transformer.layers]
+    shape = (2 * len(homes), net.config.num_attention_heads, net.config.head_dim)
+    parts = zip(split_prefix(flat[None], shape), homes, strict=True)
+    return [(key.to(home), value.to(home)) for (key, value), home in parts]
+
+
+def learnt_prefix(model: Model) -> Prefix:
+    """Keys and values that a P-tuning puts in front of every prompt, one row for all; none, or none now: []."""
     if isinstance(model, PeftModel):
-        if model.active_peft_config.peft_type == "PREFIX_TUNING" and not model._adapters_disabled:
-            cache: Any = model.get_prompt(batch)
-            return taken_from(cache) or []
-        model = model.get_base_model()
+        return peft_prefix(model)
     if model.config.pre_seq_len is None:
         return []
-    return model.transformer.prefix_encoder(batch, model.transformer.final_layernorm.weight.dtype)
+    return model.transformer.prefix_encoder(1, model.transformer.final_layernorm.weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -83,6 +99,10 @@ def merged_in_memory(model: Any) -> Iterator[Any]:
     """
     layers = lora_layers(model)
     if not layers:
+        if learnt_prefix(model):
+            raise ValueError(
+                "a learnt prefix is no part of the weights, so it cannot be merged: use the model as it is"
+            )
         raise ValueError("the model has no adapter: load one with load_adapter(base, folder)")
     if is_merged(model):
         raise ValueError("the adapter is merged already: leave the other `with merged_in_memory(...)` first")

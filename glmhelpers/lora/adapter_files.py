@@ -2,6 +2,7 @@
 
     adapter_config.json --- every setting: free | plain value | refused by name -+
     adapter_model.safetensors --- pairs of lora_A and lora_B, finite numbers ----+--> AdapterFiles: load, merge, pack
+                                  or one prefix (P-tuning v2), not to be merged  |
     course.json (ours; may be missing) --- template, base -----------------------+
 
 LoRA adds (alpha / r) B A to a frozen matrix, and that is all this project adds. Many of peft's settings mean something
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glmhelpers.cost_model.sizes import LORA_TARGETS
+from glmhelpers.lora.attach import PREFIX, prefix_config
 from glmhelpers.lora.fingerprint import base_difference
 from glmhelpers.utils.files import alone, current, finish
 
@@ -48,6 +50,12 @@ CHECKED = {
     *("alpha_pattern", "use_rslora", "init_lora_weights", "bias"),
 }
 """Settings with a rule of their own, see `check_config`."""
+
+OF_A_PREFIX = {
+    *("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules"),
+    *("prefix_projection", "encoder_hidden_size", "init_weights"),
+}
+"""Settings of peft's PREFIX_TUNING; the base says the sizes, and the tensor is compared with it."""
 
 HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base as it is."""
@@ -80,6 +88,34 @@ class AdapterFiles:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     note: dict[str, Any] | None
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether it is a learnt prefix (P-tuning v2), and no LoRA."""
+        return self.config.get("peft_type") == "PREFIX_TUNING"
+
+    def refuse_prefix(self) -> None:
+        """Raise a ValueError if it is a learnt prefix: there is no matrix to which it could be added."""
+        if self.is_prefix:
+            raise ValueError(
+                f"{self.name} is a learnt prefix (P-tuning v2): it is no part of the weights, so it cannot be merged. "
+                "Use it with load_adapter, or pack it with export_adapter."
+            )
+
+    def peft_config(self, trainable: bool) -> LoraConfig | PrefixTuningConfig:
+        """The settings for peft.
+
+        Raises:
+            ValueError: a prefix whose network is not in the files shall be trained on.
+        """
+        if not self.is_prefix:
+            return self.lora_config(trainable)
+        if trainable and self.config.get("prefix_projection"):
+            raise ValueError(
+                f"{self.name} holds what its prefix_projection made, not the network itself, as peft saves it: it "
+                "cannot be trained on. Go on from a checkpoint of its training, or train one without projection."
+            )
+        return prefix_config(len(self.tensors[PREFIX]), inference_mode=not trainable)
 
     def layers(self) -> list[str]:
         """Names of the layers with an adapter, as in the base."""
@@ -117,7 +153,15 @@ class AdapterFiles:
                 f"The adapter in {self.name}/ was trained on another base: {difference}. Load the base it was trained "
                 "on, or train again."
             )
-        self.check_layers(modules)
+        if not self.is_prefix:
+            self.check_layers(modules)
+        elif (found := self.tensors[PREFIX].shape[1]) != (
+            fits := 2 * here["sizes"]["num_layers"] * here["sizes"]["hidden_size"]
+        ):
+            raise ValueError(
+                f"the prefix in {self.name} has {found:,} numbers for each of its keys, this base takes {fits:,} (keys "
+                "and values of all blocks): it belongs to another model"
+            )
 
     def check_layers(self, modules: Iterable[str]) -> None:
         """Refuse unless there are tensors for just the layers that the settings choose among a base's modules.
@@ -166,7 +210,8 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
         if missing := [name for name in (CONFIG, TENSORS) if not current(folder, KEY, name).is_file()]:
             raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}: run notebook 04, which saves one.")
         config = read_json(folder, CONFIG)
-        check_config(config, f"{folder.name}/{CONFIG}")
+        prefix = config.get("peft_type") == "PREFIX_TUNING"
+        (check_prefix_config if prefix else check_config)(config, f"{folder.name}/{CONFIG}")
         try:
             tensors = load_file(current(folder, KEY, TENSORS))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -180,7 +225,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
             raise ValueError(damaged(folder / NOTE, "it lacks the base's fingerprint"))
         if not all(isinstance(base.get(key) or {}, dict) for key in ("sizes", "parts")):
             raise ValueError(damaged(folder / NOTE, "the base's sizes or parts are not listed by name"))
-    check_tensors(tensors, config, f"{folder.name}/{TENSORS}")
+    (check_prefix if prefix else check_tensors)(tensors, config, f"{folder.name}/{TENSORS}")
     return AdapterFiles(folder.name, config, tensors, note)
 
 
@@ -216,7 +261,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} says {key}={config.get(key)!r}: {advice}")
 
     if config.get("peft_type") != "LORA":
-        refuse("peft_type", "only LORA is handled here; load it with peft itself")
+        refuse("peft_type", "only LORA and PREFIX_TUNING are handled here; load it with peft itself")
     other = "this changes more than adding (alpha / r) B A, and is not handled here; load it with peft itself"
     for key, value in config.items():
         if key not in FREE | CHECKED and value not in (None, False, 0, "", [], {}):
@@ -251,6 +296,46 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         refuse("layers_to_transform", "it must be a list of whole numbers")
     if pattern is not None and not all(map(_is_plain, pattern if isinstance(pattern, list) else [pattern])):
         refuse("layers_pattern", "it must be a name")
+
+
+def check_prefix_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that are not those of a plain learnt prefix.
+
+    Raises:
+        ValueError: names `where` they stand, the setting, its value, and what to do.
+    """
+    length, parts = config.get("num_virtual_tokens"), config.get("num_transformer_submodules")
+    wrong = [key for key in config if key not in FREE | OF_A_PREFIX and config[key] not in (None, False, 0, "", [], {})]
+    if not isinstance(length, int) or not is_number(length):
+        wrong = ["num_virtual_tokens", *wrong]
+    if parts not in (None, 1):
+        wrong = ["num_transformer_submodules", *wrong]
+    if wrong:
+        raise ValueError(
+            f"{where} says {wrong[0]}={config.get(wrong[0])!r}: that is no plain prefix of a decoder, and is not "
+            "handled here; load it with peft itself"
+        )
+
+
+def check_prefix(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
+    """Refuse tensors that are not one matrix of finite numbers, with a row for each key.
+
+    Raises:
+        ValueError: names `where` it is, and what was found.
+    """
+    if set(tensors) != {PREFIX}:
+        raise ValueError(
+            f"{where} holds {', '.join(sorted(tensors)[:3]) or 'no tensor'}; a learnt prefix is one tensor, {PREFIX}: "
+            "save it again with save_adapter"
+        )
+    prefix, rows = tensors[PREFIX], config["num_virtual_tokens"]
+    if prefix.dtype not in FLOATS or prefix.dim() != 2 or len(prefix) != rows:
+        raise ValueError(
+            f"{where} holds {PREFIX} as {prefix.dtype} {list(prefix.shape)}; a matrix of floating point numbers with "
+            f"num_virtual_tokens={rows} rows is needed: these files do not belong together"
+        )
+    if not prefix.float().isfinite().all():
+        raise ValueError(f"{where}: {PREFIX} holds NaN or infinity: its training diverged. Take an earlier one.")
 
 
 def _is_plain(name: Any) -> bool:

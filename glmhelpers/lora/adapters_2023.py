@@ -1,4 +1,4 @@
-"""Adapters written by the 2023 script: `chatglm-lora.pt`, a dict of trained tensors by name, no settings beside it.
+"""Adapters of 2023. First those of the LoRA script: `chatglm-lora.pt`, a dict of trained tensors by name, no settings.
 
     peft 0.2      base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight
     peft 0.3 on   base_model.model.transformer.layers.0.attention.query_key_value.lora_A.default.weight
@@ -14,6 +14,10 @@ peft 0.2 had a second form. For a single fused matrix it trained two thirds of i
                                                                              0   B2
 Both do the same; on the right it is an ordinary adapter, so that is what such a file becomes (alpha doubles too, since
 the correction is multiplied by alpha / rank). Its number of parameters, 3,670,016 for r = 8, does not tell them apart.
+
+Then those of the `ptuning` folder that the authors of ChatGLM published: a checkpoint's `pytorch_model.bin` holds the
+prefix alone, `transformer.prefix_encoder.*`. The network of a prefix_projection is run once: what it makes is all that
+an answer needs.
 """
 
 import re
@@ -21,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from glmhelpers.lora.adapter_files import CONFIG, FLOATS, AdapterFiles, check_config, check_tensors, read_json
-from glmhelpers.lora.attach import adapter_from, refuse_second
+from glmhelpers.lora.attach import PREFIX, adapter_from, prefix_config, refuse_second
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -94,6 +99,34 @@ def read_2023(path: str | Path) -> dict[str, Tensor]:
         ValueError: it holds something else than LoRA tensors, or several adapters.
     """
     name = Path(path).name
+    stored = _load(path)
+    tensors, adapters = {}, set()
+    for key, tensor in stored.items():
+        match = _NAME.fullmatch(str(key))
+        if match is None or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} holds {key!r} ({type(tensor).__name__}), which is no LoRA tensor: what is it from?"
+            )
+        _refuse_no_matrix(name, key, tensor)
+        adapters.add(match["adapter"])
+        tensors[f"base_model.model.{match['layer']}.{match['side']}.weight"] = tensor.detach()
+    if len(adapters) > 1 or len(tensors) < len(stored):
+        raise ValueError(f"{name} holds several adapters ({', '.join(sorted(map(str, adapters)))}): keep one")
+    return tensors
+
+
+def _refuse_no_matrix(source: str, key: str, tensor: Tensor, dim: int = 2) -> None:
+    plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+    if not plain or tensor.dim() != dim:
+        raise ValueError(
+            f"{source} holds {key} as {tensor.dtype} {list(tensor.shape)}, {tensor.layout}: it must be a "
+            f"{'matrix' if dim == 2 else 'vector'} of floating point numbers"
+        )
+
+
+def _load(path: str | Path) -> dict[Any, Any]:
+    """What a file of torch.save holds: something by name, nothing that runs."""
+    name = Path(path).name
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -105,23 +138,62 @@ def read_2023(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(stored, dict) or not stored:
         raise ValueError(f"{name} holds {type(stored).__name__}, not a dict of tensors by name")
-    tensors, adapters = {}, set()
-    for key, tensor in stored.items():
-        match = _NAME.fullmatch(str(key))
-        if match is None or not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} holds {key!r} ({type(tensor).__name__}), which is no LoRA tensor: what is it from?"
-            )
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 2:
-            raise ValueError(
-                f"{name} holds {key} as {tensor.dtype} {list(tensor.shape)}, {tensor.layout}: it must be a matrix of "
-                "floating point numbers"
-            )
-        adapters.add(match["adapter"])
-        tensors[f"base_model.model.{match['layer']}.{match['side']}.weight"] = tensor.detach()
-    if len(adapters) > 1 or len(tensors) < len(stored):
-        raise ValueError(f"{name} holds several adapters ({', '.join(sorted(map(str, adapters)))}): keep one")
-    return tensors
+    return stored
+
+
+def import_ptuning(base: nn.Module, path: str | Path) -> PeftModel:
+    """The base with a published P-tuning v2 checkpoint on it, as peft's PREFIX_TUNING; `save_adapter` keeps it so.
+
+    Args:
+        base: a ChatGLM without an adapter, loaded without `pre_seq_len`, on its devices.
+        path: the checkpoint's folder, or its `pytorch_model.bin`. A `config.json` beside it must agree with it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else than a prefix, not all of it, or one for another model; says which tensor.
+    """
+    refuse_second(base)
+    path = Path(path).expanduser()
+    path = path / "pytorch_model.bin" if path.is_dir() else path
+    prefix = _prefix_of(_load(path), path.name)
+    config: Any = base.config
+    if (fits := 2 * config.num_layers * config.hidden_size) != prefix.shape[1]:
+        raise ValueError(
+            f"{path.name} has {prefix.shape[1]:,} numbers for each key of its prefix, this base takes {fits:,}: it "
+            "belongs to another model"
+        )
+    if (path.parent / "config.json").is_file():
+        said = read_json(path.parent, "config.json").get("pre_seq_len")
+        if said not in (None, len(prefix)):
+            raise ValueError(f"config.json says pre_seq_len={said!r}, {path.name} has {len(prefix)} keys: which is it?")
+    return adapter_from(base, prefix_config(len(prefix)), {PREFIX: prefix}, path.name).eval()
+
+
+def _prefix_of(stored: dict[Any, Any], source: str) -> Tensor:
+    """[P, layers * 2 * H] float32, computed by the network if there is one."""
+    start = "transformer.prefix_encoder."
+    network = [f"trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
+    parts = {str(key).removeprefix(start): tensor for key, tensor in stored.items() if str(key).startswith(start)}
+    if other := [key for key in stored if not str(key).startswith(start)]:
+        raise ValueError(
+            f"{source} holds {other[0]!r}, which is no part of a prefix ({start}*): a checkpoint of the whole model is "
+            "loaded with from_pretrained"
+        )
+    wanted = ["embedding.weight", *(network if len(parts) > 1 else [])]
+    if set(parts) != set(wanted):
+        odd = sorted(set(parts) ^ set(wanted))[0]
+        raise ValueError(f"{source} {'holds' if odd in parts else 'lacks'} {start}{odd}: it was not written whole")
+    for key, tensor in parts.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{source} holds {start}{key} as {type(tensor).__name__}, no tensor")
+        _refuse_no_matrix(source, start + key, tensor, 1 if key.endswith("bias") else 2)
+    embedding, *rest = (parts[key].detach().float() for key in wanted)
+    if not rest:
+        return embedding
+    try:
+        return F.linear(F.linear(embedding, *rest[:2]).tanh(), *rest[2:])
+    except RuntimeError as error:
+        raise ValueError(f"{source}: the parts of its prefix do not fit together ({error})") from error
 
 
 def _as_ordinary(tensors: dict[str, Tensor], base: nn.Module, source: str) -> tuple[dict[str, Tensor], int, int]:

@@ -1,4 +1,4 @@
-"""LoRA attached to a model, counted and checked.
+"""LoRA, or the learnt prefix of P-tuning v2, attached to a model, counted and checked.
 
 LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685) leaves each chosen matrix W alone and learns a small correction
 
@@ -6,6 +6,9 @@ LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685) leaves each chosen matr
         │                                     │
         └──► A [r, in] ──► B [out, r] ── alpha / r             A: random;  B: zero, so training starts from the base
              random        zero
+
+P-tuning v2 (drawn in `thuglm.prefix_encoder`) leaves all matrices alone, and learns keys and values that stand in front
+of every prompt. It starts from random ones, so not from the base.
 """
 
 import hashlib
@@ -18,10 +21,11 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from glmhelpers.cost_model.sizes import as_targets
+from glmhelpers.devicemap.devices import first_device
 from glmhelpers.lora.layer import fuse_lora
 
 
@@ -39,6 +43,9 @@ class Origin:
     digest: str = ""
     run: Path | None = None
 
+
+PREFIX = "prompt_embeddings"
+"""Name of the one tensor of a prefix in PEFT's files."""
 
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 
@@ -84,6 +91,53 @@ def attach_lora(
     return adapted
 
 
+def attach_prefix(
+    model: nn.Module, length: int = 128, projection: bool = False, width: int | None = None, seed: int = 0
+) -> PeftModel:
+    """Put a learnt prefix in front of every prompt (P-tuning v2, by peft) and freeze all else.
+
+    Args:
+        model: a ChatGLM, already on its devices; the prefix is made on the device of block 0.
+        length: keys and values in each block; as the authors of ChatGLM trained it, 128.
+        projection: they come out of a small network, which is trained instead: as large as some blocks of the model.
+        width: of that network's middle; by default the model's.
+        seed: for the random start.
+
+    Raises:
+        ValueError: the model has an adapter or a prefix already, or the length is not 1 or more.
+    """
+    if length < 1:
+        raise ValueError(f"length is {length}: a prefix has 1 key or more")
+    torch.manual_seed(seed)
+    adapted = _adapted(model, prefix_config(length, projection=projection, width=width))
+    _ORIGINS[adapted] = Origin(f"fresh, seed {seed}", weights_digest(adapted))
+    return adapted
+
+
+def prefix_config(length: int, **how: Any) -> PrefixTuningConfig:
+    """Arguments as in `attach_prefix`; peft takes the sizes from the model. `inference_mode`: to use, not to train."""
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        prefix_projection=how.get("projection", False),
+        encoder_hidden_size=cast(int, how.get("width")),  # peft takes None, for the model's width
+        inference_mode=how.get("inference_mode", False),
+    )
+
+
+def prefix_encoder(model: nn.Module) -> Any | None:
+    """The module that holds peft's learnt prefix; None for a model without one."""
+    if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != "PREFIX_TUNING":
+        return None
+    return model.prompt_encoder[model.active_adapter]
+
+
+def bring_prefix_home(model: nn.Module) -> None:
+    """Move a learnt prefix to the device of block 0: peft puts it beside the embedding, which may be the last GPU."""
+    if (encoder := prefix_encoder(model)) is not None:
+        encoder.to(first_device(model))
+
+
 def lora_config(r: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
     """Arguments as in `attach_lora`."""
     return LoraConfig(
@@ -97,29 +151,48 @@ def lora_config(r: int, alpha: float, dropout: float, targets: tuple[str, ...]) 
 
 
 def refuse_second(model: nn.Module) -> None:
-    """Raise a ValueError if the model has an adapter already."""
-    if adapter_layers(model):
+    """Raise a ValueError if the model has an adapter, or a learnt prefix, already."""
+    if getattr(getattr(model, "config", None), "pre_seq_len", None):
+        raise ValueError(
+            "This model was loaded with a prefix of its own (pre_seq_len in its configuration). Load the base without "
+            "it; import_ptuning(base, folder) then puts the published prefix on as an adapter."
+        )
+    if adapter_layers(model) or isinstance(model, PeftModel):
         raise ValueError(
             "This model has an adapter already, and a second one would be put around it. Load the base again, then "
             "attach or load the adapter that you want."
         )
 
 
-def _adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
+def _adapted(model: nn.Module, config: LoraConfig | PrefixTuningConfig) -> PeftModel:
     refuse_second(model)
+    # peft refuses a prefix where blocks are checkpointed, since a block that is run again would fill a cache twice.
+    # Here its keys are arguments of the blocks.
+    marked: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     with quiet_peft():
-        adapted = get_peft_model(model, config)
+        try:
+            for module in marked if isinstance(config, PrefixTuningConfig) else ():
+                module.gradient_checkpointing = False
+            adapted = get_peft_model(cast(Any, model), config)
+        finally:
+            for module in marked:
+                module.gradient_checkpointing = True
     fuse_lora(adapted)
+    bring_prefix_home(adapted)
+    if (encoder := prefix_encoder(adapted)) is not None and config.inference_mode:
+        encoder.requires_grad_(False)
     check_adapter(adapted)
     return adapted
 
 
-def adapter_from(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], source: str) -> PeftModel:
+def adapter_from(
+    model: nn.Module, config: LoraConfig | PrefixTuningConfig, tensors: Mapping[str, Tensor], source: str
+) -> PeftModel:
     """The model with an adapter that holds these tensors: all of them, and nothing else.
 
     Args:
         model: a ChatGLM without an adapter, on its devices. Without an adapter again if the tensors do not fit.
-        config: rank, alpha and targets.
+        config: rank, alpha and targets; or a prefix's length.
         tensors: name as in `adapter_weights` -> tensor.
         source: where they come from, for messages.
 
@@ -177,14 +250,22 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Assert what training relies on: adapters are float32, and lie on the device of their base layer.
+    """Assert what training relies on: adapters are float32, and lie on the device of their base layer, or of block 0.
 
     Raises:
         RuntimeError: names the first layer that breaks the rule, or says that there is no adapter.
     """
+    if (encoder := prefix_encoder(model)) is not None:
+        weight, home = encoder.embedding.weight, first_device(model)
+        if weight.device != home or weight.dtype != torch.float32:
+            raise RuntimeError(
+                f"The prefix is {weight.dtype} on {weight.device}; it must be float32, on {home} with block 0: call "
+                "attach_prefix on the placed base, or load with load_adapter."
+            )
+        return
     layers = adapter_layers(model)
     if not layers:
-        raise RuntimeError("The model has no LoRA layer: call attach_lora, or load an adapter, first.")
+        raise RuntimeError("The model has no LoRA layer and no prefix: call attach_lora, or load an adapter, first.")
     for name, layer in layers.items():
         home = layer.get_base_layer().weight.device
         for side in ("lora_A", "lora_B"):
@@ -209,7 +290,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name as in PEFT's files (`...query_key_value.lora_A.weight`, no adapter's name in it) -> parameter."""
+    """Name as in PEFT's files (`...query_key_value.lora_A.weight`, no adapter's name in it) -> parameter.
+
+    A prefix is one matrix, `prompt_embeddings` [P, layers * 2 * H]. One that comes out of a network has the network's
+    names: peft's files hold its result alone, from which nobody could train on.
+    """
+    if (encoder := prefix_encoder(model)) is not None:
+        found = dict(encoder.named_parameters())
+        return found if hasattr(encoder, "transform") else {PREFIX: found["embedding.weight"]}
     weights = {}
     for name, layer in adapter_layers(model).items():
         for side in ("lora_A", "lora_B"):
@@ -252,6 +340,17 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], source: str = 
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
     check_adapter(model)
+
+
+def learnt_nothing(model: nn.Module) -> str | None:
+    """Why this adapter is not worth saving, or None."""
+    if prefix_encoder(model) is not None:
+        origin = origin_of(model)
+        fresh = origin.starts_from.startswith("fresh") and origin.digest == weights_digest(model)
+        return "This prefix is as random as it was attached. Train it before saving it." if fresh else None
+    if any(norm > 0 for norm in lora_b_norms(model).values()):
+        return None
+    return "Every lora_B is 0: this adapter changes nothing. Train it before saving it."
 
 
 def lora_b_norms(model: nn.Module) -> dict[str, float]:

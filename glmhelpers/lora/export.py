@@ -41,7 +41,7 @@ BLOCK = 8 * 2**20
 SPARE_BYTES = 64 * 10**6
 """Room for index, manifest and tokenizer, and some to spare."""
 README = """\
-# A LoRA adapter for ChatGLM-6B
+# An adapter for ChatGLM-6B
 
     model = PeftModel.from_pretrained(base, "<this folder>")
 
@@ -146,7 +146,8 @@ def export_merged(
         FileExistsError: there is something at `output`.
         OSError: errno EBUSY, another process is exporting to it.
         OSError: errno ENOSPC, the disk is too small; nothing has been written.
-        ValueError: unknown layout, no plain LoRA adapter, or one for another model.
+        ValueError: unknown layout, no plain LoRA adapter (a learnt prefix is no part of the weights), or one for
+            another model.
         RuntimeError: a file does not read back as it was written, or a sum is not what it should be.
     """
     from thuglm import ChatGLMConfig
@@ -156,7 +157,9 @@ def export_merged(
         raise ValueError(f"there is no layout {layout!r}: use {' or '.join(LAYOUTS)}")
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} is there already: delete it, or choose another folder")
-    files, source, config = read_adapter(adapter), Source(base), ChatGLMConfig.from_pretrained(base)
+    files = read_adapter(adapter)
+    files.refuse_prefix()
+    source, config = Source(base), ChatGLMConfig.from_pretrained(base)
     names = tensor_shapes(config)
     modules = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)}
     files.check_base(note_of(source.weights(config), config), modules)

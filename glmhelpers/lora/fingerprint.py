@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 PIECE = 2**22
@@ -25,9 +26,12 @@ PIECE = 2**22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _plain(name: str) -> str:
-    """A parameter's name as in the base, whether an adapter is attached or not."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+def frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the base, parameter) of everything that is no adapter and no learnt prefix."""
+    net: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, parameter in net.named_parameters():
+        if "lora_" not in name and "prefix_encoder." not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
 
 
 Weights = Iterable[tuple[str, tuple[int, ...], Callable[[], Tensor]]]
@@ -39,10 +43,8 @@ SIZES = ("num_layers", "hidden_size", "inner_hidden_size", "vocab_size")
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
     """(name, shape, how to get its samples) of every frozen weight of a model."""
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            flat = parameter.detach().reshape(-1)
-            yield _plain(name), tuple(parameter.shape), partial(_evenly, flat)
+    for name, parameter in frozen(model):
+        yield name, tuple(parameter.shape), partial(_evenly, parameter.detach().reshape(-1))
 
 
 def weight_samples(model: nn.Module) -> list[tuple[str, tuple[int, ...], Tensor]]:
@@ -164,10 +166,9 @@ def base_checksum(model: nn.Module) -> str:
     Reads everything once: about a second for 12 GB on a GPU. Another dtype gives another checksum.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            sums = tensor_sums(parameter.detach())
-            digest.update(f"{_plain(name)} {tuple(parameter.shape)} {parameter.dtype} {sums}".encode())
+    for name, parameter in frozen(model):
+        sums = tensor_sums(parameter.detach())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sums}".encode())
     return digest.hexdigest()[:16]
 
 

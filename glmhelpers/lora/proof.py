@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from glmhelpers.inference.scores import Kept
-from glmhelpers.lora.attach import lora_b_norms
+from glmhelpers.lora.attach import lora_b_norms, prefix_encoder
 from glmhelpers.lora.fingerprint import base_checksum
 from glmhelpers.utils.types import Model
 from thuglm.modeling_chatglm import evaluating
@@ -30,7 +30,8 @@ MAY_LOSE = 0.05
 class Proof:
     """What `prove` found; `ok` if the adapter changes the model, survived the disk, taught, and left the base alone."""
 
-    largest_b_norm: float
+    largest_b_norm: float | None
+    """None for a learnt prefix, which starts from random numbers."""
     trained_to_reloaded: float
     """Largest difference of logits between the trained and the reloaded model; 0 if nothing was lost."""
     trained_to_base: float
@@ -50,8 +51,10 @@ class Proof:
     @property
     def claims(self) -> list[tuple[bool, str]]:
         """(holds, in words) of everything that was looked at."""
-        found = [
-            (self.largest_b_norm > 0, f"largest lora_B norm {self.largest_b_norm:.3f}, 0 at the start"),
+        found = []
+        if self.largest_b_norm is not None:
+            found.append((self.largest_b_norm > 0, f"largest lora_B norm {self.largest_b_norm:.3f}, 0 at the start"))
+        found += [
             (
                 self.trained_to_reloaded <= SAME_LOGITS,
                 f"reloaded logits differ by {self.trained_to_reloaded:.1e} from the trained",
@@ -123,7 +126,7 @@ def prove(
     counted, shares = (general.counted, general.shares) if isinstance(general, Kept) else ("right", general)
     (before, after), (old, new) = shares or (None, None), learnt or (None, None)
     return Proof(
-        largest_b_norm=max(lora_b_norms(reloaded).values()),
+        largest_b_norm=None if prefix_encoder(reloaded) else max(lora_b_norms(reloaded).values()),
         trained_to_reloaded=(said.trained - again).abs().max().item(),
         trained_to_base=(said.trained - said.base).abs().max().item(),
         base_before=base_before,

@@ -65,7 +65,6 @@ def run_settings(
         args: `TrainingArguments`, or something with the same attributes.
         base: fingerprint of the whole base, if the model is only a part of it.
     """
-    adapter = model.peft_config[model.active_adapter]
     count, digest = rows_digest(dataset)
     counted = {name: getattr(args, name) for name in COUNTED}
     return {
@@ -74,11 +73,20 @@ def run_settings(
         "rows": count,
         "rows_digest": digest,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        **_adapter_settings(model.peft_config[model.active_adapter]),
+        **{name: getattr(value, "value", value) for name, value in counted.items()},
+    }
+
+
+def _adapter_settings(adapter: Any) -> dict[str, Any]:
+    if adapter.peft_type == "PREFIX_TUNING":
+        width = adapter.encoder_hidden_size if adapter.prefix_projection else None
+        return {"prefix_length": adapter.num_virtual_tokens, "prefix_projection": width}
+    return {
         "r": adapter.r,
         "alpha": adapter.lora_alpha,
         "dropout": adapter.lora_dropout,
         "targets": sorted(adapter.target_modules),
-        **{name: getattr(value, "value", value) for name, value in counted.items()},
     }
 
 

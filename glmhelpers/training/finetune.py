@@ -23,7 +23,15 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from glmhelpers.devicemap.plan import Plan
-from glmhelpers.lora.attach import adapter_weights, check_adapter, count_parameters, fill_adapter, not_a_number
+from glmhelpers.lora.attach import (
+    adapter_weights,
+    bring_prefix_home,
+    check_adapter,
+    count_parameters,
+    fill_adapter,
+    not_a_number,
+    origin_of,
+)
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
 from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
@@ -108,6 +116,7 @@ def train(
         torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
     """
     refuse_many_processes()
+    bring_prefix_home(model)
     check_adapter(model)
     if not count_parameters(model)[0]:
         raise ValueError(
@@ -118,6 +127,7 @@ def train(
         refuse_plan(plan, model, args.per_device_train_batch_size)
         for change in plan.apply(model):
             print(f"[NOTE] the plan had not been applied: {change}")
+        bring_prefix_home(model)
         micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
     refuse_settings(args)
     refuse_rows(dataset, "to train on")
@@ -136,7 +146,9 @@ def train(
                 watch.read_back(state)
             return logged_losses(state["log_history"])
         print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
-    elif any(weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name):
+    elif origin_of(model).starts_from.startswith("loaded") or any(
+        weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name
+    ):
         print("this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)")
     watch = watch or Watch()
     trainer = GLMTrainer(

@@ -23,7 +23,10 @@ from glmhelpers.utils.units import GIB
 
 _WHICH = re.compile(r"GPU (\d+) has a total capacity")
 
-_OF_THE_MODEL = ("lora_rank", "lora_targets", "lora_dropout", "dtype", "base_bits")
+_OF_THE_MODEL = (
+    *("lora_rank", "lora_targets", "lora_dropout", "prefix_length", "prefix_projection"),
+    *("dtype", "base_bits"),
+)
 """Fields of a Setting that another plan must keep."""
 
 OWN_CONTEXT = GIB // 2
@@ -51,7 +54,8 @@ def refuse_plan(plan: Plan, model: PeftModel, batch_size: int) -> None:
     """
     here = {"batch_size": batch_size, **model_settings(model)}
     planned = {name: getattr(plan.setting, name) for name in here}
-    planned["lora_targets"] = tuple(sorted(planned["lora_targets"]))
+    if "lora_targets" in here:
+        planned["lora_targets"] = tuple(sorted(planned["lora_targets"]))
     planned["base_bits"] = min(planned["base_bits"], 16)  # 32 bits are the base's own dtype too
     if wrong := [
         f"{name} is {planned[name]!r} in the plan and {here[name]!r} here"
@@ -156,13 +160,20 @@ def card_states() -> list[CardState]:
 
 
 def model_settings(model: Model) -> dict[str, Any]:
-    """The fields of `sizes.Setting` that a PeftModel itself decides: LoRA, dtype, bits of the base."""
+    """The fields of `sizes.Setting` that a PeftModel itself decides: LoRA or prefix, dtype, bits of the base."""
     adapter = model.peft_config[model.active_adapter]
     norm = next(parameter for name, parameter in model.named_parameters() if "input_layernorm" in name)
+    if adapter.peft_type == "PREFIX_TUNING":
+        middle = adapter.encoder_hidden_size if adapter.prefix_projection else 0
+        trained = {"lora_rank": 0, "prefix_length": adapter.num_virtual_tokens, "prefix_projection": middle}
+    else:
+        trained = {
+            "lora_rank": adapter.r,
+            "lora_targets": tuple(sorted(adapter.target_modules)),
+            "lora_dropout": adapter.lora_dropout,
+        }
     return {
-        "lora_rank": adapter.r,
-        "lora_targets": tuple(sorted(adapter.target_modules)),
-        "lora_dropout": adapter.lora_dropout,
+        **trained,
         "dtype": str(norm.dtype).removeprefix("torch."),
         "base_bits": base_bits(model),
     }

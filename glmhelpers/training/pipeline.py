@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
+from glmhelpers.inference.model_state import peft_prefix
 from glmhelpers.utils.types import Model
 from thuglm.constants import IGNORE_INDEX
 
@@ -112,18 +113,26 @@ def run_step(
     losses = []
     with captured.step(parts) if captured else nullcontext() as padded, own_streams(model):
         parts = padded or parts
+        called, before = behind_prefix(model)
         looked_up = look_up(model, parts, device)
         for part in parts:
             placed = place_part(model, part, device)
             if looked_up:
                 placed["inputs_embeds"] = looked_up.pop(0)
-            output = model(**placed, num_items_in_batch=num_items, use_cache=False, return_logits=False, **forward)
-            losses.append(output.loss)
+            how = {"num_items_in_batch": num_items, "use_cache": False, "return_logits": False, **before, **forward}
+            losses.append(called(**placed, **how).loss)
         # Or the last part's embeddings would live as long as the backward pass.
         del placed
         total = torch.stack(losses).sum().to(device)
         backward(total)
     return total.detach()
+
+
+def behind_prefix(model: Model) -> tuple[Model, dict[str, Any]]:
+    """What to call for each micro-batch, and with what besides its rows: a learnt prefix is made once for all of them,
+    and sent to the other GPUs before they have work to do."""
+    prefix = peft_prefix(model)
+    return (model.get_base_model(), {"prefix": prefix}) if prefix else (model, {})
 
 
 def look_up(model: Model, parts: list[dict[str, Tensor]], device: torch.device) -> list[Tensor]:

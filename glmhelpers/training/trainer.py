@@ -20,10 +20,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from glmhelpers.devicemap.devices import first_device, own_streams, place_part
-from glmhelpers.lora.attach import fill_adapter, not_a_number
+from glmhelpers.lora.adapter import write_peft_files
+from glmhelpers.lora.attach import adapter_weights, fill_adapter, not_a_number, prefix_encoder
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
-from glmhelpers.training.pipeline import run_step, split_batch, target_rows
+from glmhelpers.training.pipeline import behind_prefix, run_step, split_batch, target_rows
 from glmhelpers.utils.types import Model
 
 RANDOM_STATES = "rng_state_gpus.pth"
@@ -129,6 +130,7 @@ class GLMTrainer(Trainer):
         total, labels, rows = torch.zeros((), dtype=torch.float64), 0, 0
         # In training's streams, or memory that the allocator keeps for them could not be used here.
         with torch.random.fork_rng(devices=[]), own_streams(model):
+            called, before = behind_prefix(model)
             for batch in dataloader:
                 rows += len(batch["labels"])
                 self.batch_shape = tuple(batch["input_ids"].shape)
@@ -136,9 +138,9 @@ class GLMTrainer(Trainer):
                     continue  # adds nothing to either sum
                 for part in split_batch(batch, -(-len(batch["labels"]) // rows_at_once)):
                     labels += len(part["target_rows"])
-                    placed = place_part(model, part, device)
-                    output = model(**placed, num_items_in_batch=1, use_cache=False, return_logits=False, **self.forward)
-                    total = total.to(output.loss.device) + output.loss
+                    placed = {**place_part(model, part, device), "num_items_in_batch": 1, **before, **self.forward}
+                    loss = called(**placed, use_cache=False, return_logits=False).loss
+                    total = total.to(loss.device) + loss
         if not labels:
             self.guard.refuse_unlabelled(f"the {rows} rows for evaluation have")
         metrics = {f"{metric_key_prefix}_loss": total.item() / labels}
@@ -181,7 +183,12 @@ class GLMTrainer(Trainer):
         keep_last(self.folder, keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if prefix_encoder(self.model) is None:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        else:  # peft would leave out the network of a prefix_projection
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            weights = {name: weight.detach().cpu() for name, weight in adapter_weights(self.model).items()}
+            write_peft_files(Path(str(output_dir)), self.model.active_peft_config, weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -36,14 +36,20 @@ def found(gpus, how):
             "objective": st.sampled_from(["speed", "memory"]),
             "checkpointed": st.sampled_from(["auto", "all", "none"]),
             "label_share": st.sampled_from([0.0, 0.01, 0.37, 1.0]),
-            "lora_rank": st.sampled_from([0, 8, 256]),
             "lora_targets": st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple),
             "training": st.sampled_from([True, True, False]),
         }
     ),
+    st.one_of(
+        st.fixed_dictionaries({"lora_rank": st.sampled_from([0, 8, 256])}),
+        st.fixed_dictionaries(
+            {"prefix_length": st.sampled_from([1, 128, 2000]), "prefix_projection": st.sampled_from([0, 0, 64])}
+        ),
+    ),
 )
 @settings(max_examples=60, deadline=None)
-def test_bounds_exclude_no_best_plan(gpus, how):
+def test_bounds_exclude_no_best_plan(gpus, how, trained):
+    how = {**how, **trained}
     with_bounds = found(gpus, how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bounds, "that_may_fit", lambda self, variants: variants)

@@ -26,7 +26,7 @@ SMALL = {**PUBLISHED, "num_layers": 6}
 TINY = {"num_layers": 8, "hidden_size": 128, "num_attention_heads": 8, "inner_hidden_size": 512, "vocab_size": 1552}
 
 
-def try_everything(config, gpus, batch, length, objective, reserve=0):
+def try_everything(config, gpus, batch, length, objective, reserve=0, **how):
     """Every cut, embedding, number of micro-batches and (for speed) number of blocks without checkpointing."""
     shape, cards = Shape.of(config), find_gpus(gpus)
     units, best = shape.layers + 1, None
@@ -35,7 +35,7 @@ def try_everything(config, gpus, batch, length, objective, reserve=0):
         counts = [b - a for a, b in pairwise(edges)]
         used = [number for number, count in enumerate(counts) if count]
         for place, parts in product(("first", "tied", "cpu"), divisors(batch)):
-            setting = Setting(batch, length, parts, loss_chunk=512 if objective == "speed" else 128)
+            setting = Setting(batch, length, parts, loss_chunk=512 if objective == "speed" else 128, **how)
             stages, times, peaks = [], [], []
             for number in used:
                 head = number == used[-1]
@@ -104,16 +104,17 @@ def test_planner_equals_trying_every_cut(gpus, objective):
     st.sampled_from([1, 2, 6]),
     st.sampled_from([64, 512]),
     st.sampled_from(["speed", "memory"]),
+    st.sampled_from([{}, {}, {"lora_rank": 0, "prefix_length": 200}]),
 )
 @settings(max_examples=25, deadline=None)
-def test_planner_equals_trying_every_cut_in_any_room(gpus, batch, length, objective):
+def test_planner_equals_trying_every_cut_in_any_room(gpus, batch, length, objective, how):
     config = {**SMALL, "num_layers": 4}
-    best = try_everything(config, gpus, batch, length, objective)
+    best = try_everything(config, gpus, batch, length, objective, **how)
     if best is None:
         with pytest.raises(DoesNotFit, match="GPU"):
-            plan_device_map(config, gpus, batch, length, objective)
+            plan_device_map(config, gpus, batch, length, objective, **how)
         return
-    plan = plan_device_map(config, gpus, batch, length, objective)
+    plan = plan_device_map(config, gpus, batch, length, objective, **how)
     assert plan.seconds == pytest.approx(best[-1], rel=1e-12)
     check_device_map(config, plan.device_map, gpus)
     again = [0] * len(gpus)

@@ -5,9 +5,12 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from glmhelpers.inference.decoder import Decoder
-from glmhelpers.training import run_step
+from glmhelpers.lora import attach_prefix
+from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.training import run_step, train, training_arguments
+from glmhelpers.training.pipeline import behind_prefix
 from tests.helpers.reference import fresh_model, tokenizer
-from tests.helpers.tiny_models import PROMPTS, the_batch
+from tests.helpers.tiny_models import PROMPTS, the_batch, training_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,16 +37,15 @@ def test_training_never_waits_for_the_gpu():
     batch = {name: tensor.cuda() for name, tensor in the_batch().items()}
     rows = (batch["labels"][:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
 
-    def step(prefix):
-        net.get_base_model()(**batch, target_rows=rows, past_key_values=prefix).loss.backward()
+    def step():
+        called, before = behind_prefix(net)  # peft's own get_prompt copies numbers from the CPU, and waits
+        called(**batch, **before, target_rows=rows).loss.backward()
 
-    # peft keeps the numbers of the virtual tokens on the CPU and copies them in each step, outside of the model.
-    first, second = (net.get_prompt(len(batch["labels"])) for _ in range(2))
-    step(first)
+    step()  # libraries set themselves up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(second)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -60,8 +62,19 @@ def test_two_gpus_learn_and_answer_as_one(checkpointed):
         answers = Decoder(net).generate(**inputs, max_new_tokens=12)
         results.append((loss, net.prompt_encoder["default"].embedding.weight.grad.cpu(), answers))
     assert results[1][0] == pytest.approx(results[0][0], abs=1e-4)
-    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-4, rtol=1e-3)
     assert results[1][2] == results[0][2]
+
+
+def test_a_float16_base_trains_with_a_grad_scaler(tmp_path):
+    net = attach_prefix(fresh_model(torch.float16, device_map="cuda:0"), 5)
+    rows = [{"input_ids": ids, "labels": [-100] * (len(ids) - 3) + ids[-3:]} for ids in training_rows() * 2]
+    how = {"max_steps": 12, "per_device_train_batch_size": 3, "learning_rate": 0.05, "logging_steps": 1}
+    log = train(net, rows, RightPadCollator(tokenizer()), training_arguments(tmp_path, True, **how), micro_batches=3)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    weight = net.prompt_encoder["default"].embedding.weight
+    assert (weight.dtype, weight.device) == (torch.float32, torch.device("cuda:0"))
 
 
 def test_graphs_behind_a_prefix_answer_as_without_graphs():
