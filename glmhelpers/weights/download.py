@@ -59,6 +59,7 @@ def download_weights(
 
     Raises:
         DownloadError: a file could not be fetched or came with wrong bytes; what is good stays, call again.
+        SettingError: a setting of the environment (HF_ENDPOINT, HF_TOKEN, a proxy ...) makes it impossible.
         OSError: the disk is too small (errno ENOSPC), the folder cannot be written (EROFS, EACCES, ...), or another
             process is downloading to it (EBUSY).
         FileNotFoundError: the source folder lacks a file.
@@ -87,6 +88,7 @@ def download_weights(
             if not wanted:
                 say(f"{short(folder)}: all {len(facts['files'])} files are here already")
             elif isinstance(origin, Remote):
+                origin.check_settings()
                 check_disk(folder, facts, wanted)
                 _fetch_all(folder, origin, wanted, progress, say)
             else:
