@@ -15,6 +15,10 @@ from transformers import PreTrainedConfig
 
 V1_0_VOCAB_SIZE = 150528
 V1_0_FIRST_SPECIAL_ID = 150000
+IS_PACKED = (
+    "a packed release (chatglm-6b-int4 or -int8), which is not read here; the full weights are packed while they are "
+    "loaded, with load_quantized(folder, bits=4)"
+)
 
 
 def is_v1_0(vocab_size: int | None, bos_token_id: int | None = None) -> bool:
@@ -43,7 +47,8 @@ class ChatGLMConfig(PreTrainedConfig):
         prefix_projection: the prefix comes out of a small network.
 
     Raises:
-        ValueError: for a v1.0 configuration, a head size that cannot be rotated, 1-D positions, or an empty prefix.
+        ValueError: for a v1.0 or a packed configuration, a head size that cannot be rotated, 1-D positions, or an empty
+            prefix.
     """
 
     model_type = "chatglm"
@@ -80,6 +85,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"{self.bos_token_id}): its ids and weights do not fit this code. Download v1.1 (vocab_size 130528, "
                 "bos_token_id 130004), all files from the same revision: see notebook 01."
             )
+        if bits := kwargs.get("quantization_bit"):
+            raise ValueError(f"config.json says quantization_bit {bits}: {IS_PACKED}.")
         if not self.position_encoding_2d:
             raise ValueError("position_encoding_2d is false: only the published 2-D positions are implemented.")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:

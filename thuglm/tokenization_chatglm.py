@@ -64,7 +64,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 "v1.0. Take ice_text.model and tokenizer_config.json of v1.1 (num_image_tokens 0): see notebook 01."
             )
         self.vocab_file = str(vocab_file)
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+        try:
+            self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{vocab_file} is no SentencePiece model ({error}): fetch it again (notebook 01)"
+            ) from error
         self._pieces = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.get_piece_size())}
         self._gmask, self._end = gmask_token, end_token
         needed = (

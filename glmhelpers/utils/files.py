@@ -74,6 +74,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("brackets in brackets without end") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as unfinished:
@@ -148,36 +161,43 @@ def current(folder: Path, key: str, name: str) -> Path:
 
 
 @contextmanager
-def alone(path: Path, wait: bool = True, doing: str = "writing to") -> Iterator[None]:
+def alone(path: Path, wait: bool = True, doing: str = "writing to", lock: Path | None = None) -> Iterator[None]:
     """One process and thread of this machine at a time for this path.
 
     Args:
         path: what is worked on; need not be there. The lock itself lies in the machine's folder for temporary files.
         wait: False refuses at once if somebody else is at work.
         doing: for messages: "another process is <doing> <path>".
+        lock: another place for the lock, such as one that other machines see too.
 
     Raises:
         OSError: errno EBUSY, somebody else is at work.
     """
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
-    place = Path(tempfile.gettempdir()) / f"glmhelpers-{getpass.getuser()}"
-    lock = FileLock(place / f"{name}.lock")
+    held = FileLock(lock or _lock_file(path))
     try:
-        place.mkdir(exist_ok=True)
-        lock.acquire(timeout=2 if wait else 0)
+        held.acquire(timeout=2 if wait else 0)
     except Timeout:
         busy = f"another process is {doing} {path}: wait for it, or stop it"
         if not wait:
             raise OSError(errno.EBUSY, busy) from None
         print(f"waiting: {busy}")
-        lock.acquire()
+        held.acquire()
     except (OSError, NotImplementedError) as error:
         # Some file systems and sandboxes have no locks: better without than not at all.
-        warnings.warn(f"no lock can be had in {place} ({error}): let nobody else write to {path} now", stacklevel=4)
+        warnings.warn(f"no lock can be had ({error}): let nobody else be {doing} {path} now", stacklevel=4)
     try:
         yield
     finally:
-        lock.release()
+        held.release()
+
+
+def _lock_file(path: Path) -> Path:
+    """In the machine's folder for temporary files, one folder a user, who need not have a name."""
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    place = Path(tempfile.gettempdir()) / f"glmhelpers-{user}"
+    with suppress(OSError):  # said when the lock is asked for
+        place.mkdir(exist_ok=True)
+    return place / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.lock"
 
 
 def clear_leftovers(folder: Path, key: str, suffix: str) -> None:
