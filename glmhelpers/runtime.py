@@ -37,6 +37,7 @@ from glmhelpers.utils.environment import (
     short,
 )
 from glmhelpers.utils.files import write_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.markdown import markdown_table
 from glmhelpers.utils.units import GIB
 
@@ -261,7 +262,7 @@ def choose(
         if real is None:
             reason, wants_download = "the real weights are not here", True
     else:
-        folder = tiny if weights == "tiny" else Path(weights).expanduser()
+        folder = tiny if weights == "tiny" else expanded(weights)
     if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():
         raise FileNotFoundError(f"no checkpoint in {short(folder)}: neither config.json nor ice_text.model is there")
     if wants_download and source:

@@ -10,6 +10,8 @@ The first release (v1.0) shuffled the vocabulary and carried 20,000 image tokens
 newer code and then talk nonsense, so they are recognised here and refused.
 """
 
+import os
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -97,6 +99,11 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"pre_seq_len is {self.pre_seq_len}: a prefix has 1 key or more; leave it out for none.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, with ~ in a path written out."""
+        return super().get_config_dict(os.path.expanduser(pretrained_model_name_or_path), **kwargs)
 
     @property
     def ends(self) -> frozenset[int]:

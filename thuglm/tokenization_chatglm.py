@@ -111,6 +111,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # Vocabulary ------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, with ~ in a path written out."""
+        return super().from_pretrained(os.path.expanduser(pretrained_model_name_or_path), *args, **kwargs)
+
     @property
     def vocab_size(self) -> int:
         """Number of pieces (the model's embedding has a few unused rows more)."""

@@ -44,6 +44,7 @@ from glmhelpers.data.readers import read_rows
 from glmhelpers.data.report import FileReport, Report, report_path
 from glmhelpers.tokens.prompts import with_input
 from glmhelpers.utils.files import whole_file, whole_files
+from glmhelpers.utils.folders import expanded
 
 ROWS_SOURCE = "rows"
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
@@ -113,8 +114,8 @@ def convert_alpaca(
 
     Where one file holds the rows of others (a full file beside its parts), `dedupe` keeps each row once.
     """
-    output = Path(output).expanduser()
-    source = source.expanduser() if isinstance(source, Path) else source
+    output = expanded(output)
+    source = expanded(source) if isinstance(source, str | Path) else source
     check_columns(columns or {})
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:

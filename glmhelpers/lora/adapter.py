@@ -27,6 +27,7 @@ from glmhelpers.lora.attach import adapter_from, lora_b_norms, not_a_number, ref
 from glmhelpers.lora.fingerprint import base_note
 from glmhelpers.tokens.prompts import TEMPLATES
 from glmhelpers.utils.files import whole_files
+from glmhelpers.utils.folders import expanded
 
 
 def save_adapter(
@@ -46,7 +47,7 @@ def save_adapter(
         NotADirectoryError: `folder` is a file, or a link to nothing.
     """
     _refuse_useless(template, not_a_number(model), any(norm > 0 for norm in lora_b_norms(model).values()))
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     with whole_files(folder, KEY) as draft:
         # peft adds a README.md, which the folder may have too, and gives an adapter not named "default" a folder.
         active = model.active_adapter
@@ -76,7 +77,7 @@ def write_adapter(
     """
     broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     _refuse_useless(template, broken, any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name))
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     with whole_files(folder, KEY) as draft:
         write_peft_files(draft, config, tensors)
         _write_note(draft, template, base, settings)

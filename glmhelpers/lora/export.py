@@ -28,7 +28,7 @@ from torch import Tensor
 from glmhelpers.lora.adapter_files import CONFIG, NOTE, TENSORS, AdapterFiles, read_adapter
 from glmhelpers.lora.fingerprint import Weights, note_of
 from glmhelpers.lora.merge import Correction, corrections
-from glmhelpers.utils.files import alone, whole_file, whole_folder
+from glmhelpers.utils.files import alone, room_for, whole_file, whole_folder
 from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
@@ -223,10 +223,11 @@ def _write_shard(path: Path, shapes: dict, source: Source, added: dict[str, Corr
                 raise RuntimeError(f"{name}: base plus adapter is {error:.1f} times further off than rounding explains")
             weight = merged
         tensors[name] = weight
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch.save(tensors, path)
+    with room_for(path):
+        if path.suffix == ".safetensors":
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
     written = read_entries(path)
     for name, tensor in tensors.items():
         if not reads_back(path, written[name], tensor):

@@ -35,6 +35,7 @@ import thuglm.prompt
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.prompts import build_prompt, with_input
 from glmhelpers.utils.files import whole_file, write_json
+from glmhelpers.utils.folders import expanded
 from thuglm.chunked_loss import IGNORE_INDEX
 from thuglm.prompt import as_turns
 
@@ -222,8 +223,8 @@ def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = Non
         FileNotFoundError: no such file.
         ValueError: a line is no row (the message names it), or not one example is left.
     """
-    path, chosen = Path(path), Settings(**settings)
-    folder = Path(cache) if cache else path.parent / "tokens"
+    path, chosen = expanded(path), Settings(**settings)
+    folder = expanded(cache) if cache else path.parent / "tokens"
     target = folder / f"{path.stem}-{cache_key(path, tokenizer, chosen)}.arrow"
     if not (target.is_file() and target.with_suffix(".json").is_file()):
         _write(path, target, _Encoder(tokenizer, chosen))

@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from glmhelpers.utils.units import file_size
 
@@ -56,6 +57,25 @@ def need_disk(folder: Path, need: int, what: str, advice: str) -> None:
     if free < need:
         text = f"{file_size(need)} are needed in {folder}{what}, {file_size(free)} are free{advice}"
         raise OSError(errno.ENOSPC, text)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """For a file or folder that torch or safetensors write: if the disk is full, they have strange words for it.
+
+    Raises:
+        OSError: errno ENOSPC; what had been written of `path` is gone, so that there is room again.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not re.search("os error 28|No space left|writing file|write failed", str(error)):
+            raise
+        free = file_size(shutil.disk_usage(path.parent).free)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        text = f"the disk is full: {path} could not be written ({free} were free). Make room, then do it again"
+        raise OSError(errno.ENOSPC, text) from error
 
 
 @contextmanager

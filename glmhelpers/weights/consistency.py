@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from glmhelpers.utils.files import read_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, ShardError, list_shards, read_entries, read_index
 from thuglm.configuration_chatglm import IS_PACKED, is_v1_0
 
@@ -65,7 +66,7 @@ def check_consistency(folder: Path, entries: dict[str, dict[str, Entry]] | None 
         folder: the checkpoint.
         entries: shard name -> its tensors, if the headers have been read already.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     config = _read_json(folder / "config.json")
     entries = _all_entries(folder) if entries is None else entries
     if problems := _check_sizes(config):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from glmhelpers.utils.files import alone, clear_leftovers, need_disk, whole_file, write_json
+from glmhelpers.utils.files import alone, clear_leftovers, need_disk, room_for, whole_file, write_json
 from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.layout import HEAD
@@ -105,7 +105,8 @@ def _check_complete(folder: Path, shards: list[Path], done: set[str]) -> None:
 def _convert(path: Path, names: list[str], target: Path) -> None:
     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     with whole_file(target) as unfinished:
-        save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
+        with room_for(unfinished):
+            save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
         with safe_open(unfinished, framework="pt") as copy:
             for name in names:
                 if not torch.equal(copy.get_tensor(name), tensors[name]):
