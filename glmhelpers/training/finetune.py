@@ -171,10 +171,9 @@ def train(
             let_go(error)
             good = last_complete(folder, say=lambda _: None)
             where = f"go on from {good.name}" if good else "start again"
-            # Without the traceback's 200 lines, in which nobody would look for this.
-            raise KeyboardInterrupt(
-                f"stopped at step {trainer.state.global_step}; the same call will {where}"
-            ) from None
+            said = f"stopped at step {trainer.state.global_step}; the same call will {where}"
+            print(said)  # and below the traceback, where a reader of the notebook looks
+            raise KeyboardInterrupt(said) from None
         return logged_losses(trainer.state.log_history)
 
 

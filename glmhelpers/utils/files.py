@@ -70,7 +70,7 @@ def room_for(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not re.search("os error 28|No space left|writing file|write failed", str(error)):
+        if not full and not re.search("os error 28|No space left|writing file|iostream error", str(error)):
             raise
         free = file_size(shutil.disk_usage(path.parent).free)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
