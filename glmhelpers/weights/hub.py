@@ -28,6 +28,7 @@ from huggingface_hub import close_session, constants, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 from glmhelpers.utils.environment import machine_name
+from glmhelpers.utils.types import Told
 
 AGAIN = "call download_weights again: it goes on where it stopped"
 TRIES = 6
@@ -44,7 +45,7 @@ TRANSIENT = {"NetworkError", "TimeoutException", "RemoteProtocolError"}
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy")
 
 
-class DownloadError(OSError):
+class DownloadError(Told, OSError):
     """A file could not be fetched; the message names it, says what happened and what to do."""
 
 

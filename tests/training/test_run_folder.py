@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from safetensors import SafetensorError
 
 from glmhelpers.training.checkpoint_manager import last_complete, mark_complete, what_is_wrong
+from glmhelpers.training.guards import NoLabelsError, TrainingStoppedError
 from glmhelpers.utils.files import alone, room_for
+from glmhelpers.weights.hub import DownloadError, SettingError
 from tests.helpers.resumable_run import run
 
 
@@ -73,6 +76,18 @@ def test_every_library_s_words_for_a_full_disk(tmp_path, error):
         raise error
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [DownloadError, SettingError, TrainingStoppedError, NoLabelsError])
+def test_jupyter_shows_the_sentence_alone(kind):
+    shell = InteractiveShell()
+    shown = []
+    shell._showtraceback = lambda kind, value, lines: shown.extend(lines)
+    try:
+        raise kind("what happened, and what to do") from KeyError("200 lines")
+    except kind:
+        shell.showtraceback()
+    assert shown == [f"{kind.__name__}: what happened, and what to do"]
 
 
 def test_another_error_stays_what_it_is(tmp_path):
