@@ -1,6 +1,7 @@
 """Tokens per second of training on rows as long as real ones, against the same rows padded to 1024.
 
     python benchmarks/rows.py              the whole model on one GPU, full size
+    python benchmarks/rows.py --graphs     only "alike", with CUDA graphs and without, in turns
     python benchmarks/rows.py --tiny       a small model on the CPU
 
     padded    p p p a a . . . . . . . . . . . .     what the 2023 script did: every row costs 1024 tokens
@@ -18,6 +19,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import ANY, Case, make_step  # puts the project on the path
 
 from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.training.captured import padded_length
 from glmhelpers.training.trainer import SameOrderSampler
 from thuglm import ChatGLMConfig, ChatGLMTokenizer
 
@@ -105,6 +108,7 @@ def run(step, batches: list[dict], device: str, seconds: float) -> dict:
         "tokens_per_s": round(real / took),
         "labels_per_s": round(labels / took),
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device != "cpu" else None,
     }
 
 
@@ -117,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="time for each way")
     parser.add_argument("--checkpointed", default="all", help="blocks that are run again: all, none, half or a number")
     parser.add_argument("--attention", choices=["efficient", "any"], default="efficient")
+    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs against without")
     parser.add_argument("--tiny", action="store_true", help="the tiny model's shape on the CPU")
     options = parser.parse_args()
     config, device = ChatGLMConfig(), "cuda"
@@ -129,16 +134,23 @@ def main() -> None:
     rows = [make_row(config, length) for length in draw_lengths(options.rows, options.length)]
     kernels = list(ANY) if options.tiny or options.attention == "any" else [SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(kernels):
-        step = make_step(config, Case(checkpointed=options.checkpointed), device)
+        case = Case(checkpointed=options.checkpointed)
+        steps = {False: make_step(config, case, device)}
+        ways = ["padded", "alike"]
+        if options.graphs:
+            steps[True], ways = make_step(config, replace(case, graphs=True), device), ["alike", "graphs"] * 2
         for size in options.batches:
             speed = {}
-            for way in ("padded", "alike"):
-                batches = make_batches(config, rows, size, options.length, alike=way == "alike")
-                figures = run(step, batches, device, options.seconds)
+            for way in ways:
+                batches = make_batches(config, rows, size, options.length, alike=way != "padded")
+                if options.graphs:  # every shape is recorded before the clock starts
+                    for batch in {padded_length(batch["input_ids"].shape[1]): batch for batch in batches}.values():
+                        steps[way == "graphs"](batch)
+                figures = run(steps[way == "graphs"], batches, device, options.seconds)
                 speed[way] = figures["tokens_per_s"]
                 what = {"way": way, "batch": size, "length": options.length, "checkpointed": options.checkpointed}
                 facts = {"bench": "rows", **what, **figures}
-                print(json.dumps(facts | {"times": round(speed[way] / speed["padded"], 2)}), flush=True)
+                print(json.dumps(facts | {"times": round(speed[way] / speed[ways[0]], 2)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ how the batch is cut.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from torch import Tensor, nn
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
 from glmhelpers.utils.types import Model
 from thuglm.chunked_loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from glmhelpers.training.captured import Captured
 
 
 def target_rows(labels: Tensor) -> Tensor:
@@ -76,6 +80,7 @@ def run_step(
     device: torch.device | str | None = None,
     num_items: int | Tensor | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    captured: "Captured | None" = None,
     **forward: Any,
 ) -> Tensor:
     """Forward of every micro-batch, one backward over the sum; gradients are added to `.grad`.
@@ -87,6 +92,7 @@ def run_step(
         device: where ids and masks go; by default the device of the first block. Labels go to the head's.
         num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
         backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
+        captured: the stages as CUDA graphs, see `captured`.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 
     Returns:
@@ -104,7 +110,8 @@ def run_step(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(head_device(model) or device)
     losses = []
-    with own_streams(model):
+    with captured.step(parts) if captured else nullcontext() as padded, own_streams(model):
+        parts = padded or parts
         looked_up = look_up(model, parts, device)
         for part in parts:
             placed = place_part(model, part, device)

@@ -1,0 +1,156 @@
+"""Stages as recordings against the same step without them: on the CPU with a stand-in for CUDA graphs, and on GPUs."""
+
+import pytest
+import torch
+
+from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.training.captured import Captured, pad_part, padded_length
+from glmhelpers.training.pipeline import run_step, split_batch
+from tests.helpers.reference import fresh_model
+from tests.helpers.tiny_models import lora, the_batch
+
+
+class Generator:
+    """The CPU's generator, with states in the place of offsets."""
+
+    def get_offset(self):
+        return torch.get_rng_state()
+
+    def set_offset(self, state):
+        torch.set_rng_state(state)
+
+
+class Again:
+    """A recording on a CPU: runs Python again, and writes where the first run wrote."""
+
+    def __init__(self, make):
+        self.make, self.result = make, make()
+        self.fixed = self.result.detach() if isinstance(self.result, torch.Tensor) else None
+
+    def run(self):
+        self.result = self.make()
+        if self.fixed is not None:
+            self.fixed.copy_(self.result.detach())
+
+
+class Home:
+    def __init__(self, device):
+        self.device, self.generator, self.count = device, Generator(), 0
+
+    def record(self, make):
+        self.count += 1
+        return Again(make)
+
+    def rehearse(self, make):
+        make()
+
+
+def padded_batch():
+    """A batch whose length is one of those that are recorded: dropout draws as many numbers as without recordings."""
+    (part,) = split_batch(the_batch(), 1)
+    padded = pad_part(part, padded_length(part["labels"].shape[1]))
+    padded.pop("target_rows")
+    return padded
+
+
+def steps(captured, parts, layers, dropout, place=None, count=2, batch=None):
+    model = lora(fresh_model(**(place or {})), dropout).train()
+    checkpoint_only(model, layers)
+    torch.manual_seed(5)
+    found, recorder = [], captured and captured(model)
+    for _ in range(count):
+        model.zero_grad()
+        loss = run_step(model, batch or padded_batch(), parts, captured=recorder)
+        found.append(
+            (loss.item(), {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.requires_grad})
+        )
+    return found, recorder
+
+
+def assert_same(found, want, exact=True):
+    for (loss, gradients), (other_loss, others) in zip(found, want, strict=True):
+        assert loss == other_loss if exact else loss == pytest.approx(other_loss, rel=1e-5)
+        for name, gradient in others.items():
+            assert gradient.abs().max() > 0
+            if exact:
+                assert torch.equal(gradients[name], gradient), name
+            else:
+                torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("layers", [(), range(4), (1, 2), (3,)])
+def test_a_recorded_step_is_the_step(parts, layers):
+    found, recorder = steps(lambda model: Captured(model, Home), parts, layers, 0.3)
+    assert_same(found, steps(None, parts, layers, 0.3)[0])
+    assert found[0][0] != found[1][0], "dropout was drawn once for all steps"
+    segments = 1 + sum(layer in layers for layer in range(4)) + (layers == (1, 2)) - (len(layers) == 4)
+    (home,) = recorder.homes.values()
+    assert home.count == 2 * segments * parts, "each is recorded once"
+
+
+def test_padding_changes_no_loss_and_no_gradient():
+    assert padded_length(the_batch()["labels"].shape[1]) > the_batch()["labels"].shape[1]
+    found, _ = steps(lambda model: Captured(model, Home), 2, (), 0.0, batch=the_batch())
+    assert_same(found, steps(None, 2, (), 0.0, batch=the_batch())[0], exact=False)
+
+
+def test_lengths_are_few_and_long_enough():
+    lengths = [padded_length(length) for length in range(1, 2049)]
+    assert all(padded >= length and padded % 16 == 0 for length, padded in enumerate(lengths, 1))
+    assert max(padded / length for length, padded in enumerate(lengths, 1) if length > 64) < 1.5
+    assert len(set(lengths)) < 28
+
+
+def test_gradients_add_up_over_two_steps():
+    model = lora(fresh_model()).train()
+    recorder = Captured(model, Home)
+    run_step(model, padded_batch(), 2, captured=recorder)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    run_step(model, padded_batch(), 2, captured=recorder)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, 2 * once[name])
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_so_once(capsys):
+    model = lora(fresh_model()).train()
+    block = model.get_base_model().transformer.layers[1]
+    block.mlp.register_forward_hook(lambda *_: None)
+    recorder = Captured(model, Home)
+    for _ in range(2):
+        run_step(model, padded_batch(), captured=recorder)
+    assert capsys.readouterr().out == "[NOTE] steps run without CUDA graphs: a hook on mlp\n"
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_moved_weights_are_recorded_anew():
+    model = lora(fresh_model()).train()
+    recorder = Captured(model, Home)
+    first = run_step(model, padded_batch(), captured=recorder)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    with torch.no_grad():
+        model.get_base_model().transformer.layers[0].mlp.dense_h_to_4h.bias.add_(0.5)
+    again = run_step(model, padded_batch(), captured=recorder)
+    assert again != first
+    assert again == run_step(model, padded_batch())
+
+
+PARTS = ["transformer.word_embeddings", *(f"transformer.layers.{n}" for n in range(4)), "transformer.final_layernorm"]
+HALVES = {name: "cuda:0" if number < 3 else "cuda:1" for number, name in enumerate([*PARTS, "lm_head"])}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("layers", [(), range(4), (1, 2)])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_graphs_on_gpus_are_the_step(parts, layers, gpus):
+    if gpus > torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    place = {"device_map": HALVES if gpus == 2 else "cuda:0"}
+    found, recorder = steps(Captured, parts, layers, 0.3, place, count=3)
+    assert recorder.known
+    assert not recorder.said
+    assert_same(found, steps(None, parts, layers, 0.3, place, count=3)[0])
