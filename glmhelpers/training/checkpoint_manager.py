@@ -142,6 +142,7 @@ def mark_complete(folder: Path, **facts: Any) -> None:
     """
     sizes, sums = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(folder).as_posix()

@@ -38,6 +38,13 @@ def test_changed_bytes_of_the_same_size_are_seen_and_said(tmp_path, capsys):
     assert "checkpoint-10 is skipped: optimizer.pt has other bytes than were written" in capsys.readouterr().out
 
 
+def test_others_may_read_a_checkpoint_as_they_may_its_folder(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch(mode=0o600)
+    tmp_path.chmod(0o755)
+    mark_complete(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_marker_with_sizes_only_is_still_read(tmp_path):
     (tmp_path / "optimizer.pt").write_bytes(b"moments")
     (tmp_path / "complete.json").write_text('{"files": {"optimizer.pt": 7}}')
