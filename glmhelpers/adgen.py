@@ -25,6 +25,7 @@ from glmhelpers.lora.attach import attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.tokens.encode import encode_file
 from glmhelpers.training.finetune import train, training_arguments
+from glmhelpers.utils.folders import expanded
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from thuglm.prompt import process_response
 
@@ -94,7 +95,7 @@ def prepare(source: str | Path, output: str | Path, tokenizer: Any) -> Prepared:
     Raises:
         FileNotFoundError, ValueError: see `convert_alpaca`.
     """
-    output, cut = Path(output), 0
+    source, output, cut = expanded(source), expanded(output), 0
     report = convert_alpaca(source, output.with_suffix(".whole.jsonl"), columns=COLUMNS)
 
     def rows() -> Iterator[dict[str, str]]:
@@ -130,7 +131,7 @@ def repeat(run: Any, folder: str | Path, seed: int = 0, **changes: Any) -> tuple
     """
     config, tokenizer = ChatGLMConfig.from_pretrained(run.folder), ChatGLMTokenizer.from_pretrained(run.folder)
     learnt, asked = (
-        prepare(Path(folder) / f"{name}.json", run.output / f"adgen_{name}.jsonl", tokenizer)
+        prepare(expanded(folder) / f"{name}.json", run.output / f"adgen_{name}.jsonl", tokenizer)
         for name in ("train", "dev")
     )
     print(f"train: {learnt}\ndev:   {asked}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glmhelpers.utils import folders
 from glmhelpers.utils.environment import find_project, output_folder, short
-from glmhelpers.utils.folders import cloud_tops, find_folders
+from glmhelpers.utils.folders import cloud_tops, expanded, find_folders
 from glmhelpers.weights.manifest import read_manifest, total_bytes
 from glmhelpers.weights.shards import INDEX_NAMES
 
@@ -74,7 +74,7 @@ def find_adapter(adapter: str | Path = "auto", output: Path | None = None, root:
         FileNotFoundError: there is none, or not all of it.
     """
     if adapter != "auto":
-        found = [Path(adapter).expanduser()]
+        found = [expanded(adapter)]
     else:
         places = [(output or output_folder()) / "adapter", *find_folders(ADAPTER_FILES[0], cloud_tops(root))]
         found = list({place.resolve(): place for place in places if (place / ADAPTER_FILES[0]).is_file()}.values())

@@ -11,6 +11,7 @@ packages are there, nothing but the standard library may be imported here. The c
 """
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def start(notebook: str, fork: str = "") -> tuple[Path, ModuleType, Any]:
         raise Stop(
             f"this kernel already runs the copy in {Path(loaded).parents[1]}: restart the kernel, run this again"
         )
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights", once a shard; we print our own
     sys.path[:] = [str(PROJECT), *(place for place in sys.path if place != str(PROJECT))]
     updated = _update(fork) if not loaded else ""
     print(f"project: {PROJECT}{_commit()}{updated}{_other_copies()}")

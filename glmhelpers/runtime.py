@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from glmhelpers.attached import find_adapter, find_real_weights
@@ -36,7 +37,8 @@ from glmhelpers.utils.environment import (
     output_folder,
     short,
 )
-from glmhelpers.utils.files import write_json
+from glmhelpers.utils.files import read_json, write_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.markdown import markdown_table
 from glmhelpers.utils.units import GIB
 
@@ -134,7 +136,7 @@ def preflight() -> Preflight:
     checks = [
         python,
         versions,
-        check_gpus(gpus, machine),
+        *([check_gpus(gpus, machine)] if versions.ok else []),  # torch is not asked, so nothing is known
         Check(
             "RAM",
             ram >= GIB,
@@ -261,12 +263,14 @@ def choose(
         if real is None:
             reason, wants_download = "the real weights are not here", True
     else:
-        folder = tiny if weights == "tiny" else Path(weights).expanduser()
+        folder = tiny if weights == "tiny" else expanded(weights)
     if not (folder / "config.json").is_file() and not (folder / "ice_text.model").is_file():
         raise FileNotFoundError(f"no checkpoint in {short(folder)}: neither config.json nor ice_text.model is there")
+    on_gpu, wanted = devices != ["cpu"], None if wants_download else folder
+    if not on_gpu and wanted != tiny and not (check := check_ram(wanted)).ok:
+        print(check)
     if wants_download and source:
         return choose(_fetch(project, source), devices)
-    on_gpu = devices != ["cpu"]
     run = Run(
         folder=folder,
         is_tiny=folder.resolve() == tiny.resolve(),
@@ -284,6 +288,25 @@ def choose(
             "SOURCE, or set GLM_WEIGHTS to their folder"
         )
     return run
+
+
+def check_ram(folder: Path | None = None) -> Check:
+    """Does a checkpoint fit into this machine's free memory in float32, as the CPU computes? None: ChatGLM-6B."""
+    from glmhelpers.weights.layout import HEAD, part_bytes, part_of
+    from glmhelpers.weights.manifest import read_manifest
+
+    try:
+        config = read_json(folder / "config.json") if folder else read_manifest()["config"]
+        sizes = part_bytes(SimpleNamespace(**config))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return Check("RAM", True, "no config.json that tells the size of the model")  # the loader will say why
+    need, free = 2 * (sum(sizes.values()) - sizes[part_of(HEAD)]), free_ram_bytes()
+    return Check(
+        "RAM",
+        need <= free,
+        f"in float32, as the CPU computes, the model needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB are free",
+        'loading it would fill the memory: take a machine with a GPU, or WEIGHTS = "tiny"',
+    )
 
 
 def _fetch(project: Path, source: str | Path) -> Path:

@@ -10,6 +10,8 @@ The first release (v1.0) shuffled the vocabulary and carried 20,000 image tokens
 newer code and then talk nonsense, so they are recognised here and refused.
 """
 
+import os
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -17,6 +19,10 @@ from thuglm.constants import MAX_LENGTH
 
 V1_0_VOCAB_SIZE = 150528
 V1_0_FIRST_SPECIAL_ID = 150000
+IS_PACKED = (
+    "a packed release (chatglm-6b-int4 or -int8), which is not read here; the full weights are packed while they are "
+    "loaded, with load_quantized(folder, bits=4)"
+)
 
 
 def is_v1_0(vocab_size: int | None, bos_token_id: int | None = None) -> bool:
@@ -45,7 +51,8 @@ class ChatGLMConfig(PreTrainedConfig):
         prefix_projection: the prefix comes out of a small network.
 
     Raises:
-        ValueError: for a v1.0 configuration, a head size that cannot be rotated, 1-D positions, or an empty prefix.
+        ValueError: for a v1.0 or a packed configuration, a head size that cannot be rotated, 1-D positions, or an empty
+            prefix.
     """
 
     model_type = "chatglm"
@@ -82,6 +89,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"{self.bos_token_id}): its ids and weights do not fit this code. Download v1.1 (vocab_size 130528, "
                 "bos_token_id 130004), all files from the same revision: see notebook 01."
             )
+        if bits := kwargs.get("quantization_bit"):
+            raise ValueError(f"config.json says quantization_bit {bits}: {IS_PACKED}.")
         if not self.position_encoding_2d:
             raise ValueError("position_encoding_2d is false: only the published 2-D positions are implemented.")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
@@ -92,6 +101,11 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"pre_seq_len is {self.pre_seq_len}: a prefix has 1 key or more; leave it out for none.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, with ~ in a path written out."""
+        return super().get_config_dict(os.path.expanduser(pretrained_model_name_or_path), **kwargs)
 
     @property
     def ends(self) -> frozenset[int]:

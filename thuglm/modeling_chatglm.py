@@ -17,6 +17,7 @@ ALPHA does not follow `num_layers`, the rotary frequencies are rounded to float1
 import contextlib
 import difflib
 import inspect
+import os
 import queue
 import threading
 import warnings
@@ -325,6 +326,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
         See `PreTrainedModel.from_pretrained`.
         """
+        if args and isinstance(args[0], str | os.PathLike):
+            args = (os.path.expanduser(args[0]), *args[1:])
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "transformer.layers.0" in device_map:
             # Maps are made for the model without a prefix; a name that a model does not have is passed over.

@@ -74,7 +74,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if vocab_file is None:
             raise ValueError(f"There is no {VOCAB_FILES_NAMES['vocab_file']} in this folder: download it as well.")
         self.vocab_file = str(vocab_file)
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+        try:
+            self.sp_model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{vocab_file} is no SentencePiece model ({error}): fetch it again (notebook 01)"
+            ) from error
         self._pieces = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.get_piece_size())}
         self._gmask, self._end = gmask_token, end_token
         needed = (
@@ -117,6 +122,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.init_kwargs.update(end_token=end_token, gmask_token=gmask_token, num_image_tokens=num_image_tokens)
 
     # Vocabulary ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, with ~ in a path written out."""
+        return super().from_pretrained(os.path.expanduser(pretrained_model_name_or_path), *args, **kwargs)
 
     @property
     def vocab_size(self) -> int:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from glmhelpers.utils.folders import expanded
+
 FILES: dict[str, tuple[int, Callable[[str], str]]] = {
     "good.json": (4, lambda text: text),
     "crlf.json": (4, lambda text: text.replace("\n", "\r\n")),
@@ -32,12 +34,13 @@ FILES: dict[str, tuple[int, Callable[[str], str]]] = {
 """Name of a file -> good rows in it, and what becomes of four good rows as JSON."""
 
 
-def write_broken_files(folder: Path) -> dict[str, int]:
+def write_broken_files(folder: str | Path) -> dict[str, int]:
     """Write the files into `folder`; returns the name of each and how many good rows are in it.
 
     Args:
         folder: is made if it is not there; files of these names are written anew.
     """
+    folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, spoil) in FILES.items():
         text = json.dumps(_rows(name.partition(".")[0]), ensure_ascii=False, indent=2)

@@ -47,6 +47,7 @@ from glmhelpers.data.report import FileReport, Report, report_path
 from glmhelpers.tokens.prompts import with_input
 from glmhelpers.tokens.texts import AROUND, LINE_END
 from glmhelpers.utils.files import whole_file, whole_files
+from glmhelpers.utils.folders import expanded
 
 ROWS_SOURCE = "rows"
 QUIET = (AROUND, LINE_END, NUMBER, GREETING, UNANSWERED)
@@ -129,8 +130,8 @@ def convert_alpaca(
 
     Where one file holds the rows of others (a full file beside its parts), `dedupe` keeps each row once.
     """
-    output = Path(output).expanduser()
-    source = Path(source).expanduser() if isinstance(source, str | Path) else source
+    output = expanded(output)
+    source = expanded(source) if isinstance(source, str | Path) else source
     check_columns(columns or {})
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:

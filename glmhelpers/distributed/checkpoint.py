@@ -13,6 +13,7 @@ checkpoints of its own unless the folder is shared, so that the loss of any mach
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from glmhelpers.distributed.processes import Processes
+from glmhelpers.distributed.processes import Processes, StartError
 from glmhelpers.distributed.stage import StageModule
 from glmhelpers.lora.adapter import write_peft_files
 from glmhelpers.lora.adapter_files import AdapterFiles
@@ -38,6 +39,7 @@ from glmhelpers.training.checkpoint_manager import (
     read_state,
     step_of,
 )
+from glmhelpers.utils.files import alone, room_for
 
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 
@@ -121,6 +123,7 @@ class Store:
         self.folder, self.stages, self.optimizer, self.scheduler = folder, stages, optimizer, scheduler
         self.scaler, self.processes, self.keep = scaler, processes, keep
         self.writers = self._find_writers()
+        self.held = self._hold()
 
     def _find_writers(self) -> list[int]:
         """Ranks that write: rank 0, and the first of each machine that does not see what rank 0 has written."""
@@ -136,6 +139,20 @@ class Store:
         if self.processes.rank == 0:
             (self.folder / name[0]).unlink()
         return [rank for rank, answer in enumerate(answers) if answer]
+
+    def _hold(self) -> ExitStack:
+        """Keep other trainings out of the folder, on each machine that writes, as long as this process lives."""
+        held, busy = ExitStack(), [""] * dist.get_world_size()
+        try:
+            if self.processes.rank in self.writers:
+                held.enter_context(alone(self.folder, wait=False, doing="training in"))
+            mine = ""
+        except OSError as error:
+            mine = str(error.strerror)
+        dist.all_gather_object(busy, mine)
+        if said := next(filter(None, busy), ""):
+            raise StartError(said)
+        return held
 
     def gathered(self) -> Matrices | None:
         """All matrices and moments, on the ranks that write; None elsewhere. Every rank must call it."""
@@ -168,12 +185,13 @@ class Store:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             config: Any = self.stages[0].model.peft_config["default"]
-            write_peft_files(target, config, {name: entry["weight"] for name, entry in found.items()})
-            torch.save(self._whole_optimizer(found), target / OPTIMIZER)
-            torch.save(self.scheduler.state_dict(), target / SCHEDULER)
-            if self.scaler is not None:
-                torch.save(self.scaler.state_dict(), target / SCALER)
-            state.save_to_json(str(target / STATE))
+            with room_for(target):
+                write_peft_files(target, config, {name: entry["weight"] for name, entry in found.items()})
+                torch.save(self._whole_optimizer(found), target / OPTIMIZER)
+                torch.save(self.scheduler.state_dict(), target / SCHEDULER)
+                if self.scaler is not None:
+                    torch.save(self.scaler.state_dict(), target / SCALER)
+                state.save_to_json(str(target / STATE))
             mark_complete(target, step=state.global_step, window=dict(window))
             keep_last(self.folder, self.keep)
         dist.barrier()  # a rank that is far ahead would only find out in the next step that a writer has died

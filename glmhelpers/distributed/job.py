@@ -8,6 +8,7 @@ the cut (blocks, schedule, micro-batches) and the number of processes may change
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -91,6 +92,10 @@ class Job:
     logging_steps: int = 10
     eval_steps: int = 0
     timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("folder", "rows", "output", "adapter"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
     @property
     def on_gpu(self) -> bool:

@@ -27,6 +27,7 @@ from glmhelpers.lora.attach import adapter_from, learnt_nothing, not_a_number, r
 from glmhelpers.lora.fingerprint import base_note
 from glmhelpers.tokens.prompts import TEMPLATES
 from glmhelpers.utils.files import whole_files
+from glmhelpers.utils.folders import expanded
 
 
 def save_adapter(
@@ -47,7 +48,7 @@ def save_adapter(
         NotADirectoryError: `folder` is a file, or a link to nothing.
     """
     _refuse_useless(template, not_a_number(model), learnt_nothing(model))
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     with whole_files(folder, KEY) as draft:
         # peft adds a README.md, which the folder may have too, and gives an adapter not named "default" a folder.
         active = model.active_adapter
@@ -78,7 +79,7 @@ def write_adapter(
     broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     empty = not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     _refuse_useless(template, broken, "Every lora_B is 0: train this adapter before saving it." if empty else None)
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     with whole_files(folder, KEY) as draft:
         write_peft_files(draft, config, tensors)
         _write_note(draft, template, base, settings)

@@ -32,6 +32,7 @@ from glmhelpers.cost_model.sizes import LORA_TARGETS
 from glmhelpers.lora.attach import PREFIX, prefix_config
 from glmhelpers.lora.fingerprint import base_difference
 from glmhelpers.utils.files import alone, current, finish
+from glmhelpers.utils.folders import expanded
 
 KEY = "adapter"
 NOTE = "course.json"
@@ -198,7 +199,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
         ValueError: a file is damaged, a setting is not one that this project handles, or the tensors are not those of
             a LoRA adapter; names the file, the setting or the tensor.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     with alone(folder / KEY):
         with suppress(OSError):  # a folder that cannot be written: `current` knows where the files are
             finish(folder, KEY)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from glmhelpers.lora.adapter_files import CONFIG, FLOATS, AdapterFiles, check_config, check_tensors, read_json
 from glmhelpers.lora.attach import PREFIX, adapter_from, prefix_config, refuse_second
+from glmhelpers.utils.folders import expanded
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -50,10 +51,11 @@ def import_2023(base: nn.Module, path: str | Path, alpha: float | None = None, d
             these are not plain LoRA's; says which tensor or setting, and why.
     """
     refuse_second(base)
-    name = Path(path).name
+    path = expanded(path)
+    name = path.name
     tensors, rank, factor = _as_ordinary(read_2023(path), base, name)
     targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})
-    config = {"target_modules": targets, **_settings(Path(path).absolute().parent, rank, factor, alpha)}
+    config = {"target_modules": targets, **_settings(path.absolute().parent, rank, factor, alpha)}
     check_tensors(tensors, config, name)
     files = AdapterFiles(name, config, tensors, None)
     files.check_layers(dict(base.named_modules()))
@@ -98,7 +100,8 @@ def read_2023(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: it holds something else than LoRA tensors, or several adapters.
     """
-    name = Path(path).name
+    path = expanded(path)
+    name = path.name
     stored = _load(path)
     tensors, adapters = {}, set()
     for key, tensor in stored.items():
@@ -126,7 +129,8 @@ def _refuse_no_matrix(source: str, key: str, tensor: Tensor, dim: int = 2) -> No
 
 def _load(path: str | Path) -> dict[Any, Any]:
     """What a file of torch.save holds: something by name, nothing that runs."""
-    name = Path(path).name
+    path = expanded(path)
+    name = path.name
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -28,11 +28,12 @@ from torch import Tensor
 from glmhelpers.lora.adapter_files import CONFIG, NOTE, TENSORS, AdapterFiles, read_adapter
 from glmhelpers.lora.fingerprint import Weights, note_of
 from glmhelpers.lora.merge import Correction, corrections
-from glmhelpers.utils.files import alone, whole_file, whole_folder
+from glmhelpers.utils.files import alone, room_for, whole_file, whole_folder
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
 from glmhelpers.weights.layout import HEAD, published_shards, stored_bytes, tensor_shapes
-from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, remember
+from glmhelpers.weights.manifest import MANIFEST_NAME, facts_of, remember, sha256_of
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, list_shards, read_entries
 
 LAYOUTS = ("safetensors", "published")
@@ -152,7 +153,7 @@ def export_merged(
     """
     from thuglm import ChatGLMConfig
 
-    base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
+    base, adapter, output = map(expanded, (base, adapter, output))
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout!r}: use {' or '.join(LAYOUTS)}")
     if output.exists() or output.is_symlink():
@@ -173,7 +174,8 @@ def export_merged(
             _write_shard(draft / name, shapes, source, added)
             bar.add(sizes[name])
             bar.finish()
-        _write_the_rest(draft, base, files, list(shards), layout)
+        found = _write_the_rest(draft, base, files, list(shards), layout)
+    remember(output, {name: facts_of(output / name, sha256) for name, sha256 in found.items()})
     return output
 
 
@@ -224,17 +226,19 @@ def _write_shard(path: Path, shapes: dict, source: Source, added: dict[str, Corr
                 raise RuntimeError(f"{name}: base plus adapter is {error:.1f} times further off than rounding explains")
             weight = merged
         tensors[name] = weight
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch.save(tensors, path)
+    with room_for(path):
+        if path.suffix == ".safetensors":
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
     written = read_entries(path)
     for name, tensor in tensors.items():
         if not reads_back(path, written[name], tensor):
             raise RuntimeError(f"{path.name}: {name} does not read back as it was written; is the disk healthy?")
 
 
-def _write_the_rest(draft: Path, base: Path, adapter: AdapterFiles, shards: list[str], layout: str) -> None:
+def _write_the_rest(draft: Path, base: Path, adapter: AdapterFiles, shards: list[str], layout: str) -> dict[str, str]:
+    """Everything beside the shards; name -> sha256 of what the manifest lists."""
     for name in SMALL_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, draft / name)
@@ -242,19 +246,19 @@ def _write_the_rest(draft: Path, base: Path, adapter: AdapterFiles, shards: list
     weight_map = {tensor: name for name, tensors in entries.items() for tensor in tensors}
     size = sum(entry.nbytes for tensors in entries.values() for entry in tensors.values())
     names = [*shards, *(["ice_text.model"] if (draft / "ice_text.model").is_file() else [])]
-    facts = {name: read_facts(draft / name) for name in names}
-    remember(draft, facts)
+    found = {name: sha256_of(draft / name) for name in names}
     template = adapter.note["template"] if adapter.note else "unknown"
     contents = {
         INDEX_NAMES[LAYOUTS.index(layout)]: {"metadata": {"total_size": size}, "weight_map": weight_map},
         MANIFEST_NAME: {
             "model": f"{base.name} with the adapter {adapter.name} merged into it; prompt template: {template}",
             "mend": "export it again with export_merged",
-            "files": {name: {"size": found[0], "sha256": found[2]} for name, found in facts.items()},
+            "files": {name: {"size": (draft / name).stat().st_size, "sha256": found[name]} for name in names},
         },
     }
     for name, content in contents.items():
         (draft / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def export_adapter(folder: str | Path, archive: str | Path) -> Path:
@@ -269,7 +273,7 @@ def export_adapter(folder: str | Path, archive: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: see `read_adapter`.
     """
-    folder, archive = Path(folder).expanduser(), Path(archive).expanduser()
+    folder, archive = expanded(folder), expanded(archive)
     files = read_adapter(folder)
     config = dict(files.config)
     config["base_model_name_or_path"] = "chatglm-6b"

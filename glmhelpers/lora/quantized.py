@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmhelpers.utils.folders import expanded
+
 BITS = (8, 4)
 
 
@@ -58,7 +60,7 @@ def load_quantized(
     config = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
     places = {"": "cpu"} if device_map is None else device_map
     model = ChatGLMForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, quantization_config=config, device_map=places
+        expanded(folder), dtype=dtype, quantization_config=config, device_map=places
     )
     for module in model.modules():
         if isinstance(module, Linear8bitLt):

@@ -40,6 +40,7 @@ from glmhelpers.tokens.report import Settings, TokenReport
 from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
 from glmhelpers.utils.environment import output_folder
 from glmhelpers.utils.files import current, whole_file, write_json
+from glmhelpers.utils.folders import expanded
 from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
 from thuglm.prompt import as_turns
 
@@ -160,11 +161,11 @@ def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = Non
         FileNotFoundError: no such file.
         ValueError: a line is no row (the message names it), or not one example is left.
     """
-    path, chosen = Path(path).expanduser(), Settings(**settings)
+    path, chosen = expanded(path), Settings(**settings)
     # The present file, also where a conversion was killed before it gave the file its name.
     rows, encoder = current(path.parent, path.name, path.name), _Encoder(tokenizer, chosen)
     name = f"{path.stem}-{cache_key(rows, tokenizer, chosen)}.arrow"
-    target = (Path(cache).expanduser() if cache else path.parent / "tokens") / name
+    target = (expanded(cache) if cache else path.parent / "tokens") / name
     try:
         _make_whole(path, rows, target, encoder)
     except OSError as error:

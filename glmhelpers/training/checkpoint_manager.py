@@ -5,7 +5,7 @@
         settings.json               the same in words
         checkpoint-60/
           adapter, optimizer, scheduler, scaler, random states, trainer_state.json      (written by the Trainer)
-          complete.json             written last: the size of every file above
+          complete.json             written last: size and sha256 of every file above
         checkpoint-80/              no complete.json: the process died here. Skipped, and said so
 
 A run that is started again with the same settings goes on from its last complete checkpoint; with other settings it is
@@ -25,8 +25,10 @@ from torch import nn
 
 from glmhelpers.lora.attach import origin_of, weights_digest
 from glmhelpers.lora.fingerprint import fingerprint
-from glmhelpers.utils.files import write_json
+from glmhelpers.utils.files import read_json, write_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.types import Model
+from glmhelpers.weights.manifest import sha256_of
 
 MARKER = "complete.json"
 STATE = "trainer_state.json"
@@ -138,31 +140,34 @@ def _columns(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, A
 def run_folder(parent: str | Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the run with these settings, below `parent`."""
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    return Path(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return expanded(parent) / f"run-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
-    """Write the marker of a checkpoint whose files are all written: their sizes, and `facts` (for JSON).
+    """Write the marker of a checkpoint whose files are all written: their sizes, sha256, and `facts` (for JSON).
 
     The files are brought to the disk before the marker, so it cannot survive a power cut that they do not.
     """
-    sizes = {}
+    sizes, sums = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    write_json(folder / MARKER, {"files": sizes, **facts})
+        name = path.relative_to(folder).as_posix()
+        sizes[name], sums[name] = path.stat().st_size, sha256_of(path)
+    write_json(folder / MARKER, {"files": sizes, "sha256": sums, **facts})
 
 
 def marker_facts(folder: Path) -> dict[str, Any]:
     """What `mark_complete` wrote."""
-    return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    return read_json(folder / MARKER)
 
 
 def what_is_wrong(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if it is complete."""
     try:
-        pairs = marker_facts(folder)["files"].items()
+        marker = marker_facts(folder)
+        pairs, sums = marker["files"].items(), dict(marker.get("sha256", {}))  # older markers have sizes only
     except FileNotFoundError:
         return f"it has no {MARKER}, so the process was stopped while it was written"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -173,6 +178,8 @@ def what_is_wrong(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
+        if name in sums and sha256_of(path) != sums[name]:
+            return f"{name} has other bytes than were written"
     return None
 
 

@@ -38,6 +38,8 @@ from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refus
 from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
 from glmhelpers.training.progress import EveryMinutes, Watch, logged_losses
 from glmhelpers.training.trainer import GLMTrainer
+from glmhelpers.utils.files import alone
+from glmhelpers.utils.folders import expanded
 
 
 def training_arguments(output: Any, on_gpu: bool, **changes: Any) -> TrainingArguments:
@@ -53,7 +55,7 @@ def training_arguments(output: Any, on_gpu: bool, **changes: Any) -> TrainingArg
     """
     refuse_many_processes()
     settings = {
-        "output_dir": str(output),
+        "output_dir": str(expanded(output)),
         "report_to": "none",
         "save_strategy": "steps",
         "save_steps": 500,
@@ -113,6 +115,7 @@ def train(
         ValueError: the plan is for another model, adapter or batch; nothing is trainable, there are no rows, or no
             number in the adapter; a setting that a run which is taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
+        OSError: errno EBUSY, the same run is trained by another process; ENOSPC, no room for a checkpoint.
         torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
     """
     refuse_many_processes()
@@ -136,48 +139,54 @@ def train(
     if name := not_a_number(model):
         raise ValueError(f"{name} holds NaN or infinity: load the base again, then attach or load the adapter")
     folder = start_run(model, dataset, args)
-    checkpoint = last_complete(folder)
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        if state["global_step"] >= state["max_steps"]:
-            print(f"{folder.name} is finished: step {state['global_step']} of {state['max_steps']}, adapter read back")
-            fill_adapter(model, load_file(checkpoint / "adapter_model.safetensors"), checkpoint.name)
-            if watch is not None:
-                watch.read_back(state)
-            return logged_losses(state["log_history"])
-        print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
-    elif origin_of(model).starts_from.startswith("loaded") or any(
-        weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name
-    ):
-        print("this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)")
-    watch = watch or Watch()
-    trainer = GLMTrainer(
-        model,
-        args,
-        micro_batches=micro_batches,
-        forward={} if loss_chunk is None else {"loss_chunk": loss_chunk},
-        folder=folder,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        callbacks=[watch, EveryMinutes(minutes), *callbacks],
-    )
-    # The Trainer prints each log as a raw dict when its progress bar is off.
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.check_weights()
-    except torch.OutOfMemoryError as error:
-        message = explain_out_of_memory(trainer, str(error))
-        let_go(error)
-        raise torch.OutOfMemoryError(message) from None
-    except KeyboardInterrupt as error:
-        let_go(error)
-        good = last_complete(folder, say=lambda _: None)
-        where = f"go on from {good.name}" if good else "start again"
-        print(f"stopped at step {trainer.state.global_step}; the same call will {where}")
-        raise
-    return logged_losses(trainer.state.log_history)
+    with alone(folder, wait=False, doing="training in"):
+        checkpoint = last_complete(folder)
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            if state["global_step"] >= state["max_steps"]:
+                print(
+                    f"{folder.name} is finished: step {state['global_step']} of {state['max_steps']}, adapter read back"
+                )
+                fill_adapter(model, load_file(checkpoint / "adapter_model.safetensors"), checkpoint.name)
+                if watch is not None:
+                    watch.read_back(state)
+                return logged_losses(state["log_history"])
+            print(f"{folder.name} goes on from step {state['global_step']} of {state['max_steps']}")
+        elif origin_of(model).starts_from.startswith("loaded") or any(
+            weight.any() for name, weight in adapter_weights(model).items() if "lora_B" in name
+        ):
+            print(
+                "this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)"
+            )
+        watch = watch or Watch()
+        trainer = GLMTrainer(
+            model,
+            args,
+            micro_batches=micro_batches,
+            forward={} if loss_chunk is None else {"loss_chunk": loss_chunk},
+            folder=folder,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            callbacks=[watch, EveryMinutes(minutes), *callbacks],
+        )
+        # The Trainer prints each log as a raw dict when its progress bar is off.
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.check_weights()
+        except torch.OutOfMemoryError as error:
+            message = explain_out_of_memory(trainer, str(error))
+            let_go(error)
+            raise torch.OutOfMemoryError(message) from None
+        except KeyboardInterrupt as error:
+            let_go(error)
+            good = last_complete(folder, say=lambda _: None)
+            where = f"go on from {good.name}" if good else "start again"
+            said = f"stopped at step {trainer.state.global_step}; the same call will {where}"
+            print(said)  # and below the traceback, where a reader of the notebook looks
+            raise KeyboardInterrupt(said) from None
+        return logged_losses(trainer.state.log_history)
 
 
 def let_go(error: BaseException) -> None:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from glmhelpers.utils.types import Told
+
 SKIPS_ALLOWED = 20
 """Steps in a row that the loss scale may skip: 16 halvings take it from 65,536 to 1."""
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(Told, RuntimeError):
     """Training was stopped because going on would have been useless or harmful."""
 
 

@@ -25,6 +25,8 @@ from glmhelpers.lora.attach import adapter_weights, fill_adapter, not_a_number, 
 from glmhelpers.training.checkpoint_manager import keep_last, last_complete, mark_complete, marker_facts, what_is_wrong
 from glmhelpers.training.guards import Guard
 from glmhelpers.training.pipeline import behind_prefix, run_step, split_batch, target_rows
+from glmhelpers.utils.files import room_for
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.types import Model
 
 RANDOM_STATES = "rng_state_gpus.pth"
@@ -76,7 +78,7 @@ class GLMTrainer(Trainer):
         # With a model on one GPU of several, the Trainer would copy it to all of them (DataParallel).
         args._n_gpu = min(args.n_gpu, 1)
         self.micro_batches, self.forward = micro_batches, dict(forward or {})
-        self.folder = Path(folder or str(args.output_dir))
+        self.folder = expanded(folder or str(args.output_dir))
         self.batch_shape: tuple[int, ...] = (0, 0)
         super().__init__(model=model, args=args, **others)
         # A batch stays on the CPU until its labels are counted, or counting would wait for the GPU.
@@ -175,7 +177,8 @@ class GLMTrainer(Trainer):
         # The Trainer would delete older checkpoints before this one has its marker.
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with room_for(target):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
         window = {"sum": self._tr_loss.item(), "logged": self._globalstep_last_logged}

@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from glmhelpers.utils import folders
 from glmhelpers.utils.files import make_writable
-from glmhelpers.utils.folders import cloud_tops, find_folders
+from glmhelpers.utils.folders import cloud_tops, expanded, find_folders
 from glmhelpers.utils.units import GIB
 
 SUPPORTED = {
@@ -81,7 +81,7 @@ def output_folder() -> Path:
         OSError: it cannot be written; says how to choose another.
     """
     if wanted := os.environ.get("GLM_OUTPUT"):
-        folder = Path(wanted).expanduser()
+        folder = expanded(wanted)
     elif machine_name() == "Kaggle":
         folder = folders.ROOT / "kaggle" / "working" / "outputs"
     else:

@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from glmhelpers.utils.units import file_size
 
@@ -59,6 +60,25 @@ def need_disk(folder: Path, need: int, what: str, advice: str) -> None:
 
 
 @contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """For a file or folder that torch or safetensors write: if the disk is full, they have strange words for it.
+
+    Raises:
+        OSError: errno ENOSPC; what had been written of `path` is gone, so that there is room again.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not re.search("os error 28|No space left|writing file|iostream error", str(error)):
+            raise
+        free = file_size(shutil.disk_usage(path.parent).free)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        text = f"the disk is full: {path} could not be written ({free} were free). Make room, then do it again"
+        raise OSError(errno.ENOSPC, text) from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and renames it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +92,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("brackets in brackets without end") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -148,36 +181,43 @@ def current(folder: Path, key: str, name: str) -> Path:
 
 
 @contextmanager
-def alone(path: Path, wait: bool = True, doing: str = "writing to") -> Iterator[None]:
+def alone(path: Path, wait: bool = True, doing: str = "writing to", lock: Path | None = None) -> Iterator[None]:
     """One process and thread of this machine at a time for this path.
 
     Args:
         path: what is worked on; need not be there. The lock itself lies in the machine's folder for temporary files.
         wait: False refuses at once if somebody else is at work.
         doing: for messages: "another process is <doing> <path>".
+        lock: another place for the lock, such as one that other machines see too.
 
     Raises:
         OSError: errno EBUSY, somebody else is at work.
     """
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
-    place = Path(tempfile.gettempdir()) / f"glmhelpers-{getpass.getuser()}"
-    lock = FileLock(place / f"{name}.lock")
+    held = FileLock(lock or _lock_file(path))
     try:
-        place.mkdir(exist_ok=True)
-        lock.acquire(timeout=2 if wait else 0)
+        held.acquire(timeout=2 if wait else 0)
     except Timeout:
         busy = f"another process is {doing} {path}: wait for it, or stop it"
         if not wait:
             raise OSError(errno.EBUSY, busy) from None
         print(f"waiting: {busy}")
-        lock.acquire()
+        held.acquire()
     except (OSError, NotImplementedError) as error:
         # Some file systems and sandboxes have no locks: better without than not at all.
-        warnings.warn(f"no lock can be had in {place} ({error}): let nobody else write to {path} now", stacklevel=4)
+        warnings.warn(f"no lock can be had ({error}): let nobody else be {doing} {path} now", stacklevel=4)
     try:
         yield
     finally:
-        lock.release()
+        held.release()
+
+
+def _lock_file(path: Path) -> Path:
+    """In the machine's folder for temporary files, one folder a user, who need not have a name."""
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    place = Path(tempfile.gettempdir()) / f"glmhelpers-{user}"
+    with suppress(OSError):  # said when the lock is asked for
+        place.mkdir(exist_ok=True)
+    return place / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.lock"
 
 
 def clear_leftovers(folder: Path, key: str, suffix: str) -> None:

@@ -27,6 +27,11 @@ MAX_FOLDERS = 20_000
 MAX_SECONDS = 15.0
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with ~ and ~user written out, as a shell would; a name that only begins with ~ stays what it is."""
+    return Path(os.path.expanduser(path))
+
+
 def user_cache() -> Path:
     """Where this package keeps what it has measured: a folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "glmhelpers"

@@ -8,3 +8,10 @@ from typing import Any
 
 Model = Any
 """A `ChatGLMForConditionalGeneration`, bare or inside a `PeftModel`."""
+
+
+class Told:
+    """For an exception whose sentence says all there is to do: Jupyter shows it alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]

@@ -10,14 +10,15 @@ ChatGLM-6B was published twice with the same file names. In v1.0 20,000 image to
 token was 20,000 higher. A tokenizer of v1.0 beside weights of v1.1 gives ids of other words or of none at all.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glmhelpers.utils.files import read_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.weights.shards import INDEX_NAMES, Entry, ShardError, list_shards, read_entries, read_index
-from thuglm.configuration_chatglm import is_v1_0
+from thuglm.configuration_chatglm import IS_PACKED, is_v1_0
 
 EMBEDDING = "transformer.word_embeddings.weight"
 V1_0_TOKENIZER_PIECES = 130000
@@ -30,6 +31,12 @@ SPECIAL_PIECES = {
     "gmask_token_id": "[gMASK]",
     "pad_token_id": "<pad>",
 }
+
+LARGEST = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "inner_hidden_size", "max_sequence_length"), 10**7),
+    **dict.fromkeys(("num_layers", "num_attention_heads"), 10**4),
+}
+"""Sizes in config.json, and what none reaches: a loop over 10**12 blocks would never end."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ def check_consistency(folder: Path, entries: dict[str, dict[str, Entry]] | None 
         folder: the checkpoint.
         entries: shard name -> its tensors, if the headers have been read already.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     config = _read_json(folder / "config.json")
     entries = _all_entries(folder) if entries is None else entries
+    if problems := _check_sizes(config):
+        return problems
     problems = _check_release(config, _read_json(folder / "tokenizer_config.json"))
     problems += _check_embedding(config, entries)
     problems += _check_tokenizer(config, folder / "ice_text.model")
@@ -72,7 +81,7 @@ def check_consistency(folder: Path, entries: dict[str, dict[str, Entry]] | None 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -91,6 +100,26 @@ def _all_entries(folder: Path) -> dict[str, dict[str, Entry]]:
         except (ShardError, OSError):
             continue
     return found
+
+
+def _is_whole(value: Any, low: int, high: float = float("inf")) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check_sizes(config: dict) -> list[Problem]:
+    """Is every number of config.json one? And is it not a packed checkpoint?"""
+    problems = []
+    for key, largest in LARGEST.items():
+        if key in config and not _is_whole(config[key], 1, largest):
+            problems.append(f"{key} {str(config[key])[:40]!r}, where a whole number from 1 to {largest:,} belongs")
+    for key in SPECIAL_PIECES:
+        ids = config.get(key)
+        several = ids if isinstance(ids, list) and key == "eos_token_id" else [ids]
+        if ids is not None and not all(_is_whole(token, 0) for token in several):
+            problems.append(f"{key} {str(ids)[:40]!r}, where the id of a token belongs")
+    if config.get("quantization_bit"):
+        problems.append(f"quantization_bit {str(config['quantization_bit'])[:40]}: {IS_PACKED}")
+    return [Problem("config.json", "version", f"config.json says {problem}") for problem in problems]
 
 
 def _check_release(config: dict, tokenizer_config: dict) -> list[Problem]:
@@ -148,7 +177,7 @@ def _check_tokenizer(config: dict, path: Path) -> list[Problem]:
         if pieces.id_to_piece(found) != piece:
             text = f"ice_text.model has {count} pieces and none of them is {piece}{release}"
             return [Problem(path.name, "version", text)]
-        if wanted is not None and found != wanted:
+        if wanted is not None and found != wanted and found not in (wanted if isinstance(wanted, list) else ()):
             text = f"{piece} is {found} in ice_text.model and {wanted} in config.json ({key})"
             return [Problem(path.name, "version", f"{text}: tokenizer and model are of different versions")]
     return []

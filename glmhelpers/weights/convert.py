@@ -9,7 +9,6 @@ Why: the format holds no code, its header says where each tensor is, and other p
 by the stored head (1.07 GB). Loading is not faster with `load_model`, which reads both formats alike.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,10 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from glmhelpers.utils.files import alone, clear_leftovers, need_disk, whole_file, write_json
+from glmhelpers.utils.files import alone, clear_leftovers, need_disk, room_for, whole_file, write_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.layout import HEAD
-from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, remember
+from glmhelpers.weights.manifest import MANIFEST_NAME, read_facts, read_manifest, remember
 from glmhelpers.weights.shards import INDEX_NAMES, make_index, read_entries
 
 SPARE_BYTES = 4 * 2**20
@@ -49,8 +49,8 @@ def convert_to_safetensors(
             to this folder.
         RuntimeError: a copy differs from its original.
     """
-    folder = Path(folder).expanduser()
-    output = Path(output).expanduser() if output else folder
+    folder = expanded(folder)
+    output = expanded(output) if output else folder
     with alone(output, wait=False, doing="converting to"):
         return _convert_all(folder, output, replace, progress)
 
@@ -105,7 +105,8 @@ def _check_complete(folder: Path, shards: list[Path], done: set[str]) -> None:
 def _convert(path: Path, names: list[str], target: Path) -> None:
     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     with whole_file(target) as unfinished:
-        save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
+        with room_for(unfinished):
+            save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
         with safe_open(unfinished, framework="pt") as copy:
             for name in names:
                 if not torch.equal(copy.get_tensor(name), tensors[name]):
@@ -121,9 +122,9 @@ def _write_index_and_manifest(folder: Path, output: Path, replace: bool) -> None
     shards = sorted(output.glob("model*.safetensors"))
     facts = {path.name: read_facts(path) for path in [*shards, output / "ice_text.model"] if path.is_file()}
     remember(output, facts)
-    files = {name: {"size": found[0], "sha256": found[2]} for name, found in facts.items()}
+    files = {name: {"size": found[0], "sha256": found[-1]} for name, found in facts.items()}
     own = output / MANIFEST_NAME
-    known = json.loads(own.read_text(encoding="utf-8"))["files"] if own.is_file() and not replace else {}
+    known = read_manifest(own)["files"] if own.is_file() and not replace else {}
     manifest = {
         "model": f"converted from {folder.name}",
         "mend": "download_weights of another folder, then convert_to_safetensors of that one",

@@ -11,21 +11,18 @@ a power cut.
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from glmhelpers.utils.environment import short
-from glmhelpers.utils.files import make_writable, need_disk, write_json
-from glmhelpers.utils.folders import find_folders
+from glmhelpers.utils.files import alone, make_writable, need_disk, read_json, write_json
+from glmhelpers.utils.folders import expanded, find_folders
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.hub import DownloadError, Remote
-from glmhelpers.weights.manifest import checksums, read_facts, read_manifest, remember, total_bytes
+from glmhelpers.weights.manifest import checksums, facts_of, read_manifest, remember, sha256_of, total_bytes
 from glmhelpers.weights.shards import make_index
 from glmhelpers.weights.verify import Report, check_size, verify_weights
 
@@ -59,14 +56,15 @@ def download_weights(
 
     Raises:
         DownloadError: a file could not be fetched or came with wrong bytes; what is good stays, call again.
+        SettingError: a setting of the environment (HF_ENDPOINT, HF_TOKEN, a proxy ...) makes it impossible.
         OSError: the disk is too small (errno ENOSPC), the folder cannot be written (EROFS, EACCES, ...), or another
             process is downloading to it (EBUSY).
         FileNotFoundError: the source folder lacks a file.
         ValueError: the source or the manifest is none.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     facts = read_manifest(manifest, folder)
-    origin = Path(source) if Path(source).is_dir() else Remote(facts, str(source), endpoint, revision)
+    origin = expanded(source) if expanded(source).is_dir() else Remote(facts, str(source), endpoint, revision)
     say: Callable[[str], None] = print if progress else lambda _: None
     try:
         kaggle = "on Kaggle download_weights('/kaggle/temp/chatglm-6b')"
@@ -80,23 +78,26 @@ def download_weights(
             raise
         say(str(report))
         return report
-    try:
-        with FileLock(folder / ".weights.lock").acquire(timeout=0):
-            _refuse_folders(folder, facts)
-            wanted = wrong_or_missing(folder, facts, progress)
-            if not wanted:
-                say(f"{short(folder)}: all {len(facts['files'])} files are here already")
-            elif isinstance(origin, Remote):
-                check_disk(folder, facts, wanted)
-                _fetch_all(folder, origin, wanted, progress, say)
-            else:
-                _link_all(folder, origin, facts, wanted, progress)
-                say(f"{short(folder)}: {len(wanted)} files linked to {short(origin)}, nothing copied")
-            _write_small_files(folder, facts, say)
-            shutil.rmtree(folder / ".modelscope", ignore_errors=True)
-            report = verify_weights(folder, facts)
-    except Timeout as error:
-        raise OSError(errno.EBUSY, f"another process is downloading to {folder}: wait for it, or stop it") from error
+    with alone(folder, wait=False, doing="downloading to", lock=folder / ".weights.lock"):
+        _refuse_folders(folder, facts)
+        wanted = wrong_or_missing(folder, facts, progress)
+        if not wanted:
+            say(f"{short(folder)}: all {len(facts['files'])} files are here already")
+        elif isinstance(origin, Remote):
+            origin.check_settings()
+            check_disk(folder, facts, wanted)
+            _fetch_all(folder, origin, wanted, progress, say)
+        else:
+            copied = _link_all(folder, origin, facts, wanted, progress)
+            how = (
+                f"copied from {short(origin)}: no links here"
+                if copied
+                else f"linked to {short(origin)}, nothing copied"
+            )
+            say(f"{short(folder)}: {len(wanted)} files {how}")
+        _write_small_files(folder, facts, say)
+        shutil.rmtree(folder / ".modelscope", ignore_errors=True)
+        report = verify_weights(folder, facts)
     if not report.ok:
         raise DownloadError(f"after the download something is still wrong:\n{report}")
     say(str(report))
@@ -115,11 +116,12 @@ def wrong_or_missing(folder: Path, facts: dict[str, Any], progress: bool = False
     """Name -> kind of fault, of the files that must be fetched."""
     files = facts["files"]
     faults = {name: check_size(folder, name, wanted) for name, wanted in files.items()}
-    found, _ = checksums(folder, [name for name, fault in faults.items() if fault is None], progress=progress)
+    whole = [name for name, fault in faults.items() if fault is None]
+    found, _ = checksums(folder, whole, progress=progress, unreadable={})
     return {
         name: fault.kind if fault else "checksum"
         for name, fault in faults.items()
-        if fault is not None or found[name] != files[name]["sha256"]
+        if fault is not None or found.get(name) != files[name]["sha256"]
     }
 
 
@@ -186,24 +188,27 @@ def _fetch_one(folder: Path, origin: Remote, name: str, bar: TextProgress) -> No
     for last_try in (False, True):
         resumed = part.is_file() and part.stat().st_size > 0
         origin.fetch(name, part, wanted["size"], bar.add)
-        found = read_facts(part)
-        if found[2] == wanted["sha256"]:
+        sha256 = sha256_of(part)
+        if sha256 == wanted["sha256"]:
             os.replace(part, path)
-            remember(folder, {name: found})
+            remember(folder, {name: facts_of(path, sha256)})
             return
         part.unlink()
         bar.add(-bar.in_file)
         # The beginning may have been damaged long ago: one fresh try before the source is blamed.
         if last_try or not resumed:
             raise DownloadError(
-                f"{name} came with wrong bytes from {origin.where(name)} (sha256 {found[2][:12]}... instead of "
+                f"{name} came with wrong bytes from {origin.where(name)} (sha256 {sha256[:12]}... instead of "
                 f"{wanted['sha256'][:12]}...) and was thrown away: call download_weights again, "
                 "from another source if it happens twice"
             )
 
 
-def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str], progress: bool) -> None:
-    """Links to the files of `origin`, after they have been checked there; `origin` itself is never written."""
+def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[str, str], progress: bool) -> bool:
+    """Links to the files of `origin`, after they have been checked there; `origin` itself is never written.
+
+    True: they were copied, because this file system (FAT, some network drives) has no links.
+    """
     files, again = facts["files"], "choose another source, such as source='huggingface'"
     faults = [fault for name in wanted if (fault := check_size(origin, name, files[name]))]
     if faults:
@@ -215,13 +220,22 @@ def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[st
     for name in wanted:
         if found[name] != files[name]["sha256"]:
             raise FileNotFoundError(f"the source folder {origin} has wrong bytes in {name}: {again}")
+    copied = False
     for name in wanted:
         path, part = _both(folder, name)
         part.unlink(missing_ok=True)
-        part.symlink_to((origin / name).resolve())
+        try:
+            part.symlink_to((origin / name).resolve())
+        except (OSError, NotImplementedError):
+            if not copied:
+                check_disk(folder, facts, wanted)
+            copied = True
+            shutil.copyfile(origin / name, part)
+            if sha256_of(part) != found[name]:
+                raise DownloadError(f"{name} was copied with wrong bytes: is the disk healthy? Call it again") from None
         os.replace(part, path)
-    sizes = {name: (folder / name).stat() for name in wanted}
-    remember(folder, {name: [sizes[name].st_size, sizes[name].st_mtime_ns, found[name]] for name in wanted})
+    remember(folder, {name: facts_of(folder / name, found[name]) for name in wanted})
+    return copied
 
 
 def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> None:
@@ -238,10 +252,10 @@ def _write_small_files(folder: Path, facts: dict[str, Any], say: Callable) -> No
 def _write_json(path: Path, content: dict[str, Any], say: Callable) -> None:
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except ValueError:
             found = {}
-        if all(found.get(key) == value for key, value in content.items()):
+        if isinstance(found, dict) and all(found.get(key) == value for key, value in content.items()):
             return
         say(f"{path.name} does not fit the weights and is written anew")
     write_json(path, content)

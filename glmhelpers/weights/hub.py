@@ -6,60 +6,51 @@
     a folder                a link, nothing is copied             a Kaggle input data set
 
 Why not `hf_hub_download`: as of 1.33 and 2.4 it writes each try to a file of its own and deletes it on failure, so
-whoever is cut off at 1.9 GB starts again at 0. `huggingface_hub.file_download.http_get`, which it uses inside, takes an
-open file and the number of bytes that are already there: retries, 429 with Retry-After, redirects and time-outs are all
-its own. It speaks plain HTTP, so hf_xet, which a plain mirror does not offer, is never asked.
+whoever is cut off at 1.9 GB starts again at 0. Why not `http_get`, which it uses inside: it waits as long as a server
+says, follows one that drips for ever, and unpacks what was sent compressed. So session, headers and address are
+huggingface_hub's, and the loop is ours. It speaks plain HTTP: hf_xet, which a mirror does not offer, is never asked.
+
+    no more bytes than were published      not compressed twice       at least 1 KiB a second, over half a minute
+    no waiting longer than a minute        6 tries without progress   then one sentence that says what to do
 """
 
 import errno
 import os
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-from urllib.parse import quote
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
 
-from huggingface_hub import hf_hub_url
-from huggingface_hub.file_download import http_get
+from huggingface_hub import close_session, constants, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
-from tqdm import tqdm
 
 from glmhelpers.utils.environment import machine_name
+from glmhelpers.utils.types import Told
+
+AGAIN = "call download_weights again: it goes on where it stopped"
+TRIES = 6
+"""So often a connection may break in a row; each that brings PROGRESS bytes begins the count anew."""
+PROGRESS = 2**16
+SLOWEST, PATIENCE = 2**10, 30.0
+"""Fewer bytes a second than this, over so many seconds, are no connection."""
+LONGEST_WAIT = 60
+"""Seconds; a server that wants us to wait longer is told about instead."""
+PACKED = {"gzip", "deflate", "br", "zstd"}
+"""What httpx unpacks. Once is no danger for memory with gzip, a block of 64 KiB at a time; nothing else is taken."""
+TRANSIENT = {"NetworkError", "TimeoutException", "RemoteProtocolError"}
+"""Exceptions of httpx or httpx2, by version of huggingface_hub: by name, since there is no common class."""
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy")
 
 
-class DownloadError(OSError):
+class DownloadError(Told, OSError):
     """A file could not be fetched; the message names it, says what happened and what to do."""
 
 
-class _Silent(tqdm):
-    """The bar that huggingface_hub would draw, switched off: `TextProgress` prints instead."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.pop("name", None)
-        super().__init__(*args, **{**kwargs, "disable": True})
-
-
-class _Counted:
-    """An open file that reports the growth of what was written to it."""
-
-    def __init__(self, file: BinaryIO, progress: Callable[[int], None]):
-        self.file, self.progress = file, progress
-
-    # huggingface_hub writes, seeks, truncates (when the server cannot resume) and asks for the position.
-    def write(self, data: bytes) -> int:
-        count = self.file.write(data)
-        self.progress(count)
-        return count
-
-    def truncate(self, size: int | None = None) -> int:
-        self.file.flush()
-        before = os.fstat(self.file.fileno()).st_size
-        size = self.file.truncate(size)
-        self.progress(size - before)
-        return size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+class SettingError(DownloadError, ValueError):
+    """A setting of the environment makes every download impossible; the message names it. A second try is no help."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +77,53 @@ class Remote:
                 wanted = f'"{self.source}": {{"{keys[self.source]}": ...}}'
                 own = f"; the manifest itself says: {self.facts['mend']}" if "mend" in self.facts else ""
                 raise ValueError(f"this manifest has no {wanted}: give a URL or a folder as source{own}")
-        elif not self.source.startswith(("http://", "https://")):
+        elif not is_address(self.source):
             raise ValueError(
                 f"source {self.source!r} is unknown: 'huggingface', 'modelscope', a http(s) URL or an existing folder"
             )
+
+    def check_settings(self) -> None:
+        """Refuse what no second try can mend, before anything is touched.
+
+        Raises:
+            SettingError: names the setting. Values are not shown: a token or a proxy's password may be in them.
+        """
+        if self.source == "modelscope":
+            return
+        if self.source == "huggingface":
+            endpoint = self._endpoint()
+            if endpoint is not None and not is_address(endpoint):
+                raise SettingError(f"HF_ENDPOINT or endpoint= is {endpoint!r}: write it in full, as https://HOST")
+            token = build_hf_headers().get("authorization", "Bearer ").removeprefix("Bearer ")
+            if odd := re.search("[^!-~]", token):
+                raise SettingError(
+                    f"the token in HF_TOKEN (or that of `hf auth login`) has {odd[0]!r} in it: copy it again, letters, "
+                    "digits and _ only; or take it away, the weights can be read without any"
+                )
+        if constants.HF_HUB_OFFLINE:
+            names = _are_set("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") or "HF_HUB_OFFLINE"
+            raise SettingError(f"{names} forbids every download: take it out of the environment, restart the kernel")
+        try:
+            get_session()
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
+            # OSError: certificates that cannot be read; the others: a proxy's address.
+            about_certificates = isinstance(error, OSError)
+            names = _are_set(*(("SSL_CERT_FILE", "SSL_CERT_DIR") if about_certificates else PROXIES))
+            how = "name a file of certificates that is there, or take it out of the environment"
+            if not about_certificates:
+                how = "write it as http://HOST:PORT, or take it away; for socks5:// first pip install socksio"
+            raise SettingError(f"{names or 'the environment'} cannot be used ({error}): {how}") from None
+
+    def _endpoint(self) -> str | None:
+        # Read now and not at import: a learner sets the mirror in a cell, long after the import.
+        return (self.endpoint or os.environ.get("HF_ENDPOINT") or "").strip().rstrip("/") or None
 
     def where(self, name: str) -> str:
         """Address of one file, for the request and for messages."""
         if self.source == "huggingface":
             place = self.facts["huggingface"]
-            # Read now and not at import: a learner sets the mirror in a cell, long after the import.
-            endpoint = (self.endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
             revision = self.revision or place.get("revision")
-            return hf_hub_url(place["repo_id"], name, revision=revision, endpoint=endpoint)
+            return hf_hub_url(place["repo_id"], name, revision=revision, endpoint=self._endpoint())
         if self.source == "modelscope":
             return f"modelscope {self.facts['modelscope']['model_id']}"
         return f"{self.source.rstrip('/')}/{quote(name)}"
@@ -121,27 +146,31 @@ class Remote:
                 self._fetch_modelscope(name, part, progress)
             else:
                 self._fetch_http(name, part, size, progress)
-        except ImportError:
-            raise
-        except Exception as error:  # httpx or httpx2, by version of huggingface_hub: no common class to name
-            why = wrong_answer(part, self.where(name), size) or explain(error, name, self.where(name))
-            raise DownloadError(why) from error
+        except Exception as error:
+            close_session()  # the next call reads proxies and certificates anew
+            if isinstance(error, ImportError):
+                raise
+            why = wrong_answer(part, self.where(name), size)
+            raise DownloadError(why or explain(error, name, self.where(name))) from error
 
     def _fetch_http(self, name: str, part: Path, size: int, progress: Callable[[int], None]) -> None:
         # The reader's token goes to the hub and its mirrors, nowhere else.
         headers = build_hf_headers(token=None if self.source == "huggingface" else False)
         # A compressed answer cannot be continued at a byte of the file.
         headers["Accept-Encoding"] = "identity"
+        left = TRIES
         with part.open("ab") as file:
-            http_get(
-                self.where(name),
-                cast(BinaryIO, _Counted(file, progress)),
-                resume_size=file.tell(),
-                headers=headers,
-                expected_size=size,
-                displayed_filename=name,
-                tqdm_class=_Silent,
-            )
+            while (start := file.tell()) < size:
+                left -= 1
+                try:
+                    wait = _receive(self.where(name), headers, file, size, progress, last=not left)
+                except Exception as error:
+                    if not left or not TRANSIENT & {kind.__name__ for kind in type(error).__mro__}:
+                        raise
+                    wait = 1
+                if file.tell() >= start + PROGRESS:
+                    left = TRIES
+                time.sleep(wait)
             file.flush()
             os.fsync(file.fileno())
 
@@ -157,6 +186,68 @@ class Remote:
         found = model_file_download(place["model_id"], name, revision=revision, local_dir=str(folder))
         progress(Path(found).stat().st_size - (part.stat().st_size if part.is_file() else 0))
         os.replace(found, part)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is a whole http(s) address."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _are_set(*names: str) -> str:
+    return ", ".join(name for name in names if os.environ.get(name))
+
+
+def _seconds(headers: Any) -> int:
+    """What an answer's Retry-After says; a second where it says nothing, or a date."""
+    wait = headers.get("Retry-After", "")[:12]
+    return int(wait) if wait.isdecimal() else 1
+
+
+def _receive(
+    url: str, headers: dict[str, str], file: BinaryIO, size: int, progress: Callable[[int], None], last: bool
+) -> float:
+    """One request: write what comes behind the bytes of `file`; the seconds to wait before the next one.
+
+    Raises:
+        DownloadError: the server's answer can be of no use.
+        Exception: what httpx raises; what came until then is in the file.
+    """
+    start = file.tell()
+    asked = headers | ({"Range": f"bytes={start}-"} if start else {})
+    with get_session().stream(
+        "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+    ) as answer:
+        wait = _seconds(answer.headers)
+        if answer.status_code in (408, 429) and not last and wait <= LONGEST_WAIT:
+            return wait
+        answer.raise_for_status()
+        packed = [kind for kind in re.findall(r"[\w-]+", answer.headers.get("Content-Encoding", "")) if kind in PACKED]
+        if start and (answer.status_code == 200 or packed):  # what comes is no continuation
+            file.seek(0)
+            file.truncate()
+            progress(-start)
+        if packed and (packed != ["gzip"] or answer.status_code == 206):
+            raise DownloadError(
+                f"{url} sends {', '.join(packed)}, which nobody asked for: {AGAIN}, or choose another source"
+            )
+        began, before = time.monotonic(), file.tell()
+        for block in answer.iter_bytes():
+            room = size - file.tell() + 1  # one byte too many shows that it is another file
+            file.write(block[:room])
+            progress(len(block[:room]))
+            if len(block) >= room:
+                raise DownloadError(f"{url} sends more than was published")
+            if (seconds := time.monotonic() - began) > PATIENCE:
+                if (came := file.tell() - before) < SLOWEST * seconds:
+                    raise DownloadError(f"{url} sent only {came:,} bytes in {seconds:.0f} s: {AGAIN}, or elsewhere")
+                began, before = time.monotonic(), file.tell()
+    if file.tell() < size:
+        raise DownloadError(f"{unquote(url).rpartition('/')[2]} ended too early: {AGAIN}")
+    return 0
 
 
 def wrong_answer(part: Path, url: str, size: int) -> str:
@@ -180,25 +271,30 @@ def wrong_answer(part: Path, url: str, size: int) -> str:
 def explain(error: Exception, name: str, url: str) -> str:
     """What went wrong with one file, and what to do, in one sentence each."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    again = "call download_weights again: it goes on where it stopped"
+    if isinstance(error, DownloadError):
+        return str(error)
     if status == 404:
         return f"{name} is not at {url} (404): check source and revision, or choose another mirror with HF_ENDPOINT"
     if status in (401, 403):
         token = ", and that HF_TOKEN is not an old one (without any the weights can be read, too)"
         return f"{url} refuses to give {name} ({status}): check that the address is right{token}"
     if status == 429:
-        return f"{url} says too many requests (429) for {name}: wait some minutes, then {again}"
+        wait = _seconds(error.response.headers)  # type: ignore[attr-defined]
+        asked = f", and to come back in {wait} s" if wait > LONGEST_WAIT else ""
+        return f"{url} says too many requests (429) for {name}{asked}: wait some minutes, then {AGAIN}"
     if status == 416:
         return f"{url} has fewer bytes than {name}: it is another version, choose another source"
     if status is not None and status >= 500:
-        return f"{url} is in trouble ({status}) with {name}: {again}, later or from another source"
-    if "Consistency check failed" in str(error):
-        return f"{name} ended too early: {again}"
+        return f"{url} is in trouble ({status}) with {name}: {AGAIN}, later or from another source"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         what = "free some disk space" if error.errno == errno.ENOSPC else "see to that"
-        return f"{name} could not be written ({error.strerror}): {what}, then {again}"
+        return f"{name} could not be written ({error.strerror}): {what}, then {AGAIN}"
     internet = " (Kaggle: Settings > Internet must be on)" if machine_name() == "Kaggle" else ""
-    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        how = "is the clock right? In a network that looks into what is sent, SSL_CERT_FILE must name its certificates"
+        return f"the certificate of {url} is not trusted here ({error}): {how}; then {AGAIN}"
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError"):
+        proxy = f" through the proxy of {names}" if (names := _are_set(*PROXIES)) else ""
         mirror = "set HF_ENDPOINT to a mirror that you can reach, or choose source='modelscope'"
-        return f"there is no way to {url} ({error}): look after the network{internet}, {mirror}; then {again}"
-    return f"the connection broke off in {name} ({type(error).__name__}: {error}): {again}{internet}"
+        return f"there is no way to {url}{proxy} ({error}): look after the network{internet}, {mirror}; then {AGAIN}"
+    return f"the connection broke off in {name} ({type(error).__name__}: {error}): {AGAIN}{internet}"

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glmhelpers.devicemap.check import Placement, check_filled, check_placement, device_of
+from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB, file_size, memory_size
 from glmhelpers.weights.consistency import EMBEDDING, check_consistency
@@ -138,17 +139,21 @@ def load_parts(
     """
     from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
-    folder = Path(folder)
+    folder = expanded(folder)
     headers = {path: read_entries(path) for path in list_shards(folder)}
     if problems := check_consistency(folder, {path.name: entries for path, entries in headers.items()}):
         lines = [f"  {problem}" for problem in problems]
         raise ValueError("\n".join(["the files do not belong together:", *lines, _advice(folder)]))
-    config = ChatGLMConfig.from_pretrained(folder)
-    dtype = dtype or getattr(torch, str(config.dtype).removeprefix("torch."), None) or torch.float16
-    assert dtype is not None
+    try:
+        config = ChatGLMConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Model = ChatGLMForConditionalGeneration(config)
+    except OSError:
+        raise
+    except Exception as error:  # transformers has many ways to say that a setting is none
+        raise ValueError(f"{folder / 'config.json'} cannot be this model's: {error}. {_advice(folder)}") from error
+    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16)
     placement = Placement.of(device_map, config.num_layers, torch.cuda.device_count())
-    with torch.device("meta"):
-        model: Model = ChatGLMForConditionalGeneration(config)
     shards = choose_entries(headers, model)
     report = LoadReport(psutil.Process().memory_info().rss)
     gpus = [device for device in placement.devices if isinstance(device, int)]

@@ -13,15 +13,14 @@ against that one.
 
 sha256 of large files are read side by side, and never twice for a file that has not changed:
 
-    .weights_checked.json      name -> size, time of last change, sha256
-         +- size and time as now: the remembered sha256, at once
+    .weights_checked.json      name -> size, times of last change, device, inode, sha256
+         +- all as now: the remembered sha256, at once (in a copied folder they are others, whatever time it shows)
          +- else: read the file; several at a time, since hashlib lets other threads run
 
 A folder that cannot be written, such as a Kaggle input data set, is remembered in the user's cache folder instead.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -30,8 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glmhelpers.utils.files import write_json
-from glmhelpers.utils.folders import user_cache
+from glmhelpers.utils.files import read_json, write_json
+from glmhelpers.utils.folders import expanded, user_cache
 from glmhelpers.utils.progress import reading
 
 MANIFEST_NAME = "weights_manifest.json"
@@ -52,11 +51,11 @@ def read_manifest(manifest: dict[str, Any] | str | Path | None = None, folder: P
     if isinstance(manifest, dict):
         found, where = manifest, "the manifest"
     else:
-        own = Path(folder) / MANIFEST_NAME if folder is not None else None
-        path = Path(manifest) if manifest is not None else own if own and own.is_file() else PUBLISHED
+        own = expanded(folder) / MANIFEST_NAME if folder is not None else None
+        path = expanded(manifest) if manifest is not None else own if own and own.is_file() else PUBLISHED
         where = str(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error})") from error
     files = found.get("files") if isinstance(found, dict) else None
@@ -67,7 +66,7 @@ def read_manifest(manifest: dict[str, Any] | str | Path | None = None, folder: P
         if not name or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{where} names {name!r}: only plain file names are allowed")
         size, sha256 = (facts.get("size"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
-        if not isinstance(size, int) or size < 0:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(f"{where}: the size of {name} is {size!r}, not a number of bytes")
         if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise ValueError(f"{where}: the sha256 of {name} is {sha256!r}, not 64 hexadecimal digits")
@@ -92,7 +91,7 @@ MEMORY_NAME = ".weights_checked.json"
 BLOCK = 8 * 2**20
 
 
-def sha256_of(path: Path, progress: Callable[[int], None]) -> str:
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
     """sha256 of a file in hexadecimal; calls `progress(bytes)` after every block."""
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -109,11 +108,11 @@ def memory_places(folder: Path) -> list[Path]:
 
 
 def remembered(folder: Path) -> dict[str, list]:
-    """File name -> [size, time, sha256], of the files whose size and time are still those of the last reading."""
+    """File name -> `facts_of` it, of the files that are still those of the last reading."""
     found: dict[str, list] = {}
     for place in reversed(memory_places(folder)):
         try:
-            memory = json.loads(place.read_text(encoding="utf-8"))
+            memory = read_json(place)
             found |= {name: facts for name, facts in memory.items() if _is_now(folder / name, facts)}
         except (OSError, ValueError, AttributeError):
             continue  # no memory, or a damaged one: the files are read again
@@ -121,7 +120,7 @@ def remembered(folder: Path) -> dict[str, list]:
 
 
 def remember(folder: Path, facts: dict[str, list]) -> None:
-    """Keep name -> [size, time, sha256] for later, where it can be written; nowhere is no error, only slow."""
+    """Keep name -> `facts_of` for later, where it can be written; nowhere is no error, only slow."""
     if not facts:
         return
     known = remembered(folder) | facts
@@ -130,17 +129,22 @@ def remember(folder: Path, facts: dict[str, list]) -> None:
             return write_json(place, known)
 
 
-def read_facts(path: Path, progress: Callable[[int], None] = lambda count: None) -> list:
-    """[size, time, sha256] of a file; size and time from before the reading, so that a change meanwhile shows."""
+def facts_of(path: Path, sha256: str) -> list:
+    """What tells this file, unchanged, from any other, and its sha256. A renamed file has a new time of change."""
     now = path.stat()
-    return [now.st_size, now.st_mtime_ns, sha256_of(path, progress)]
+    return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_dev, now.st_ino, sha256]
+
+
+def read_facts(path: Path, progress: Callable[[int], None] = lambda count: None) -> list:
+    """`facts_of` a file that is read now; times from before the reading, so that a change meanwhile shows."""
+    return [*facts_of(path, "")[:-1], sha256_of(path, progress)]
 
 
 def _is_now(path: Path, facts: Any) -> bool:
-    """Whether remembered facts have the right form, and the file still has that size and time."""
-    if not isinstance(facts, list) or len(facts) != 3 or not isinstance(facts[2], str) or not path.is_file():
+    """Whether remembered facts have the right form, and are still the file's."""
+    if not isinstance(facts, list) or not facts or not isinstance(facts[-1], str) or not path.is_file():
         return False
-    return facts[:2] == [path.stat().st_size, path.stat().st_mtime_ns]
+    return facts == facts_of(path, facts[-1])
 
 
 def checksums(
@@ -149,6 +153,7 @@ def checksums(
     workers: int | None = None,
     progress: bool | Callable[[int], None] = False,
     keep: bool = True,
+    unreadable: dict[str, OSError] | None = None,
 ) -> tuple[dict[str, str], int]:
     """sha256 of files in `folder`, without reading those that are remembered.
 
@@ -159,6 +164,7 @@ def checksums(
         progress: True prints one line of text while it takes longer than a moment; a function is called with the number
             of bytes after every block, from any thread.
         keep: False writes no memory: the folder is somebody else's.
+        unreadable: gets the files that cannot be read, which the answer then lacks; None: the first of them raises.
 
     Returns:
         name -> sha256, and the number of bytes that were really read.
@@ -170,8 +176,13 @@ def checksums(
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     with pool, reading(f"sha256 of {len(names)} files", sum(sizes.values()), show=progress is True) as count:
         say = progress if callable(progress) else count
-        fresh = dict(zip(to_read, pool.map(lambda name: read_facts(folder / name, say), to_read), strict=True))
+        jobs = {name: pool.submit(read_facts, folder / name, say) for name in to_read}
+    faults = {name: error for name, job in jobs.items() if isinstance(error := job.exception(), OSError)}
+    if unreadable is None and faults:
+        raise next(iter(faults.values()))
+    (unreadable if unreadable is not None else {}).update(faults)
+    fresh = {name: job.result() for name, job in jobs.items() if name not in faults}
     known |= fresh
     if keep:
         remember(folder, fresh)
-    return {name: known[name][2] for name in names}, sum(facts[0] for facts in fresh.values())
+    return {name: known[name][-1] for name in names if name in known}, sum(facts[0] for facts in fresh.values())

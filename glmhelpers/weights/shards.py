@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 
+from glmhelpers.utils.files import read_json
+from glmhelpers.utils.folders import expanded
+
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,7 +73,7 @@ def list_shards(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, or the index names one that is not there.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     for index_name, pattern in zip(INDEX_NAMES, SHARD_PATTERNS, strict=True):
         if (folder / index_name).is_file():
             names = sorted(set(read_index(folder / index_name).values()))
@@ -79,7 +82,16 @@ def list_shards(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if found := sorted(folder.glob(pattern)):
             return found
-    raise FileNotFoundError(f"no shard in {folder}: neither {' nor '.join(SHARD_PATTERNS)}")
+    raise FileNotFoundError(f"no shard in {folder}: neither {' nor '.join(SHARD_PATTERNS)}{snapshot_hint(folder)}")
+
+
+def snapshot_hint(folder: Path) -> str:
+    """For messages: where the files lie, if `folder` is one of the hub's cache; "" if it is none."""
+    roots = ("", "models--*/", "hub/models--*/")
+    found = [path.parent for root in roots for path in sorted(folder.glob(f"{root}snapshots/*/config.json"))]
+    if not found:
+        return ""
+    return f"; it is a folder of the Hugging Face cache, whose files lie deeper: give {found[-1].as_posix()!r}"
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -89,8 +101,8 @@ def read_index(path: Path) -> dict[str, str]:
         ShardError: it is no such file, or names something outside its folder.
     """
     try:
-        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = dict(read_json(path)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not an index of shards ({type(error).__name__}: {error})") from error
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
@@ -112,7 +124,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     Raises:
         ShardError: the file is cut off, is no shard, or stores its tensors in a way that no published one does.
     """
-    path = Path(path)
+    path = expanded(path)
     size = path.stat().st_size
     try:
         entries = _of_safetensors(path) if path.suffix == ".safetensors" else _of_bin(path)

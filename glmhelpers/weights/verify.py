@@ -12,7 +12,6 @@
 Everything above the last line takes well under a second. The sha256 of 13.4 GB takes as long as reading them.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from glmhelpers.utils.environment import short
+from glmhelpers.utils.files import read_json
+from glmhelpers.utils.folders import expanded
 from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency, read_pieces
 from glmhelpers.weights.manifest import checksums, mending_command, read_manifest, total_bytes
-from glmhelpers.weights.shards import ShardError, read_entries
+from glmhelpers.weights.shards import ShardError, read_entries, snapshot_hint
 from thuglm.configuration_chatglm import is_v1_0
 
 LFS_HEADER = b"version https://git-lfs"
@@ -87,10 +88,11 @@ def verify_weights(
     Raises:
         ValueError, FileNotFoundError: the manifest is not one. Faults of the files themselves raise nothing.
     """
-    folder, started = Path(folder), time.perf_counter()
+    folder, started = expanded(folder), time.perf_counter()
     facts = read_manifest(manifest, folder)
     report = Report(folder, files=len(facts["files"]), bytes=total_bytes(facts))
     problems = {name: check_size(folder, name, wanted) for name, wanted in facts["files"].items()}
+    problems |= {name: check_readable(folder, name) for name, problem in problems.items() if not problem}
     found = {name: problem for name, problem in problems.items() if problem}
     if folder.is_dir():
         for problem in [*check_consistency(folder), *check_config(folder, facts)]:
@@ -111,7 +113,7 @@ def check_size(folder: Path, name: str, wanted: dict[str, Any]) -> Problem | Non
     if path.is_dir():
         return Problem(name, "missing", f"{name} is a folder in {short(folder)}, which must be removed first")
     if not path.is_file():
-        link = " (a link to a file that is gone)" if path.is_symlink() else ""
+        link = " (a link to a file that is gone)" if path.is_symlink() else snapshot_hint(folder)
         return Problem(name, "missing", f"{name} is not in {short(folder)}{link}")
     size = path.stat().st_size
     if size < 1024 and (pointer := read_lfs_pointer(path)) is not None:
@@ -130,6 +132,22 @@ def check_size(folder: Path, name: str, wanted: dict[str, Any]) -> Problem | Non
     return Problem(name, "checksum", text)
 
 
+def check_readable(folder: Path, name: str) -> Problem | None:
+    """The problem of a file of the right size that cannot be opened, or is not of its kind; reads a few kilobytes."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+        if path.suffix in (".bin", ".safetensors"):
+            read_entries(path)
+        elif path.name == "ice_text.model" and read_pieces(path) is None:
+            raise ValueError("it is no SentencePiece model")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{path} ")[:200]
+        return Problem(name, "checksum", f"{name} has the right size, but cannot be read: {reason}")
+    return None
+
+
 def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
     """Problems of config.json against the "config" of a manifest: it is small, but decides how all files are read.
 
@@ -139,9 +157,11 @@ def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
     if not wanted:
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return [Problem(path.name, "missing", f"{path.name} is not in {short(folder)}")]
+    except OSError as error:
+        return [Problem(path.name, "missing", f"{path.name} cannot be read ({error.strerror})")]
     except ValueError as error:
         return [Problem(path.name, "truncated", f"{path.name} is not whole JSON ({error})")]
     for key, value in wanted.items():
@@ -183,8 +203,11 @@ def _compare_checksums(
 ) -> None:
     """Add to `found` the files whose sha256 is not the manifest's; those with a problem are not read."""
     started, names = time.perf_counter(), [name for name in facts["files"] if name not in found]
-    sha256, report.bytes_read = checksums(report.folder, names, workers, progress)
-    for name in names:
+    unreadable: dict[str, OSError] = {}
+    sha256, report.bytes_read = checksums(report.folder, names, workers, progress, unreadable=unreadable)
+    for name, error in unreadable.items():
+        found[name] = Problem(name, "checksum", f"{name} has the right size, but cannot be read ({error.strerror})")
+    for name in sha256:
         if sha256[name] != (wanted := facts["files"][name]["sha256"]):
             text = f"sha256 {sha256[name][:12]}... instead of {wanted[:12]}..."
             found[name] = Problem(name, "checksum", f"{name} has the right size but wrong bytes: {text}")

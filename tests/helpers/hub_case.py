@@ -7,9 +7,9 @@ import time
 import types
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
+import glmhelpers.weights.hub
 from glmhelpers.weights.download import download_weights
 from tests.helpers.hub_server import Hub
 
@@ -29,11 +29,9 @@ def published(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(published, monkeypatch):
-    # Small files must be able to break in the middle, and nobody wants to wait between retries.
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    # Nobody wants to wait between retries.
     asleep = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(huggingface_hub.file_download, "time", asleep)
-    monkeypatch.setattr(huggingface_hub.utils._http, "time", asleep)
+    monkeypatch.setattr(glmhelpers.weights.hub, "time", asleep)
     with Hub(published) as hub:
         yield hub
 

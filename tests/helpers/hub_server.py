@@ -4,16 +4,24 @@ GET /{repo}/resolve/{revision}/{name} redirects to /store/{name}, as the hub doe
 plain file server. Every request for a file takes the next fault of `faults[name]`, and behaves when there is none left.
 """
 
+import gzip
 import hashlib
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 OTHER_BODIES = {
     "web page": b"<!DOCTYPE html><html>sign in to this network</html>",
     "pointer": b"version https://git-lfs.example/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 427140\n",
+}
+PACKED = {
+    "packed": lambda data: ("gzip", gzip.compress(data, 1)),
+    "bomb": lambda data: ("gzip", gzip.compress(data + bytes(2**26), 9)),
+    "bomb in a bomb": lambda data: ("gzip, gzip", gzip.compress(gzip.compress(data + bytes(2**26)))),
+    "another packing": lambda data: ("zstd", data),
 }
 
 
@@ -24,6 +32,7 @@ class Hub:
         self.folder, self.repo, self.revision = folder, repo, revision
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, int, str]] = []
+        self.tokens: list[str | None] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +69,7 @@ class Hub:
         return any(asked == name and first > 0 for asked, first, _ in self.requests)
 
     def answer(self, request) -> None:
+        self.tokens.append(request.headers.get("Authorization"))
         prefix = f"/{self.repo}/resolve/{self.revision}/"
         if request.path.startswith(prefix):
             return self.reply(request, 302, headers={"Location": f"/store/{request.path.removeprefix(prefix)}"})
@@ -72,6 +82,8 @@ class Hub:
             fault = "404"
         if fault in ("401", "404", "416", "429", "500"):
             return self.reply(request, int(fault), headers={"Retry-After": "0"})
+        if fault == "come back in 31 years":
+            return self.reply(request, 429, headers={"Retry-After": "1000000000"})
         if fault == "refuse":
             return self.hang_up(request)
         self.send_file(request, path.read_bytes(), first, fault)
@@ -91,13 +103,32 @@ class Hub:
         body, total = data[first:], len(data)
         if fault == "truncated":
             body = body[: len(body) // 2]
+        if fault in PACKED:
+            kinds, body = PACKED[fault](data)
+            request.send_response(200)
+            request.send_header("Content-Encoding", kinds)
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            with suppress(OSError):
+                request.wfile.write(body)
+            return None
         request.send_response(206 if first else 200)
         if first:
             request.send_header("Content-Range", f"bytes {first}-{total - 1}/{total}")
-        request.send_header("Content-Length", str(len(body)))
+        if fault == "endless":
+            request.send_header("Transfer-Encoding", "chunked")
+        else:
+            request.send_header("Content-Length", str(len(body)))
         request.end_headers()
         try:
-            if fault == "cut":
+            if fault == "endless":
+                while True:
+                    request.wfile.write(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
+            elif fault == "drip":
+                for start in range(len(body)):
+                    request.wfile.write(body[start : start + 1])
+                    time.sleep(0.01)
+            elif fault == "cut":
                 request.wfile.write(body[: len(body) // 2])
                 self.hang_up(request)
             elif fault == "slow":

@@ -285,3 +285,16 @@ def test_notebook_is_committed_as_make_notebooks_writes_it(path):
     assert counts == list(range(1, len(code) + 1)), "run `make notebooks`: cells not executed, or not in order"
     assert any(cell.outputs for cell in code)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}, "run `make notebooks`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_settings_can_be_given_to_papermill(path):
+    """It puts its values behind the cell with the tag: nothing in that cell may use them yet."""
+    cells = nbformat.read(path, as_version=4).cells
+    after = [cells[at + 1] for at, cell in enumerate(cells) if cell.source.startswith("## Settings")]
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == after
+    for cell in tagged:
+        for statement in ast.parse(cell.source).body:
+            assert isinstance(statement, ast.Assign), statement.lineno
+            assert not any(isinstance(node, ast.Call) for node in ast.walk(statement)), statement.lineno

@@ -10,6 +10,7 @@ import torch
 from glmhelpers import runtime
 from glmhelpers.devicemap.check import part_names
 from glmhelpers.utils import environment as machine
+from thuglm import ChatGLMConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GiB = 2**30  # counted a second time, on purpose
@@ -73,6 +74,32 @@ def test_short_paths_show_no_home():
 
 
 # ---- what is here ----
+
+
+def test_real_weights_on_the_cpu_are_compared_with_free_memory(tmp_path, monkeypatch, capsys):
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "config.json").write_text(json.dumps(ChatGLMConfig().to_dict()))
+    for free, says in ((20 * 10**9, "needs 24.7 GB; 20.0 GB are free"), (30 * 10**9, "")):
+        monkeypatch.setattr(runtime, "free_ram_bytes", lambda free=free: free)
+        runtime.choose(real, "cpu")
+        said = capsys.readouterr().out
+        assert says in said
+        assert ("[FAIL] RAM" in said) is bool(says)
+    monkeypatch.setattr(runtime, "free_ram_bytes", lambda: 10**9)
+    monkeypatch.setattr(runtime, "find_real_weights", lambda *_, **__: None)
+    runtime.choose("real", "cpu", may_fetch=True)
+    assert "needs 24.7 GB" in capsys.readouterr().out, "before anything is fetched"
+    runtime.choose("tiny", "cpu")
+    assert "[FAIL]" not in capsys.readouterr().out
+
+
+def test_nothing_is_said_about_gpus_by_a_torch_that_is_too_old(monkeypatch, capsys):
+    old = runtime.Check("versions", False, "torch 2.4 (older than 2.11)", "use a newer image")
+    monkeypatch.setattr(runtime, "check_versions", lambda: old)
+    monkeypatch.setattr(runtime, "list_gpus", lambda: pytest.fail("torch was asked"))
+    assert not runtime.preflight().ok
+    assert "GPUs" not in capsys.readouterr().out
 
 
 def test_preflight_prints_a_line_for_each_subject(capsys):

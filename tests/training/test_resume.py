@@ -98,7 +98,7 @@ def test_killed_twice_and_started_again_gives_the_same_bits(uninterrupted, tmp_p
 @pytest.mark.parametrize("step", [1, 9, 10, 15])
 def test_interrupted_before_at_and_after_a_checkpoint_or_an_epoch(step, uninterrupted, tmp_path, capsys):
     """9 steps are 3 epochs: the order of the rows must come back at a border as well as within an epoch."""
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped at step {step}; the same call will go on from checkpoint-"):
         run(tmp_path, [StopAt(step)])
     assert f"stopped at step {step}; the same call will go on from checkpoint-" in capsys.readouterr().out
     assert numbers(run(tmp_path)[0]) == uninterrupted[0]

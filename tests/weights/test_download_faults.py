@@ -14,9 +14,11 @@ import time
 import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from glmhelpers.weights import download
+from glmhelpers.weights import hub as remotes
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.hub import DownloadError
 from glmhelpers.weights.manifest import total_bytes
@@ -72,6 +74,31 @@ def test_fault_then_second_call(hub, tmp_path, fault, first_answers, resumes):
 
 
 @pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("endless", "more than the 427,140 bytes that were published"),
+        ("drip", "sent only .* bytes in .*call download_weights again"),
+        ("come back in 31 years", "come back in 1000000000 s"),
+        ("bomb", "more than the"),
+        ("bomb in a bomb", "gzip, gzip"),
+        ("another packing", "zstd"),
+    ],
+)
+def test_a_server_cannot_take_time_or_disk_without_limit(hub, tmp_path, monkeypatch, fault, says):
+    hub.faults[LARGE] = [fault]
+    sizes, judge = [], remotes.wrong_answer
+    with monkeypatch.context() as patch:
+        patch.setattr(remotes, "PATIENCE", 0.3)
+        patch.setattr(remotes, "wrong_answer", lambda part, *a: sizes.append(part.stat().st_size) or judge(part, *a))
+        with pytest.raises(DownloadError, match=says):
+            fetch(hub, tmp_path)
+    assert sizes[-1] <= manifest_of(hub)["files"][LARGE]["size"] + 1, "never more on the disk than was published"
+    assert_no_wrong_file(hub, tmp_path)
+    fetch(hub, tmp_path)
+    assert_bit_exact(hub, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("fault", "answers"),
     [
         ("connection cut once", ["cut"]),
@@ -85,6 +112,12 @@ def test_fault_mended_within_the_call(hub, tmp_path, fault, answers):
     assert fetch(hub, tmp_path).ok
     assert_bit_exact(hub, tmp_path)
     check_row(fault, "(none: it is tried again)", "none needed; bit-exact", tmp_path)
+
+
+def test_a_packed_answer_is_unpacked_from_the_beginning(hub, tmp_path):
+    hub.faults[LARGE] = ["cut", "packed"]
+    assert fetch(hub, tmp_path).ok
+    assert_bit_exact(hub, tmp_path)
 
 
 def test_wrong_beginning_is_thrown_away_and_fetched_once_more(hub, tmp_path):
@@ -129,7 +162,6 @@ def test_killed_half_way(hub, tmp_path):
     hub.faults[LARGE] = ["slow"]
     (tmp_path / "m.json").write_text(json.dumps(manifest_of(hub)))
     code = (
-        f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
         "from glmhelpers.weights import download_weights\n"
         f"download_weights({str(tmp_path / 'w')!r}, manifest={str(tmp_path / 'm.json')!r})"
     )
@@ -155,6 +187,55 @@ def test_killed_half_way(hub, tmp_path):
         "the second call went on where it stopped; bit-exact",
         tmp_path,
     )
+
+
+SETTINGS = [
+    ({"HF_ENDPOINT": "hf-mirror.example"}, "HF_ENDPOINT"),
+    ({"HF_ENDPOINT": "https//mirror.example"}, "HF_ENDPOINT"),
+    ({"HF_ENDPOINT": "https://"}, "HF_ENDPOINT"),
+    ({"HF_ENDPOINT": "\u201chttps://mirror.example\u201d"}, "HF_ENDPOINT"),
+    ({"HF_TOKEN": "\u201chf_abc\u201d"}, "HF_TOKEN"),
+    ({"HF_TOKEN": "hf_令牌"}, "HF_TOKEN"),
+    ({"HF_TOKEN": "hf_abc def"}, "HF_TOKEN"),
+    ({"ALL_PROXY": "socks5://user:secret@127.0.0.1:1"}, "ALL_PROXY.*socksio"),
+    ({"https_proxy": "socks://127.0.0.1:1"}, "https_proxy"),
+    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE"),
+    ({"SSL_CERT_FILE": __file__}, "SSL_CERT_FILE"),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), SETTINGS, ids=[str(settings) for settings, _ in SETTINGS])
+def test_a_setting_that_no_second_try_can_mend_is_named(hub, tmp_path, monkeypatch, settings, named):
+    huggingface_hub.close_session()
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        with pytest.raises(remotes.SettingError, match=named) as caught:
+            download_weights(tmp_path, manifest=manifest_of(hub), progress=False)
+    assert "again" not in str(caught.value).replace("copy it again", "")
+    assert "secret" not in str(caught.value)
+    assert "hf_" not in str(caught.value)
+    assert hub.requests == []
+    assert fetch(hub, tmp_path).ok, "mended in the same process, the next call works"
+
+
+def test_offline_is_named_and_no_matter_where_all_is_here(hub, tmp_path, monkeypatch):
+    fetch(hub, tmp_path / "all")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    with pytest.raises(remotes.SettingError, match=r"TRANSFORMERS_OFFLINE forbids.*restart the kernel"):
+        fetch(hub, tmp_path / "none")
+    assert fetch(hub, tmp_path / "all").ok
+
+
+def test_a_proxy_that_cannot_be_reached_is_named_and_not_kept(hub, tmp_path, monkeypatch):
+    huggingface_hub.close_session()
+    with monkeypatch.context() as patch:
+        patch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+        with pytest.raises(DownloadError, match="through the proxy of HTTP_PROXY"):
+            fetch(hub, tmp_path)
+    assert fetch(hub, tmp_path).ok
 
 
 def test_no_way_to_the_server(hub, tmp_path):
