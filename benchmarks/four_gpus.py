@@ -28,7 +28,7 @@ sys.path.insert(0, str(PROJECT))
 import psutil  # noqa: E402
 
 from benchmarks.processes import Book, by_processes, run_cases  # noqa: E402
-from benchmarks.roads import Case  # noqa: E402
+from benchmarks.road_bench import Case  # noqa: E402
 from benchmarks.split_machine import TINY  # noqa: E402
 from glmhelpers.cost_model.sizes import divisors  # noqa: E402
 from glmhelpers.distributed import Job, launch  # noqa: E402

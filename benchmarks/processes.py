@@ -37,7 +37,8 @@ os.environ |= NO_MULTICAST
 # All processes are on this host, whose name a bare machine may not be able to look up.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-from benchmarks.roads import ORDER, Case  # noqa: E402
+from benchmarks.road_bench import Case  # noqa: E402
+from benchmarks.roads import ORDER  # noqa: E402
 
 START, CASE, PATIENCE = 75.0, 45.0, 40.0
 """Seconds: until the first case begins, for a case, and that a rank waits for another; on a CPU three times that."""

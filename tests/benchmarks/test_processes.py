@@ -34,7 +34,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
 from benchmarks.processes import Book, run_cases
-from benchmarks.roads import Case
+from benchmarks.road_bench import Case
 two = dict(rows=2, length=8, schedule="GPipe")
 book = Book(Path({str(tmp_path)!r}) / "lines.jsonl", "test")
 run_cases([Case(**two, parts=2, stages_per_rank=9), Case(**two)], True, book, time.monotonic() + 120)
