@@ -66,7 +66,8 @@ def pad_to(batch: dict[str, torch.Tensor], length: int, pad: int) -> dict[str, t
 
 def make_batches(config: ChatGLMConfig, rows: list[dict], size: int, length: int, alike: bool) -> list[dict]:
     """All batches of one pass over the rows, in the order in which the course trains on them."""
-    collate = RightPadCollator(ChatGLMTokenizer.from_pretrained(TINY))  # of another size, with the same <pad>
+    collate = RightPadCollator(ChatGLMTokenizer.from_pretrained(TINY))  # with the same <pad>, and of another size:
+    collate.known = config.vocab_size
     order = list(SameOrderSampler(size, lengths=[len(row["input_ids"]) for row in rows])) if alike else range(len(rows))
     groups = [[rows[index] for index in order[start : start + size]] for start in range(0, len(rows), size)]
     batches = [collate(group) for group in groups]
