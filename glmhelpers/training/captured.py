@@ -204,6 +204,10 @@ class _Replay(torch.autograd.Function):
         return None, None, to_input, None, *grads
 
 
+def _name_in(block: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in block.named_modules() if found is module)
+
+
 class Captured:
     """The recordings of a model's stages, made when a shape is first met.
 
@@ -220,25 +224,35 @@ class Captured:
         self.state: tuple = ()
         self.said: set[str] = set()
 
-    def obstacle(self) -> str:
-        """Why this model's blocks cannot be recorded as they are now; empty if they can."""
-        blocks = list(self.transformer.layers)
-        devices = {p.device.type for block in blocks for p in block.parameters()}
-        if self.make_home is OnDevice and devices != {"cuda"}:
-            return "a block is on the CPU"
+    def look(self) -> tuple[str, tuple]:
+        """Why the blocks cannot be recorded as they are now ("" if they can), and what recordings of them depend on.
+
+        Before each step, so in one walk over their modules.
+        """
         if getattr(self.transformer.config, "pre_seq_len", None) or getattr(self.model, "prompt_encoder", None):
-            return "a learnt prefix"
+            return "a learnt prefix", ()
         if self.transformer.config._attn_implementation != "sdpa":
-            return "attention is not sdpa"
-        for block in blocks:
-            for name, module in block.named_modules():
-                if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-                    return f"a hook on {name or 'a block'}"
-                if hasattr(module, "quant_state") or type(module).__module__.startswith("bitsandbytes"):
-                    return f"{name} is a layer of bitsandbytes"
-            if not any(p.requires_grad for p in block.parameters()):
-                return "a block without anything to train"
-        return ""
+            return "attention is not sdpa", ()
+        state: list[Any] = [self.transformer.training]
+        for block in self.transformer.layers:
+            trained = False
+            state.append(bool(block.gradient_checkpointing))
+            for module in block.modules():
+                kept = vars(module)
+                if kept["_forward_hooks"] or kept["_forward_pre_hooks"] or "_hf_hook" in kept:
+                    return f"a hook on {_name_in(block, module) or 'a block'}", ()
+                if "quant_state" in kept or type(module).__module__.startswith("bitsandbytes"):
+                    return f"{_name_in(block, module)} is a layer of bitsandbytes", ()
+                for weight in kept["_parameters"].values():
+                    if weight is None:
+                        continue
+                    if self.make_home is OnDevice and not weight.is_cuda:
+                        return "a block is on the CPU", ()
+                    trained |= weight.requires_grad
+                    state.append(weight.data_ptr())
+            if not trained:
+                return "a block without anything to train", ()
+        return "", tuple(state)
 
     @contextmanager
     def step(self, parts: Sequence[Mapping[str, Tensor]]) -> Iterator[list[dict[str, Tensor]] | None]:
@@ -259,11 +273,10 @@ class Captured:
 
     def layers_for(self, shapes: tuple[Shape, ...]) -> nn.ModuleList | None:
         """What stands for the blocks in a step of these micro-batches."""
-        if reason := self.obstacle():
+        reason, state = self.look()
+        if reason:
             self.say_without(reason)
             return None
-        state = (self.transformer.training, *(p.data_ptr() for p in self.transformer.layers.parameters()))
-        state += tuple(bool(block.gradient_checkpointing) for block in self.transformer.layers)
         if state != self.state:  # weights were moved, merged or loaded anew: the graphs read the old memory
             self.known, self.state = {}, state
         if shapes not in self.known:
