@@ -94,7 +94,7 @@ class Job:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("folder", "rows", "output", "adapter"):
+        for name in OWN_TO_A_NODE:
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
     @property

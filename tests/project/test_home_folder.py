@@ -88,7 +88,8 @@ def test_adapters(home):
 def test_runs(home, monkeypatch):
     assert training_arguments("~/run", False).output_dir == str(home / "run")
     assert run_folder("~/run", {}).parent == home / "run"
-    job = Job(folder="~/tiny", rows="~/rows.jsonl", output="~/run")
+    job = Job(folder="~/tiny", rows="~/rows.jsonl", output="~/run", start_from="~/old", eval_rows="~/held.jsonl")
+    assert (job.start_from, job.eval_rows) == (str(home / "old"), str(home / "held.jsonl"))
     assert (job.folder, job.adapter_folder) == (str(home / "tiny"), home / "run" / "adapter")
     monkeypatch.setenv("GLM_OUTPUT", "~/outputs")
     assert runtime.choose("~/tiny", "cpu").output == home / "outputs"
