@@ -12,6 +12,7 @@ Names stay those of the whole model: the adapters of all stages together are one
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -79,12 +80,7 @@ def build_stage(
     cut: StageCut,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    r: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.1,
-    targets: tuple[str, ...] = ("query_key_value",),
-    seed: int = 0,
+    **adapter: Any,
 ) -> StageModule:
     """A stage with its weights and a fresh adapter, in training mode.
 
@@ -94,14 +90,14 @@ def build_stage(
         cut: one of `plan.stages`.
         device: where it goes.
         dtype: of the frozen weights.
-        r, alpha, dropout, targets, seed: as for `attach_lora`, with the same random numbers.
+        adapter: r, alpha, dropout, targets and seed, as for `make_stage`.
 
     Raises:
         FileNotFoundError, ValueError: see `load_model`.
-        RuntimeError: a part of this stage was left without memory.
+        RuntimeError: see `make_stage`.
     """
     net, _ = load_parts(folder, {"": device_label(device)}, dtype, parts_of(plan, cut), progress=False)
-    return make_stage(net, plan, cut, r=r, alpha=alpha, dropout=dropout, targets=targets, seed=seed)
+    return make_stage(net, plan, cut, **adapter)
 
 
 def parts_of(plan: ProcessPlan, cut: StageCut) -> set[str]:
@@ -126,7 +122,12 @@ def make_stage(
 
     Args:
         net: a ChatGLM; it is changed.
-        others: as for `build_stage`, with the same error.
+        plan: for the blocks that are checkpointed.
+        cut: one of `plan.stages`.
+        r, alpha, dropout, targets, seed: as for `attach_lora`, with the same random numbers.
+
+    Raises:
+        RuntimeError: a part of this stage was left without memory.
     """
     torch.manual_seed(seed)
     with quiet_peft():
