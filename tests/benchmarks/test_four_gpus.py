@@ -1,21 +1,14 @@
 """The program for four GPUs in its reduced form: every road, one gradient, a killed rank that nobody notices."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.once
 
-PROJECT = Path(__file__).parents[2]
 
-
-def test_reduced_run_takes_every_road_and_survives_a_killed_rank(tmp_path):
-    command = [sys.executable, str(PROJECT / "benchmarks" / "four_gpus.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+def test_reduced_run_takes_every_road_and_survives_a_killed_rank(tmp_path, reduced):
+    reduced("four_gpus.py")
     lines = [json.loads(text) for text in (tmp_path / "four_gpus.jsonl").read_text().splitlines()]
     roads = {(line["gpus"], line["pipelines"]): line for line in lines if "ms" in line and "loss" in line}
     assert set(roads) == {(1, 1), (4, 1), (2, 2), (1, 4)}

@@ -12,12 +12,10 @@ pytestmark = pytest.mark.once
 PROJECT = Path(__file__).parents[2]
 
 
-def test_reduced_run_measures_every_road_and_all_have_one_loss(tmp_path):
-    command = [sys.executable, str(PROJECT / "benchmarks" / "processes.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_reduced_run_measures_every_road_and_all_have_one_loss(tmp_path, reduced):
+    printed = reduced("processes.py")
     lines = [json.loads(text) for text in (tmp_path / "processes.jsonl").read_text().splitlines()]
-    assert lines == [json.loads(text) for text in done.stdout.splitlines()]
+    assert lines == [json.loads(text) for text in printed.splitlines()]
     measured = [line for line in lines if "loss" in line]
     assert {line["schedule"] for line in measured} == {"one process", "GPipe", "1F1B", "Interleaved1F1B"}
     assert {line["pipelines"] for line in measured} == {1, 2}

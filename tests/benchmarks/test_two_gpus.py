@@ -1,22 +1,14 @@
 """The two-GPU program in its reduced form: whatever devices there are, all its figures, and a split that changes nothing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.once
 
-PROJECT = Path(__file__).parents[2]
 
-
-def test_reduced_run_gives_every_figure(tmp_path):
-    command = [sys.executable, str(PROJECT / "benchmarks" / "two_gpus.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_reduced_run_gives_every_figure(tmp_path, reduced):
+    lines = [json.loads(text) for text in reduced("two_gpus.py").splitlines() if text.startswith("{")]
     by_figure = {}
     for line in lines:
         by_figure.setdefault(line["figure"], []).append(line)

@@ -24,7 +24,7 @@ from glmhelpers.devicemap.check import part_names
 from glmhelpers.lora.layer import fuse_lora
 from glmhelpers.training.measure import predict_case
 from glmhelpers.utils.units import GIB, parse_size
-from tests.helpers.storage_tracker import StorageTracker, as_on_a_gpu
+from tests.helpers.storage_tracker import GradientFromNowhere, StorageTracker, as_on_a_gpu
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 
 PUBLISHED = ChatGLMConfig()
@@ -41,20 +41,6 @@ def lora(model, targets=("query_key_value",), rank=8, dropout=0.1, fused=True):
     if fused:
         assert fuse_lora(model) > 0
     return model
-
-
-class GradientFromNowhere(torch.autograd.Function):
-    """Ends a graph; its backward makes the gradient that a following stage would send."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.like = (x.shape, x.dtype, x.device)
-        return torch.empty((), device=x.device)
-
-    @staticmethod
-    def backward(ctx, _):
-        shape, dtype, device = ctx.like
-        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def torchs_checkpoint(function, *args):

@@ -21,26 +21,12 @@ from glmhelpers.lora import attach_prefix, count_parameters
 from glmhelpers.lora.attach import prefix_config
 from glmhelpers.training import predict_training, run_step
 from tests.helpers.reference import fresh_model
-from tests.helpers.storage_tracker import StorageTracker, as_on_a_gpu
+from tests.helpers.storage_tracker import GradientFromNowhere, StorageTracker, as_on_a_gpu
 from tests.helpers.tiny_models import tiny_config
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 
 PUBLISHED = ChatGLMConfig()
 MIDDLE = ChatGLMConfig(num_layers=4, hidden_size=256, num_attention_heads=8, inner_hidden_size=1024, vocab_size=130528)
-
-
-class GradientFromNowhere(torch.autograd.Function):
-    """Ends a graph; its backward makes the gradient that a following stage would send."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.like = (x.shape, x.dtype, x.device)
-        return torch.empty((), device=x.device)
-
-    @staticmethod
-    def backward(ctx, _):
-        shape, dtype, device = ctx.like
-        return torch.empty(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["later block", "first block"])
