@@ -6,7 +6,6 @@ Another host, another number of cores or another torch is another machine: nothi
 is damaged or holds anything but positive numbers under known names.
 """
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from glmhelpers.utils.files import write_json
+from glmhelpers.utils.files import read_json, write_json
 from glmhelpers.utils.folders import user_cache
 
 RATES = (
@@ -39,7 +38,7 @@ def machine_key() -> str:
 def kept_rates() -> dict[str, dict[str, float]]:
     """Driver's name of a GPU -> its rates as measured here; {} if nothing was measured."""
     try:
-        cards = json.loads(kept_file().read_text(encoding="utf-8"))[machine_key()]
+        cards = read_json(kept_file())[machine_key()]
         return {name: _checked(rates) for name, rates in cards.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
@@ -52,7 +51,7 @@ def keep_rates(cards: Mapping[str, Mapping[str, float]]) -> None:
     """
     path = kept_file()
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
         others = {key: value for key, value in kept.items() if key != machine_key()}
     except (OSError, ValueError, AttributeError):
         others = {}

@@ -14,7 +14,6 @@ A folder of `save_to_disk` holds .arrow files, and settings that are no rows; on
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import re
@@ -25,6 +24,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn
+
+from glmhelpers.utils.files import read_json
 
 PACKED: dict[bytes, tuple[str, Callable[..., Any]]] = {
     b"\x1f\x8b": (".gz", gzip.open),
@@ -123,8 +124,8 @@ def _own_files(folder: Path, names: list[str]) -> set[str]:
 def _listed(state: Path) -> set[str]:
     """The files of rows that a folder of `save_to_disk` names; what else lies there are results of its `map`."""
     try:
-        return {file["filename"] for file in json.loads(state.read_text("utf-8"))["_data_files"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {file["filename"] for file in read_json(state)["_data_files"]}
+    except (OSError, ValueError, TypeError, KeyError):
         return set()
 
 
@@ -197,8 +198,8 @@ def _unpacker(file: Any) -> Callable[..., Any] | None:
 def written_by_report(path: Path) -> str | None:
     """The name of the output that a report file stands beside; None if it is no report of this package."""
     try:
-        report = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        report = read_json(path)
+    except (OSError, ValueError):
         return None
     is_ours = isinstance(report, dict) and {"output", "rows", "rows_valid", "files"} <= report.keys()
     return report["output"] if is_ours and isinstance(report["output"], str) else None

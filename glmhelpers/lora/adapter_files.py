@@ -11,7 +11,6 @@ text. Such an adapter on the plain base gives another model without a word. So a
 is refused unless it is off (None, False, empty).
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from torch import Tensor
 from glmhelpers.cost_model.sizes import LORA_TARGETS
 from glmhelpers.lora.attach import PREFIX, prefix_config
 from glmhelpers.lora.fingerprint import base_difference
+from glmhelpers.utils import files
 from glmhelpers.utils.files import alone, current, finish
 from glmhelpers.utils.folders import expanded
 
@@ -238,8 +238,8 @@ def damaged(path: Path, reason: object) -> str:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Settings by name from one of an adapter's files; a ValueError if it does not hold such."""
     try:
-        found = json.loads(current(folder, KEY, name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = files.read_json(current(folder, KEY, name))
+    except ValueError as error:
         raise ValueError(damaged(folder / name, error)) from error
     if not isinstance(found, dict):
         raise ValueError(damaged(folder / name, f"it holds {type(found).__name__}, not settings by name"))

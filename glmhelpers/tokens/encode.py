@@ -39,7 +39,7 @@ from glmhelpers.tokens.prompts import build_prompt, with_input
 from glmhelpers.tokens.report import Settings, TokenReport
 from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
 from glmhelpers.utils.environment import output_folder
-from glmhelpers.utils.files import current, whole_file, write_json
+from glmhelpers.utils.files import current, read_json, whole_file, write_json
 from glmhelpers.utils.folders import expanded
 from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
 from thuglm.prompt import as_turns
@@ -112,8 +112,8 @@ def model_length(tokenizer: Any) -> int:
     that of ChatGLM-6B where there is none."""
     path = Path(str(getattr(tokenizer, "vocab_file", ""))).parent / "config.json"
     try:
-        length = json.loads(path.read_text("utf-8")).get("max_sequence_length", MAX_LENGTH)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        length = read_json(path).get("max_sequence_length", MAX_LENGTH)
+    except (OSError, ValueError, AttributeError):
         return MAX_LENGTH
     return length if isinstance(length, int) and length > 0 else MAX_LENGTH
 
@@ -187,9 +187,9 @@ def _is_whole(target: Path) -> bool:
     if not target.is_file():
         return False
     try:
-        values = json.loads(target.with_suffix(".json").read_text("utf-8"))
+        values = read_json(target.with_suffix(".json"))
         whole = values.pop("sha256") == _checksum(target, values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         print(f"[NOTE] {target} is damaged, or its report is: the rows are encoded again")
@@ -210,7 +210,7 @@ def token_report(dataset: datasets.Dataset) -> TokenReport:
     Raises:
         FileNotFoundError: the report is not beside the dataset's file.
     """
-    values = json.loads(Path(dataset.cache_files[0]["filename"]).with_suffix(".json").read_text("utf-8"))
+    values = read_json(Path(dataset.cache_files[0]["filename"]).with_suffix(".json"))
     del values["sha256"]
     values["dropped"] = Counter(values["dropped"])
     values["lengths"] = Counter({int(length): count for length, count in values["lengths"].items()})

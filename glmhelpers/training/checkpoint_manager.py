@@ -221,4 +221,4 @@ def keep_last(run: Path, count: int | None) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint: `global_step`, `max_steps`, `log_history` and more."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return read_json(folder / STATE)
