@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import ANY, Case, make_step  # puts the project on the path
 
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training.captured import padded_length
+from glmhelpers.training.pipeline import padded_length
 from glmhelpers.training.trainer import SameOrderSampler
 from thuglm import ChatGLMConfig, ChatGLMTokenizer
 

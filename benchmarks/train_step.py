@@ -37,9 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glmhelpers.cost_model.stages import is_checkpointed
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.check import part_names
 from glmhelpers.devicemap.plan import plan_device_map
-from glmhelpers.training.captured import Captured
 from glmhelpers.training.measure import forecast_case, prepare
 from glmhelpers.training.pipeline import run_step
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration

@@ -24,18 +24,17 @@ how the batch is cut.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
 from glmhelpers.inference.model_state import peft_prefix
 from glmhelpers.utils.types import Model
 from thuglm.constants import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from glmhelpers.training.captured import Captured
 
 
 def target_rows(labels: Tensor) -> Tensor:
@@ -74,6 +73,21 @@ def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tenso
     return cut
 
 
+def padded_length(length: int) -> int:
+    """The length that a batch is padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
+    step = 16 if length <= 64 else 32 if length <= 256 else 128
+    return -(-length // step) * step
+
+
+def pad_part(part: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A micro-batch, [B, L] on the CPU, with padding behind every row that nobody sees and nothing is learnt from."""
+    more = length - part["labels"].shape[1]
+    fill = {"labels": IGNORE_INDEX, "attention_mask": 0}
+    whole = {"attention_mask": torch.ones_like(part["input_ids"]), **part}
+    padded = {name: F.pad(x, (0, more), value=fill.get(name, 0)) for name, x in whole.items() if x.dim() == 2}
+    return {**whole, **padded, "target_rows": target_rows(padded["labels"])}
+
+
 def run_step(
     model: nn.Module,
     batch: Mapping[str, Tensor],
@@ -81,7 +95,7 @@ def run_step(
     device: torch.device | str | None = None,
     num_items: int | Tensor | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
-    captured: "Captured | None" = None,
+    captured: Captured | None = None,
     **forward: Any,
 ) -> Tensor:
     """Forward of every micro-batch, one backward over the sum; gradients are added to `.grad`.
@@ -93,7 +107,7 @@ def run_step(
         device: where ids and masks go; by default the device of the first block. Labels go to the head's.
         num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
         backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
-        captured: the stages as CUDA graphs, see `captured`.
+        captured: the stages as CUDA graphs; micro-batches are then padded to one of a few lengths.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 
     Returns:
@@ -111,8 +125,10 @@ def run_step(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(head_device(model) or device)
     losses = []
-    with captured.step(parts) if captured else nullcontext() as padded, own_streams(model):
-        parts = padded or parts
+    padded = [pad_part(part, padded_length(part["labels"].shape[1])) for part in parts] if captured else []
+    shapes = [(len(part["labels"]), part["labels"].shape[1]) for part in padded]
+    with captured.step(shapes) if captured else nullcontext(False) as recorded, own_streams(model):
+        parts = padded if recorded else parts
         called, before = behind_prefix(model)
         looked_up = look_up(model, parts, device)
         for part in parts:

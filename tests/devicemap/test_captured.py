@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.training.captured import Captured, pad_part, padded_length
-from glmhelpers.training.pipeline import run_step, split_batch
+from glmhelpers.devicemap.captured import Captured
+from glmhelpers.training.pipeline import pad_part, padded_length, run_step, split_batch
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch
 

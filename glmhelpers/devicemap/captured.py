@@ -9,7 +9,7 @@
 A graph reads and writes the same memory each time. So its inputs are copied into fixed tensors, and each micro-batch in
 flight has graphs of its own, over a memory pool that all of a GPU's graphs share: what the two passes of one shape hold
 is free again when the step ends, so that another shape may use it. That is why the order of recording and of replaying
-must be the same; it is checked. Batches are padded to a few lengths (`padded_length`), each recorded when first met.
+must be the same; it is checked. Batches are padded to a few lengths (`pad_part`), each recorded when first met.
 
 Blocks that are not checkpointed and follow each other on one GPU are one pair of graphs. A checkpointed block is a
 pair by itself: its forward graph keeps nothing, its backward graph runs the block again, from the random state of the
@@ -17,38 +17,20 @@ forward one. Random numbers continue where the generator stands, as without grap
 recording leaves the generator as it was, so a run that goes on after a kill draws what an unbroken one draws.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmhelpers.training.pipeline import target_rows
 from glmhelpers.utils.types import Model
-from thuglm.constants import IGNORE_INDEX
 
 SHAPES = 24
 """Shapes that are recorded at most; further ones run without graphs."""
 
 Shape = tuple[int, int]
-
-
-def padded_length(length: int) -> int:
-    """The length that a batch is padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
-    step = 16 if length <= 64 else 32 if length <= 256 else 128
-    return -(-length // step) * step
-
-
-def pad_part(part: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A micro-batch, [B, L] on the CPU, with padding behind every row that nobody sees and nothing is learnt from."""
-    more = length - part["labels"].shape[1]
-    fill = {"labels": IGNORE_INDEX, "attention_mask": 0}
-    whole = {"attention_mask": torch.ones_like(part["input_ids"]), **part}
-    padded = {name: F.pad(x, (0, more), value=fill.get(name, 0)) for name, x in whole.items() if x.dim() == 2}
-    return {**whole, **padded, "target_rows": target_rows(padded["labels"])}
 
 
 class Recorded:
@@ -255,19 +237,18 @@ class Captured:
         return "", tuple(state)
 
     @contextmanager
-    def step(self, parts: Sequence[Mapping[str, Tensor]]) -> Iterator[list[dict[str, Tensor]] | None]:
-        """For the length of one step over these micro-batches, the blocks are graphs. Yields the padded parts, or None
-        if the step runs without graphs; why is said once."""
-        padded = [pad_part(part, padded_length(part["labels"].shape[1])) for part in parts]
-        layers = self.layers_for(tuple(cast(Shape, tuple(part["labels"].shape)) for part in padded))
+    def step(self, shapes: Sequence[Shape]) -> Iterator[bool]:
+        """For the length of one step over micro-batches of these shapes [B, L], the blocks are graphs. Yields whether
+        they are; why not is said once."""
+        layers = self.layers_for(tuple(shapes))
         if layers is None:
-            yield None
+            yield False
             return
         for segment in cast(Any, layers):
             segment.number = 0
         before, self.transformer.layers = self.transformer.layers, layers
         try:
-            yield padded
+            yield True
         finally:
             self.transformer.layers = before
 
