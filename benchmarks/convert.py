@@ -6,8 +6,8 @@
 
 Each way runs in a process of its own with the same tokenizer and prints one JSON line; a last line compares them.
 `peak_rss_bytes` counts everything, the imports of torch, transformers and datasets included. `cpu_s` is the time the
-processor worked, which other programs on the machine disturb less than `seconds`. Rows count once they are encoded; those
-that are then left out, as longer than the model can read, stand in `rows_too_long`.
+processor worked, which other programs on the machine disturb less than `seconds`. Rows count once they are encoded;
+those that are then left out, as longer than the model can read, stand in `rows_too_long`.
 
 The way of 2023: pandas reads each file and failures are passed over, all rows are joined and shuffled, written as CSV
 in chunks of 666 rows, loaded with load_dataset("csv"), and the tokenizer is called once a row.
