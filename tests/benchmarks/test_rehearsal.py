@@ -1,5 +1,9 @@
 """The parts of the rehearsal that need no GPU: the stand-in for the hub, the copy of the project, the disguise, the table."""
 
+import itertools
+import subprocess
+import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +50,9 @@ def test_a_gpu_looks_like_a_t4(monkeypatch):
     assert torch.cuda.get_device_properties(0).total_memory == as_t4.CAP == 14.75 * 2**30
     assert torch.cuda.get_device_properties(0).multi_processor_count == 132
     assert torch.cuda.mem_get_info(0) == (as_t4.CAP - 10 * 2**30, as_t4.CAP)
+    monkeypatch.setenv(as_t4.SHARED_VARIABLE, "1")  # of 10 GB, 3 are its own
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 3 * 2**30)
+    assert torch.cuda.mem_get_info(0) == (as_t4.CAP - int(3.5 * 2**30), as_t4.CAP)
     assert shares == pytest.approx({0: 14.75 / 80, 1: 14.75 / 80})
     assert switched == [False, False]
 
@@ -67,3 +74,29 @@ def test_table_says_what_failed():
     first, second = rehearsal.table(rows).splitlines()[2:]
     assert first == "| 2 | 04 | 10 | 1.00 | 1.00, 2.00 | 5.0, not limited | passed |"
     assert second == "| 1 | 05 | 1 | - | - | 0.0, its process was killed | FAILED |"
+
+
+def test_notebooks_can_be_chosen_for_one_road_or_all():
+    assert rehearsal.chosen(["06", "1=01,05"], 1) == {"01", "05"}
+    assert rehearsal.chosen(["06", "1=01,05"], 2) == {"06"}
+    assert rehearsal.chosen(["1=01,05"], 2) == rehearsal.chosen([], 1) == set()
+    with pytest.raises(ValueError, match="--notebooks 1,05: write"):
+        rehearsal.chosen(["1,05"], 1)
+
+
+@pytest.mark.once
+def test_two_roads_at_once_without_the_download(tmp_path):
+    """Each keeps its own notebook and row; what a run that is cut off would leave is what is packed."""
+    archive = tmp_path / "reh" / "all.zip"
+    command = [sys.executable, rehearsal.__file__, "--small", "--together", "--roads", "2", "0", "--notebooks", "03"]
+    places = {"--out": tmp_path / "out", "--zip": archive, "--work": tmp_path}
+    done = subprocess.run(
+        [*command, *itertools.chain(*places.items())], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with zipfile.ZipFile(archive) as packed:
+        names, text = packed.namelist(), packed.read("table.md").decode()
+    assert {"2_gpus/03_device_map.ipynb", "0_gpus/03_device_map.ipynb", "machine.json"} <= set(names)
+    assert text.count("| 03\\_device\\_map |") == text.count("| passed |") == 2
+    assert "beside each other" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "reh"]
