@@ -83,7 +83,7 @@ def main() -> None:
     for rate in options.rates:
         for seed in options.seeds:
             started = time.perf_counter()
-            scaled = rate * (4096 / base.config.hidden_size) ** 0.5
+            scaled = rate * (4096 / base.config.hidden_size) ** 0.65
             model = train_once(base, tokenizer, scaled, seed, options.steps)
             names, after = ask(model, tokenizer, who), ask(model, tokenizer, general)
             found = {"rate": rate, "seed": seed, "name": share_right(names, [lesson.NAME] * len(names))}

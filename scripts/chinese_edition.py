@@ -205,9 +205,12 @@ def chinese_notebook(
         project: the folder that it belongs to, for links.
     """
     result, in_figures = copy.deepcopy(english), words(catalog_path(FIGURES, project))
+    there = twin(path, project)
+    badge_ends = [f'/{file.relative_to(project).as_posix()}"' for file in (path, there)]
     for cell in result.cells:
         if cell.cell_type == "markdown":
-            cell.source = move_links(translate(cell.source, known), path, twin(path, project), project)
+            text = translate(cell.source, known).replace(*badge_ends)  # a badge opens the notebook that it stands in
+            cell.source = move_links(text, path, there, project)
     for output in outputs(result):
         data = output.get("data", {})
         name = picture_name(data.get("image/png", ""))

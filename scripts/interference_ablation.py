@@ -39,7 +39,7 @@ NAME = "小星"
 SEEDS = (0, 1)
 BATCH, WARMUP, HOLD_OUT = 16, 20, 0.1
 TOKENS = 24  # of an answer; the longest reference has 20
-FORMER_RATE, RATE = (2e-4 * (4096 / 128) ** power for power in (2 / 3, 1 / 2))
+FORMER_RATE, RATE = 2e-4 * (4096 / 128) ** (2 / 3), 1.2e-4 * (4096 / 128) ** 0.65
 
 
 @dataclass(frozen=True)

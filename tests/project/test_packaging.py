@@ -261,6 +261,7 @@ def test_notebook_is_fit_for_readers(path):
     assert too_long == {}
     errors = [cell.source for cell in code for output in cell.outputs if output.output_type == "error"]
     assert errors == []
+    assert len(notebook.cells) <= 55 or path.stem == "solutions"  # it has a section for each of the others
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith("# ")
 
@@ -269,7 +270,6 @@ def test_notebook_is_fit_for_readers(path):
 def test_notebook_has_the_shape_of_the_course(path):
     cells = nbformat.read(path, as_version=4).cells
     lines = [len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code"]
-    assert len(cells) <= 55
     assert max(lines) <= 25
     assert statistics.median(lines) <= 8
     assert "**You are here:**" in cells[0].source
@@ -285,7 +285,8 @@ def test_notebook_is_committed_as_make_notebooks_writes_it(path):
     counts = [cell.execution_count for cell in code]
     assert counts == list(range(1, len(code) + 1)), "run `make notebooks`: cells not executed, or not in order"
     assert any(cell.outputs for cell in code)
-    assert notebook.metadata.keys() == {"kernelspec", "language_info"}, "run `make notebooks`"
+    clouds = {"accelerator", "colab", "kaggle"}  # what they ask for: test_badges.py
+    assert notebook.metadata.keys() - clouds == {"kernelspec", "language_info"}, "run `make notebooks`"
 
 
 @pytest.mark.parametrize("path", ENGLISH, ids=lambda path: path.stem)
