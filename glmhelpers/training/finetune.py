@@ -116,7 +116,8 @@ def train(
             number in the adapter; a setting that a run which is taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         OSError: errno EBUSY, the same run is trained by another process; ENOSPC, no room for a checkpoint.
-        torch.OutOfMemoryError: says which GPU (or that it is the host's memory), what was predicted and measured, and the nearest plan that fits.
+        torch.OutOfMemoryError: of a GPU or of the host; says which, what was predicted and measured, and the nearest
+            plan that fits.
     """
     refuse_many_processes()
     bring_prefix_home(model)

@@ -289,7 +289,7 @@ def test_another_error_of_a_step_stays_what_it_is(tmp_path, monkeypatch):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(trainer, "run_step", fail)
-    with pytest.raises(RuntimeError, match="^shapes differ$"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         run(tmp_path)
 
 
