@@ -6,43 +6,9 @@ import torch
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured
 from glmhelpers.training.pipeline import pad_part, padded_length, run_step, split_batch
+from tests.helpers.graph_home import Home
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch
-
-
-class Generator:
-    """The CPU's generator, with states in the place of offsets."""
-
-    def get_offset(self):
-        return torch.get_rng_state()
-
-    def set_offset(self, state):
-        torch.set_rng_state(state)
-
-
-class Again:
-    """A recording on a CPU: runs Python again, and writes where the first run wrote."""
-
-    def __init__(self, make):
-        self.make, self.result = make, make()
-        self.fixed = self.result.detach() if isinstance(self.result, torch.Tensor) else None
-
-    def run(self):
-        self.result = self.make()
-        if self.fixed is not None:
-            self.fixed.copy_(self.result.detach())
-
-
-class Home:
-    def __init__(self, device):
-        self.device, self.generator, self.count = device, Generator(), 0
-
-    def record(self, make):
-        self.count += 1
-        return Again(make)
-
-    def rehearse(self, make):
-        make()
 
 
 def padded_batch():
