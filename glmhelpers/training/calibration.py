@@ -93,6 +93,7 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
             if name not in measured:
                 measured[name] = {**card_rates(index, cards[index], sizes), **link, **host}
         keep_rates(measured)
+        _drop_workspaces()
         torch.cuda.empty_cache()
     return Calibration(gpus_here(), time.perf_counter() - started)
 
@@ -121,14 +122,20 @@ def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
 
 def _workspace() -> int:
     """Bytes that the first product of a thread makes cuBLAS keep; 0 where this cannot be seen."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is None:
+    if not _drop_workspaces():
         return 0
-    clear()
     x = torch.ones(64, 64, device="cuda", dtype=torch.float16)
     before = torch.cuda.memory_allocated()
     product = x @ x
     return torch.cuda.memory_allocated() - before - product.nbytes
+
+
+def _drop_workspaces() -> bool:
+    """Give back what cuBLAS keeps for the streams of this process, if this torch can."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+    return clear is not None
 
 
 def gpu_seconds(work: Callable[[], Tensor], repeats: int = 5) -> float:
@@ -178,6 +185,7 @@ def random_blocks(devices: list[str], config: Any) -> Any:
         model = prepare(model.place(places), [])
     inner = model.get_base_model().transformer
     inner.layers = nn.ModuleList([layer for layer in inner.layers for _ in range(BLOCKS)])
+    inner.config.num_layers = len(inner.layers)  # or the model would stop behind the first
     return model
 
 
@@ -206,7 +214,7 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     """The attention and memory shares with which the time model gives these seconds of one block.
 
     The model is linear in their inverses, so two passes tell two shares. Where noise makes one of them negative, both
-    are the catalogue's, stretched by one factor.
+    are the catalogue's, stretched by one factor; as they are where no time is left for them.
 
     Args:
         forward: seconds of one block, measured, and
@@ -227,8 +235,10 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     rest = forward - products[0], backward - products[1]
     x = (rest[0] * d - b * rest[1]) / (a * d - b * c)
     y = (a * rest[1] - c * rest[0]) / (a * d - b * c)
-    if min(x, y) <= 0:
-        stretch = max(sum(rest), 1e-9) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
+    if sum(rest) <= 0:  # faster than its own products: a wrong measurement, of which nothing is believed
+        x, y = 1 / card.attention_share, 1 / card.memory_share
+    elif min(x, y) <= 0:
+        stretch = sum(rest) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
         x, y = stretch / card.attention_share, stretch / card.memory_share
     return {"attention_share": 1 / x, "memory_share": 1 / y}
 

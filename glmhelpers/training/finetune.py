@@ -36,7 +36,7 @@ from glmhelpers.lora.attach import (
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
 from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
-from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
+from glmhelpers.training.memory_plan import explain_out_of_memory, out_of_memory, refuse_plan
 from glmhelpers.training.progress import EveryMinutes, Watch, logged_losses
 from glmhelpers.training.trainer import GLMTrainer
 from glmhelpers.utils.files import alone
@@ -122,7 +122,8 @@ def train(
             number in the adapter; a setting that a run which is taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         OSError: errno EBUSY, the same run is trained by another process; ENOSPC, no room for a checkpoint.
-        torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
+        torch.OutOfMemoryError: of a GPU or of the host; says which, what was predicted and measured, and the nearest
+            plan that fits.
     """
     refuse_many_processes()
     bring_prefix_home(model)
@@ -183,7 +184,9 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.check_weights()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             message = explain_out_of_memory(trainer, str(error))
             let_go(error)
             raise torch.OutOfMemoryError(message) from None

@@ -12,6 +12,7 @@ from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_time import block_seconds
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.training import calibration, measure_machine
+from glmhelpers.training.measure import random_batch
 from tests.helpers.reference import CHECKPOINT
 from thuglm import ChatGLMConfig
 
@@ -50,6 +51,7 @@ def test_rates_of_another_machine_are_not_believed_and_stay(monkeypatch):
         "[]",
         '{"x": 1',
         {"Tesla T4": {"matrix_share": -1}},
+        {"Tesla T4": {"memory_share": 1e6}},
         {"Tesla T4": {"memory": 5}},
         {"Tesla T4": {"link": "a"}},
         7,
@@ -100,6 +102,15 @@ def test_the_host_is_measured_by_a_real_step():
     assert all(0 < seconds < 1 for seconds in found.values())
 
 
+def test_every_block_of_the_measured_model_runs():
+    config, calls = ChatGLMConfig.from_pretrained(CHECKPOINT), []
+    model = calibration.random_blocks(["cpu", "cpu"], config)
+    for number, block in enumerate(dict.fromkeys(model.get_base_model().transformer.layers)):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    model(**random_batch(model.config, 2, 16), use_cache=False, return_logits=False)
+    assert calls == [0] * calibration.BLOCKS + [1] * calibration.BLOCKS
+
+
 @pytest.mark.parametrize(("attention", "memory"), [(0.1, 0.6), (0.25, 1.05), (0.03, 0.3)])
 def test_two_passes_tell_two_shares(attention, memory):
     """What the time model gives for known shares leads back to them."""
@@ -117,6 +128,11 @@ def test_passes_that_contradict_each_other_keep_their_sum():
     ahead, _, back = block_seconds(Shape.of(config), setting, replace(T4, **found))
     assert ahead + back == pytest.approx(2 * forward + 0.9 * backward)
     assert min(found.values()) > 0
+
+
+def test_passes_faster_than_their_products_are_not_believed():
+    found = calibration.shares_of(1e-5, 1e-5, T4, ChatGLMConfig())
+    assert found == pytest.approx({"attention_share": T4.attention_share, "memory_share": T4.memory_share})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

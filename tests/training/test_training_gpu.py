@@ -1,5 +1,7 @@
 """Training on a real GPU: the loss scale, the way back from a checkpoint, memory. Skipped without one."""
 
+import contextlib
+import gc
 import json
 
 import pytest
@@ -13,6 +15,7 @@ from glmhelpers.training import finetune, trainer
 from glmhelpers.training.checkpoint_manager import checkpoints
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.progress import Watch
+from glmhelpers.utils.units import MIB
 from tests.helpers.graph_home import Never
 from tests.helpers.reference import fresh_model, tokenizer
 from tests.helpers.resumable_run import StopAt, rows
@@ -153,12 +156,19 @@ def test_evaluation_costs_no_more_memory_than_training(tmp_path):
 def test_a_real_out_of_memory_error_is_explained(tmp_path):
     model = half_model(False)
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(0) / total + 1e-6, 0)
+    filling = []
+    for size in (2 * MIB, 64 * 1024):  # what the allocator holds and nobody uses would do for such a small batch
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                filling.append(torch.empty(size, device="cuda", dtype=torch.uint8))
     try:
         with pytest.raises(torch.OutOfMemoryError, match=r"ran out of memory in step 1, a batch of 6 x") as error:
             run(tmp_path, model)
     finally:
+        filling.clear()
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert "GPU 0: measured peak of tensors" in str(error.value)
     assert "predicted" in str(error.value)
