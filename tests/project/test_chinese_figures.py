@@ -66,6 +66,7 @@ def test_words_are_noted_with_a_font_and_without_one(figure, font, tmp_path, mon
     met = tmp_path / "words.jsonl"
     monkeypatch.setenv(figures.FILE_VARIABLE, str(met))
     monkeypatch.setattr("glmhelpers.plots.cjk_font", lambda: font)
+    monkeypatch.setattr(figures, "words", lambda: KNOWN)
     png = SimpleNamespace(lookup_by_type=lambda kind: printed)
     shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"image/png": png}))
     from IPython.core.formatters import BaseFormatter
