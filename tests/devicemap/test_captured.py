@@ -6,43 +6,9 @@ import torch
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured
 from glmhelpers.training.pipeline import pad_part, padded_length, run_step, split_batch
+from tests.helpers.graph_home import Home
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, the_batch
-
-
-class Generator:
-    """The CPU's generator, with states in the place of offsets."""
-
-    def get_offset(self):
-        return torch.get_rng_state()
-
-    def set_offset(self, state):
-        torch.set_rng_state(state)
-
-
-class Again:
-    """A recording on a CPU: runs Python again, and writes where the first run wrote."""
-
-    def __init__(self, make):
-        self.make, self.result = make, make()
-        self.fixed = self.result.detach() if isinstance(self.result, torch.Tensor) else None
-
-    def run(self):
-        self.result = self.make()
-        if self.fixed is not None:
-            self.fixed.copy_(self.result.detach())
-
-
-class Home:
-    def __init__(self, device):
-        self.device, self.generator, self.count = device, Generator(), 0
-
-    def record(self, make):
-        self.count += 1
-        return Again(make)
-
-    def rehearse(self, make):
-        make()
 
 
 def padded_batch():
@@ -137,12 +103,32 @@ def test_moved_weights_are_recorded_anew():
     assert again == run_step(model, padded_batch())
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_graphs_of_all_lengths_share_their_memory():
+    model = lora(fresh_model(device_map="cuda:0")).train()
+    recorder, held = Captured(model), []
+    for length in (512, 384, 256, 128, 512):
+        ids = torch.randint(10, 1000, (4, length))
+        ids[:, 3:5] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
+        model.zero_grad()
+        run_step(model, {"input_ids": ids, "labels": ids}, captured=recorder)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert len(recorder.known) == 4
+    assert max(held) < 1.3 * held[0]
+
+
 PARTS = ["transformer.word_embeddings", *(f"transformer.layers.{n}" for n in range(4)), "transformer.final_layernorm"]
 HALVES = {name: "cuda:0" if number < 3 else "cuda:1" for number, name in enumerate([*PARTS, "lm_head"])}
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@on_gpu
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("layers", [(), range(4), (1, 2)])
 @pytest.mark.parametrize("gpus", [1, 2])

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.lora.attach import attach_lora
+from glmhelpers.devicemap.captured import Captured
+from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training import trainer
+from glmhelpers.training import finetune, trainer
 from glmhelpers.training.checkpoint_manager import checkpoints
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.progress import Watch
@@ -76,6 +77,63 @@ def test_a_stopped_training_goes_on_with_the_same_losses(split, tmp_path):
     mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (newest, other))
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=1e-2)
+
+
+class Never(Captured):
+    """Pads as with graphs, and records nothing."""
+
+    def layers_for(self, shapes):
+        return None
+
+
+SOME = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.mark.parametrize("layers", [(), range(4), (1, 2)])
+@pytest.mark.parametrize("split", [False, True])
+def test_cuda_graphs_change_no_bit_of_a_training_not_even_of_one_that_was_stopped(
+    split, layers, tmp_path, monkeypatch, capsys
+):
+    if split and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def trained(folder, callbacks=()):
+        model = half_model(split)
+        checkpoint_only(model, layers)
+        log = run(tmp_path / folder, model, callbacks, **SOME)
+        return log, {name: weight.cpu() for name, weight in adapter_weights(model).items()}
+
+    log, weights = trained("graphs")
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", [StopAt(6)])
+    gone_on = trained("stopped")
+    assert "without CUDA graphs" not in capsys.readouterr().out
+    monkeypatch.setattr(finetune, "Captured", Never)
+    for other, others in (gone_on, trained("without")):
+        assert [(e["step"], e.get("loss"), e.get("eval_loss")) for e in other] == [
+            (e["step"], e.get("loss"), e.get("eval_loss")) for e in log
+        ]
+        for name, weight in weights.items():
+            assert torch.equal(others[name], weight), name
+
+
+def test_graphs_that_find_no_room_leave_the_training_as_it_is(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "Captured", Never)
+        model = half_model(False)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        want = run(tmp_path / "without", model, max_steps=3)
+    total, peak = torch.cuda.get_device_properties(0).total_memory, torch.cuda.max_memory_reserved(0)
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((peak + 2**21) / total, 0)
+    try:
+        got = run(tmp_path / "graphs", half_model(False), max_steps=3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    print(capsys.readouterr().out)
+    assert [entry.get("loss") for entry in got] == [entry.get("loss") for entry in want]
 
 
 def test_labels_are_counted_before_they_leave_the_cpu(tmp_path, monkeypatch):
