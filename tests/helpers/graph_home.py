@@ -6,6 +6,15 @@ let go too early gets NaN, as on a GPU he would get another tensor's numbers.
 
 import torch
 
+from glmhelpers.devicemap.captured import Captured
+
+
+class Never(Captured):
+    """Pads as with graphs, and records nothing: what a step with graphs is compared with."""
+
+    def layers_for(self, shapes):
+        return None
+
 
 class Generator:
     """The CPU's generator, with states in the place of offsets."""
@@ -39,9 +48,9 @@ class Again:
 
 
 class Home:
-    """`room`: recordings until the memory runs out; `used`: all of them, of all homes."""
+    """`room`: recordings until the memory runs out."""
 
-    room, used = None, 0
+    room: int | None = None
 
     def __init__(self, device):
         self.device, self.generator, self.count, self.free = device, Generator(), 0, []
@@ -50,7 +59,6 @@ class Home:
         if self.room is not None and self.count >= self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.count += 1
-        type(self).used += 1
         return Again(make, fixed, list(self.free))
 
     def rehearse(self, make):

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.devicemap.captured import Captured
 from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
 from glmhelpers.training import finetune, trainer
@@ -17,6 +16,7 @@ from glmhelpers.training.checkpoint_manager import checkpoints
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.progress import Watch
 from glmhelpers.utils.units import MIB
+from tests.helpers.graph_home import Never
 from tests.helpers.reference import fresh_model, tokenizer
 from tests.helpers.resumable_run import StopAt, rows
 
@@ -77,13 +77,6 @@ def test_a_stopped_training_goes_on_with_the_same_losses(split, tmp_path):
     mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (newest, other))
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=1e-2)
-
-
-class Never(Captured):
-    """Pads as with graphs, and records nothing."""
-
-    def layers_for(self, shapes):
-        return None
 
 
 SOME = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
