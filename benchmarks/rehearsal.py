@@ -159,6 +159,8 @@ def walk(project: Path, gpus: int, hub: str, options: argparse.Namespace) -> Non
         HF_ENDPOINT=hub,
         HF_DATASETS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
+        # As on Kaggle. With a thread for each of 32 cores, two kernels at once wait for one another for minutes.
+        OMP_NUM_THREADS="4",
         PYTHONPATH=os.pathsep.join(filter(None, (str(PROJECT / "benchmarks"), os.environ.get("PYTHONPATH")))),
     )
     rows: list[dict[str, Any]] = []

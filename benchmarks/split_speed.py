@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.split_machine import SIZES, Machine, line
+from benchmarks.split_machine import CAP, SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.plan import plan_device_map
@@ -90,6 +90,33 @@ def step_seconds(machine: Machine, model: nn.Module, batch: dict, parts: int, **
             times.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
     return statistics.median(times)
+
+
+def graphs(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """Four rows in four parts, no block run again: as CUDA graphs and without, in turns; both ways' memory at once is
+    more than a T4 has."""
+    machine.cap(float("inf"))
+    layers = machine.config.num_layers
+    net.place(machine.device_map((layers // 2, layers - layers // 2)))
+    checkpoint_only(model, [])
+    batch, captured = random_batch(machine.config, 4, machine.length), Captured(model)
+    for way in ("eager", "graphs") * 2:
+        machine.reset_peaks()
+        how = {"captured": captured} if way == "graphs" else {}
+        line(
+            "graphs",
+            way=way,
+            rows=4,
+            length=machine.length,
+            micro_batches=4,
+            ms=round(step_seconds(machine, model, batch, 4, **how) * 1e3, 1),
+            recorded=len(captured.known),
+            peak_bytes=[torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())],
+            reserved_bytes=[torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())],
+        )
+    captured.forget()
+    machine.cap(CAP)
+    net.place(machine.device_map())
 
 
 def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:

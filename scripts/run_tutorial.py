@@ -78,7 +78,8 @@ def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     """
     if names:
         stems = [name.removesuffix(".ipynb") for name in names]
-        paths = [next(folder.glob(f"**/{stem}.ipynb"), folder / f"{stem}.ipynb") for stem in stems]
+        appendix = folder / "appendix"
+        paths = [(appendix if (appendix / f"{stem}.ipynb").is_file() else folder) / f"{stem}.ipynb" for stem in stems]
     else:
         paths = [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("solutions.ipynb")]
         paths += sorted(folder.glob("appendix/*.ipynb"))
@@ -179,10 +180,6 @@ def run(
     extension = cell_coverage.EXTENSION if weights else "chinese_figures" if write else ""
     if extension:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT / "scripts"), str(PROJECT)])
-    met = build / "figure_words.jsonl"
-    met.unlink(missing_ok=True)
-    os.environ["GLM_FIGURE_WORDS"] = str(met)
-
     if write:
         import chinese_edition  # with Babel, which only those need who write
 
@@ -191,6 +188,9 @@ def run(
         print(f"{path.stem} ...", end="", flush=True)
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
         os.environ[cell_coverage.FILE_VARIABLE] = str(build / f"{path.stem}.jsonl")
+        met = build / f"{path.stem}.words.jsonl"
+        met.unlink(missing_ok=True)
+        os.environ["GLM_FIGURE_WORDS"] = str(met)
         try:
             checks = project / "tests" / "notebooks" / f"{path.stem}.py"
             execute(
@@ -220,7 +220,7 @@ def run(
                 clean(committed, project, output)
                 keep_committed(notebook, committed)
             _write_text(path, _as_text(notebook))
-        chinese_edition.keep(chinese, met, project)
+        chinese_edition.keep(chinese, build, project)
     return outcomes
 
 

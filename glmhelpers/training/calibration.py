@@ -263,7 +263,7 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     """The attention and memory shares with which the time model gives these seconds of one block.
 
     The model is linear in their inverses, so two passes tell two shares. Where noise makes one of them negative, both
-    are the catalogue's, stretched by one factor.
+    are the catalogue's, stretched by one factor; as they are where no time is left for them.
 
     Args:
         forward: seconds of one block, measured, and
@@ -284,8 +284,10 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     rest = forward - products[0], backward - products[1]
     x = (rest[0] * d - b * rest[1]) / (a * d - b * c)
     y = (a * rest[1] - c * rest[0]) / (a * d - b * c)
-    if min(x, y) <= 0:
-        stretch = max(sum(rest), 1e-9) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
+    if sum(rest) <= 0:  # faster than its own products: a wrong measurement, of which nothing is believed
+        x, y = 1 / card.attention_share, 1 / card.memory_share
+    elif min(x, y) <= 0:
+        stretch = sum(rest) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
         x, y = stretch / card.attention_share, stretch / card.memory_share
     return {"attention_share": 1 / x, "memory_share": 1 / y}
 

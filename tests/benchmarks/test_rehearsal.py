@@ -1,8 +1,6 @@
 """The parts of the rehearsal that need no GPU: the stand-in for the hub, the copy of the project, the disguise, the table."""
 
-import itertools
-import subprocess
-import sys
+import json
 import zipfile
 from types import SimpleNamespace
 
@@ -84,19 +82,22 @@ def test_notebooks_can_be_chosen_for_one_road_or_all():
         rehearsal.chosen(["1,05"], 1)
 
 
-@pytest.mark.once
-def test_two_roads_at_once_without_the_download(tmp_path):
-    """Each keeps its own notebook and row; what a run that is cut off would leave is what is packed."""
-    archive = tmp_path / "reh" / "all.zip"
-    command = [sys.executable, rehearsal.__file__, "--small", "--together", "--roads", "2", "0", "--notebooks", "03"]
-    places = {"--out": tmp_path / "out", "--zip": archive, "--work": tmp_path}
-    done = subprocess.run(
-        [*command, *itertools.chain(*places.items())], capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_after_each_notebook_all_that_is_there_is_packed(tmp_path):
+    out, archive = tmp_path / "out", tmp_path / "all.zip"
+    out.mkdir()
+    (out / "machine.json").write_text(json.dumps({"text": "", "seconds": "They ran beside each other."}))
+    for gpus in (1, 2):
+        with rehearsal.kept(out, archive):
+            (out / f"{gpus}_gpus").mkdir()
+            (out / f"{gpus}_gpus" / "03.ipynb").write_text("{}")
+            row = {"gpus": gpus, "notebook": "03", "seconds": 1.0, "host": "not limited", "ok": True}
+            (out / f"{gpus}_gpus.json").write_text(json.dumps([row]))
     with zipfile.ZipFile(archive) as packed:
-        names, text = packed.namelist(), packed.read("table.md").decode()
-    assert {"2_gpus/03_device_map.ipynb", "0_gpus/03_device_map.ipynb", "machine.json"} <= set(names)
-    assert text.count("| 03\\_device\\_map |") == text.count("| passed |") == 2
-    assert "beside each other" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "reh"]
+        names, lines = set(packed.namelist()), packed.read("table.md").decode().splitlines()
+    assert names == {f"{gpus}_gpus{end}" for gpus in (1, 2) for end in (".json", "/03.ipynb")} | {
+        "machine.json",
+        "table.md",
+    }
+    assert [line[:5] for line in lines[2:4]] == ["| 2 |", "| 1 |"]
+    assert lines[-1] == "They ran beside each other."
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "all.zip"}

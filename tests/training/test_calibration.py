@@ -50,6 +50,7 @@ def test_rates_of_another_machine_are_not_believed_and_stay(monkeypatch):
         "[]",
         '{"x": 1',
         {"Tesla T4": {"matrix_share": -1}},
+        {"Tesla T4": {"memory_share": 1e6}},
         {"Tesla T4": {"memory": 5}},
         {"Tesla T4": {"link": "a"}},
         7,
@@ -143,6 +144,11 @@ def test_passes_that_contradict_each_other_keep_their_sum():
     ahead, _, back = block_seconds(Shape.of(config), setting, replace(T4, **found))
     assert ahead + back == pytest.approx(2 * forward + 0.9 * backward)
     assert min(found.values()) > 0
+
+
+def test_passes_faster_than_their_products_are_not_believed():
+    found = calibration.shares_of(1e-5, 1e-5, T4, ChatGLMConfig())
+    assert found == pytest.approx({"attention_share": T4.attention_share, "memory_share": T4.memory_share})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
