@@ -1,4 +1,4 @@
-"""A host made slow on purpose: a busy wait before each block is started, forward, forward again and backward.
+"""A host made slow on purpose: a busy wait in each block that is started, forward, forward again and backward.
 
     with slow_host(5e-3):
         measure_machine(refresh=True)        sees 5 ms a block and pass more
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from thuglm.modeling_chatglm import ChatGLMBlock
+from thuglm.modeling_chatglm import ChatGLMAttention
 
 
 def wait_busy(seconds: float) -> None:
@@ -35,17 +35,18 @@ def slow_host(
 
     Args:
         seconds: for each block and pass; 0 changes nothing.
-        wait: called with the block, "forward" or "backward", and the seconds; tests turn a clock of their own.
+        wait: called with a block's attention, "forward" or "backward", and the seconds; a test turns its own clock.
     """
 
-    def before(block: Any, _: Any) -> None:
-        if isinstance(block, ChatGLMBlock):
-            wait(block, "forward", seconds)
+    # The attention: hooks of the block itself are left out when it runs again (transformers 5.24).
+    def before(module: Any, _: Any) -> None:
+        if isinstance(module, ChatGLMAttention):
+            wait(module, "forward", seconds)
 
-    def behind(block: Any, _: Any, output: Any) -> None:
+    def behind(module: Any, _: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if isinstance(block, ChatGLMBlock) and isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(lambda _: wait(block, "backward", seconds))
+        if isinstance(module, ChatGLMAttention) and isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: wait(module, "backward", seconds))
 
     hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(behind)] if seconds else []
     try:

@@ -19,7 +19,7 @@ from glmhelpers.training.measure import prepare, random_batch
 from glmhelpers.training.pipeline import run_step
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
-LAYERS, ROWS, LENGTH = 8, 8, 256
+LAYERS, ROWS, LENGTH = 6, 4, 512
 LARGE = ChatGLMConfig(num_layers=LAYERS)
 SPECIAL = {"bos_token_id": 4, "eos_token_id": 5, "mask_token_id": 0, "gmask_token_id": 1}
 TINY = ChatGLMConfig(
@@ -39,7 +39,7 @@ class MadeUp:
     def step(self, plan, launch):
         self.host, self.free, self.ready, self.back = 0.0, [0.0] * len(plan.gpus), 0.0, False
         model = prepare(ChatGLMForConditionalGeneration(TINY), plan.checkpointed_layers)
-        layers = list(model.get_base_model().transformer.layers)
+        layers = [block.attention for block in model.get_base_model().transformer.layers]
         homes = {layer: gpu for gpu, blocks in enumerate(plan.blocks) for layer in blocks}
         forward, again, backward = block_seconds(plan.shape, plan.setting, plan.gpus[0])
         head = head_seconds(plan.shape, plan.setting, plan.gpus[0])
@@ -85,7 +85,7 @@ def measured(launch, monkeypatch):
 
 def test_a_slower_host_changes_the_plan_and_the_plan_is_the_best_of_those_timed(monkeypatch):
     chosen = []
-    for launch in (1e-5, 2e-2, 0.2):
+    for launch in (1e-5, 0.3):
         card = measured(launch, monkeypatch)
         plan = plan_device_map(LARGE, [card] * 2, ROWS, LENGTH)
         times = {
@@ -93,7 +93,7 @@ def test_a_slower_host_changes_the_plan_and_the_plan_is_the_best_of_those_timed(
                 plan_device_map(LARGE, [card] * count, ROWS, LENGTH, micro_batches=parts), launch
             )
             for count in (1, 2)
-            for parts in (1, 2, 4, 8)
+            for parts in (1, 2, 4)
         }
         assert MadeUp().step(plan, launch) <= 1.02 * min(times.values()), times
         chosen.append(plan.micro_batches)
