@@ -12,6 +12,9 @@ from glmhelpers.devicemap.captured import Captured
 class Never(Captured):
     """Pads as with graphs, and records nothing: what a step with graphs is compared with."""
 
+    def __init__(self, model):
+        super().__init__(model, Home)
+
     def layers_for(self, shapes):
         return None
 
