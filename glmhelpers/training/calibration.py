@@ -137,7 +137,7 @@ def card_rates(index: int, card: GPU, config: Any, notes: list[str]) -> dict[str
     shares: dict[str, Any] = {"matrix_share": operations / seconds / card.matrix_rate}
     passes = block_passes(device, config)
     found = shares | shares_of(*passes, replace(card, **shares), config)
-    if not all(0 < share <= PLAUSIBLE for share in found.values()):
+    if not all(0 < share <= PLAUSIBLE for share in found.values()) or sum(passes) < 2 * seconds:
         notes.append(
             f"GPU {index}: a block took {1e3 * passes[0]:.2f} ms forward and {1e3 * passes[1]:.2f} ms backward, its "
             f"products alone {1e3 * seconds:.2f} ms: that cannot be, so the catalogue's shares count. Is another "

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
+from glmhelpers.cost_model.sizes import padded_length
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured
-from glmhelpers.training.pipeline import pad_part, padded_length, run_step, split_batch
+from glmhelpers.training.pipeline import pad_part, run_step, split_batch
 from tests.helpers.graph_home import Home, Never
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, right_padded, the_batch, training_rows
@@ -272,7 +273,7 @@ def test_what_is_done_between_two_steps_is_seen(which):
 
 
 def test_long_micro_batches_are_neither_recorded_nor_padded(monkeypatch):
-    monkeypatch.setattr("glmhelpers.devicemap.captured.TOKENS", 6 * 16 - 1)
+    monkeypatch.setattr("glmhelpers.devicemap.captured.GRAPH_TOKENS", 6 * 16 - 1)
     model = lora(fresh_model(), 0.2).train()
     captured = Captured(model, Home)
     torch.manual_seed(3)
