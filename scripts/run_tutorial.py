@@ -19,15 +19,17 @@ makes one that answers as the tiny one does), and ends with a list of the branch
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,26 +193,9 @@ def run(
     if extension:
         environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT / "scripts"), str(PROJECT)])
 
-    failures: list[CellFailedError] = []
-
-    def run_lane(lane: Sequence[Path]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for path in lane:
-            if failures:
-                break
-            try:
-                outcomes.append(_run_one(path, build, project, extension, environment))
-            except CellFailedError as error:
-                failures.append(error)
-        return outcomes
-
-    numbered = [path for path in paths if path.stem[:1].isdigit()]
-    lanes = [numbered, *([path] for path in paths if path not in numbered)] if jobs > 1 else [paths]
-    with ThreadPoolExecutor(jobs) as pool:
-        done = {outcome.name: outcome for outcomes in pool.map(run_lane, lanes) for outcome in outcomes}
-    if failures:
-        raise failures[0]
-    outcomes = [done[path.stem] for path in paths]
+    run_one = partial(_run_one, build=build, project=project, extension=extension, environment=environment)
+    done = {path: run_one(path) for path in paths} if jobs == 1 else _run_beside(run_one, paths, jobs)
+    outcomes = [done[path] for path in paths]
     if write:
         import chinese_edition  # with Babel, which only those need who write
 
@@ -227,10 +212,30 @@ def run(
     return outcomes
 
 
+def _run_beside(run_one: Callable[[Path], Outcome], paths: Sequence[Path], jobs: int) -> dict[Path, Outcome]:
+    """`run_one` of each path, `jobs` at a time, each in a process that Ctrl-C reaches; one numbered path at a time."""
+    waiting, done = list(paths), {}
+    running: dict[Future[Outcome], Path] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            for path in tuple(waiting):
+                taken = len(running) == jobs or (_is_numbered(path) and any(map(_is_numbered, running.values())))
+                if not taken:
+                    waiting.remove(path)
+                    running[pool.submit(run_one, path)] = path
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done[running.pop(future)] = future.result()
+    return done
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.stem[:1].isdigit()
+
+
 def _run_one(path: Path, build: Path, project: Path, extension: str, environment: Mapping[str, str]) -> Outcome:
     """Execute one notebook, clean it, write it to `build` as notebook and as page."""
-    numbered, output = path.stem[:1].isdigit(), build / "outputs"
-    if not numbered:
+    output = build / "outputs"
+    if not _is_numbered(path):
         output /= path.stem
         output.mkdir()
     words = build / f"{path.stem}.words.jsonl"
