@@ -28,6 +28,8 @@ tutorial: .venv/.installed
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py
 
 notebooks: .venv/.installed
+	@fc-list :lang=zh family 2>/dev/null | grep -q . \
+		|| echo "No font here has Chinese glyphs: the Chinese edition will have English figures. apt-get install fonts-noto-cjk"
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --write
 
 zh: .venv/.installed

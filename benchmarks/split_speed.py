@@ -7,6 +7,7 @@
             stages 16 / 9 = 1.78 times as fast at best
 """
 
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -140,3 +141,51 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
         ms=round(seconds * 1e3, 1),
         **machine.compare_peaks(plan.device_map, plan, batch),
     )
+
+
+def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """The same batch in more and more parts: the bubble shrinks and the host has more to start. Equal halves; without
+    the cap of a T4, which two GPUs that keep everything exceed.
+
+    All blocks checkpointed, then none, each in turns; then none as CUDA graphs, one number of parts after the other,
+    since each holds a memory pool of its own. Faster is against one part without graphs.
+    """
+    layers, rows, rounds = machine.config.num_layers, overlap_rows(machine), 1 if machine.tiny else 3
+    if machine.on_gpu and not machine.tiny:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    cut = (layers // 2, layers - layers // 2)
+    net.place(machine.device_map(cut))
+    batch, numbers = random_batch(machine.config, rows, machine.length), (1, 2) if machine.tiny else (1, 8, 12, 24)
+
+    def timed(parts: int, captured: Captured | None = None) -> float:
+        machine.sync()
+        start = time.perf_counter()
+        run_step(model, batch, parts, captured=captured)
+        machine.sync()
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    def say(times: dict[int, list[float]], one: float, **how: Any) -> None:
+        medians = {parts: statistics.median(seconds[1:]) for parts, seconds in times.items()}
+        facts = {"cut": cut, "rows": rows, "length": machine.length, **how}
+        ms = {parts: round(1e3 * seconds, 1) for parts, seconds in medians.items()}
+        line("parts", **facts, ms=ms, faster={parts: round(one / seconds, 2) for parts, seconds in medians.items()})
+
+    one = 0.0
+    for checkpointed in ("all", "none"):
+        checkpoint_only(model, range(layers) if checkpointed == "all" else [])
+        times: dict[int, list[float]] = {parts: [] for parts in numbers}
+        for _ in range(rounds + 1):
+            for parts in numbers:
+                times[parts].append(timed(parts))
+        one = statistics.median(times[1][1:])
+        say(times, one, checkpointed=checkpointed, graphs=False)
+    for parts in numbers[1:]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        captured = Captured(model)
+        say({parts: [timed(parts, captured) for _ in range(rounds + 1)]}, one, checkpointed="none", graphs=True)
+        del captured
+    net.place(machine.device_map())

@@ -186,7 +186,7 @@ class Run:
 
         here = {gpu.index: known_gpu(gpu.name, gpu.total_bytes) for gpu in list_gpus()}
         indices = sorted(int(index) for index in self.devices)
-        settings = {"dtype": str(self.dtype).removeprefix("torch."), "cuda_graphs": None, **settings}
+        settings = {"dtype": str(self.dtype).removeprefix("torch."), **settings}
         cards = [here[index] for index in indices]
         return plan_device_map(config, cards, batch_size, seq_length, devices=indices, **settings)
 

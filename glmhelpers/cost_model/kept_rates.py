@@ -19,7 +19,7 @@ from glmhelpers.utils.folders import user_cache
 
 RATES = (
     *("matrix_share", "memory_share", "attention_share", "link"),
-    *("launch_forward", "launch_again", "launch_backward", "gemm_workspace", "context"),
+    *("launch_forward", "launch_again", "launch_backward", "launch_step", "gemm_workspace", "context"),
 )
 """Fields of a GPU that are measured."""
 BYTES = ("gemm_workspace", "context")

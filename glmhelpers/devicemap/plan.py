@@ -17,7 +17,8 @@ plans that no other beats in everything that counts. That is exact; tests compar
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -308,10 +309,9 @@ def longest_length(
     """
     room, setting = _room_and_setting(config, gpus, reserve, batch_size, 8, None, settings)
     search = Search(room, "memory", "all", None)
-    parts = batch_size if setting.training else 1
 
     def fits(eights: int) -> bool:
-        return search.fits([replace(setting, seq_length=8 * eights, micro_batches=parts)])
+        return search.fits(variants(replace(setting, seq_length=8 * eights), None))
 
     return 8 * _last_that(fits, (limit or room.shape.max_length) // 8)
 
@@ -322,13 +322,24 @@ def _last_that(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _room_and_setting(config, gpus, reserve, batch, length, parts, settings) -> tuple[Room, Setting]:
-    cards = one_host(find_gpus(gpus))
+    with _naming("gpus"):
+        cards = one_host(find_gpus(gpus))
     reserves = list(reserve) if isinstance(reserve, list | tuple) else [reserve] * len(cards)
     if len(reserves) != len(cards):
         raise ValueError(f"{len(reserves)} reserves for {len(cards)} GPUs; give one for each, or a single one")
-    usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
+    with _naming("reserve"):
+        usable = [max(0, card.memory - parse_size(kept)) for card, kept in zip(cards, reserves, strict=True)]
     setting = Setting(batch, length, 1 if parts is None else parts, **with_prefix(config, settings))
     return Room(Shape.of(config), tuple(cards), tuple(usable)), setting
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """A refused value is told by the name of its argument, too."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
 
 
 def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> DoesNotFit:

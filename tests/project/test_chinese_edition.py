@@ -186,6 +186,43 @@ def test_pictures_of_one_run_find_each_other(translated):
     assert any("1 English pictures" in fault for fault in edition.faults(translated))
 
 
+def test_new_outputs_alone_do_not_fail_the_tests(translated):
+    path = translated / "notebooks" / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("kept\\n", "kept today\\n"), encoding="utf-8")
+    assert edition.faults(translated, with_outputs=False) == []
+    assert edition.faults(translated) == ["notebooks/zh/01_one.ipynb: not what its PO file gives"]
+
+
+def test_a_fault_names_the_file_and_the_message(translated):
+    path = translated / "notebooks" / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("print('kept')", "print('new')"), encoding="utf-8")
+    assert edition.faults(translated, with_outputs=False) == ["notebooks/zh/01_one.ipynb: not what its PO file gives"]
+    (translated / "README.md").write_text("# A course\n\nRead [one](notebooks/01_one.ipynb).\n", encoding="utf-8")
+    assert "locale/zh_CN/README.po: not in the PO file: # A course" in edition.faults(translated, with_outputs=False)
+
+
+def test_a_chinese_notebook_without_an_english_one_is_named(translated):
+    path = translated / "notebooks" / "zh" / "07_old.ipynb"
+    path.write_text("{}", encoding="utf-8")
+    assert edition.faults(translated) == ["notebooks/zh/07_old.ipynb: the English one is gone, remove it"]
+
+
+def test_the_glossary_in_chinese_is_its_own_half(translated):
+    text = (translated / "GLOSSARY.zh-CN.md").read_text(encoding="utf-8")
+    assert text.startswith("[English, 中英对照](GLOSSARY.md) · [README](README.zh-CN.md)\n\n# 术语表\n\n词。\n")
+    assert text.endswith('<a id="one"></a>\n\n**一** · one ([01](notebooks/zh/01_one.ipynb))<br>\n第一个。\n')
+
+
+def test_words_of_figures_go_with_the_last_notebook_that_shows_them(translated):
+    edition.meet({"01_one": ["peak", "limit {1}", "peak"], "A_two": ["peak"]}, translated)
+    edition.meet({"01_one": ["limit {1}"]}, translated)
+    catalog = edition.read_catalog(edition.catalog_path("figures", translated))
+    assert {one.id: one.auto_comments for one in catalog if one.id} == {"limit {1}": ["01_one"], "peak": ["A_two"]}
+    edition.meet({"A_two": []}, translated)
+    catalog = edition.read_catalog(edition.catalog_path("figures", translated))
+    assert [one.id for one in catalog if one.id] == ["limit {1}"]
+
+
 @given(st.text(st.sampled_from("ab 12.,{}")))
 def test_a_message_with_its_numbers_is_the_text(text):
     message, found = message_of(text)
