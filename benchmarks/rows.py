@@ -165,7 +165,9 @@ def through_trainer(model: Any, rows: list[dict], size: int, graphs: bool, secon
         clock = Clock(captured, seconds)
         how: dict[str, Any] = {"train_dataset": rows, "data_collator": collate, "callbacks": [clock]}
         GLMTrainer(model, args, captured=captured, **how).train()
+    free, total = torch.cuda.mem_get_info() if device != "cpu" else (0, 0)
     figures = {
+        "outside_bytes": total - free - (torch.cuda.memory_reserved() if device != "cpu" else 0),
         "steps": clock.steps,
         "recorded": clock.recorded,
         "ms": round(clock.took / clock.steps * 1e3, 1),

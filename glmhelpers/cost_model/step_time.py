@@ -131,7 +131,11 @@ def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> Sta
     if not setting.training:
         return StageTime(ahead, 0.0, launch_ahead)
     back = blocks * backward + checkpointed * again + send
-    return StageTime(ahead, back, launch_ahead, blocks * gpu.launch_backward + checkpointed * gpu.launch_again)
+    launch_back = blocks * gpu.launch_backward + checkpointed * gpu.launch_again
+    if setting.replayed:  # a checkpointed block is a segment of its own
+        launch_back = (checkpointed + (checkpointed < blocks)) * gpu.launch_graph
+        launch_ahead = launch_back + stage.head * gpu.launch_forward
+    return StageTime(ahead, back, launch_ahead, launch_back)
 
 
 def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: int, gpu: GPU) -> float:

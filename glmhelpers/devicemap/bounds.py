@@ -129,5 +129,8 @@ class Bounds:
         back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
         host = self.room.host
         launch = layers * (host.launch_backward + again * host.launch_again) * setting.training
-        total = StageTime(ahead, back, (layers + 1) * host.launch_forward, launch)
+        if setting.replayed:
+            launch = (layers if again else 1) * host.launch_graph
+        launch_ahead = host.launch_forward + (launch if setting.replayed else layers * host.launch_forward)
+        total = StageTime(ahead, back, launch_ahead, launch)
         return pass_seconds(total, StageTime(*slowest), setting.micro_batches)

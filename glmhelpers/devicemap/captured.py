@@ -11,7 +11,7 @@ micro-batch in flight has graphs of its own, and a segment reads its neighbour's
 GPU's graphs share one pool: when a shape is recorded its tensors are let go (`OnDevice.borrow`), so that the next shape
 is recorded over the same memory, and all shapes together need what the largest needs. That is why the order of
 recording and of replaying must be the same; it is checked. Batches are padded to a few lengths (`pad_part`), each
-recorded when first met; micro-batches of more than TOKENS tokens run without, since there the GPU is the slower one.
+recorded when first met; those of more than GRAPH_TOKENS tokens run without, since there the GPU is the slower one.
 
 Blocks that are not checkpointed and follow each other on one GPU are one pair of graphs. A checkpointed block is a
 pair by itself: its forward graph keeps nothing, its backward graph runs the block again, from the random state of the
@@ -20,6 +20,7 @@ recording leaves the generator as it was, so a run that goes on after a kill dra
 """
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,14 +29,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from glmhelpers.cost_model.sizes import GRAPH_TOKENS
 from glmhelpers.devicemap.devices import OnDevice
 from glmhelpers.utils.types import Model
 
 SHAPES = 24
 """Shapes that are recorded at most; further ones run without graphs."""
-
-TOKENS = 2048
-"""Tokens of a micro-batch up to which graphs are worth their memory: with more, no host is slower than its GPU."""
 
 ON_CPU = "a block is on the CPU"
 
@@ -287,13 +286,17 @@ class Captured:
                 return None
             try:
                 self.known[shapes] = self.record(shapes)
-            except torch.OutOfMemoryError:
-                self.give_up()
-                return None
             except (RuntimeError, NotImplementedError) as error:
                 self.known[shapes] = None
-                self.say_without(str(error).splitlines()[0])
-        return self.known[shapes]
+                # Where the memory ends while kernels are recorded, the end of the recording fails, too.
+                chain = [each for each in (error, error.__context__) if each is not None]
+                for each in chain:
+                    traceback.clear_frames(each.__traceback__)  # they hold what has been recorded so far
+                if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
+                    self.give_up()
+                else:
+                    self.say_without(str(error).splitlines()[0])
+        return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:
         """Say once why a step runs without graphs."""
@@ -392,4 +395,4 @@ class Captured:
 
 def fits_graphs(shapes: Sequence[Shape]) -> bool:
     """Are all micro-batches of these shapes [B, L] small enough for graphs to be worth it?"""
-    return all(rows * length <= TOKENS for rows, length in shapes)
+    return all(rows * length <= GRAPH_TOKENS for rows, length in shapes)

@@ -225,13 +225,13 @@ class Search:
                 {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
             ]
         rests = self._rests(moves)
-        launches = (room.shape.layers + 1) * room.host.launch_forward
+        head, blocks = room.host.launch_forward, room.shape.layers * room.host.launch_forward
         lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
 
         def seconds(partial: _Partial, rest: _Partial = NOTHING) -> float:
-            total = StageTime(
-                partial.forward + rest.forward, partial.backward + rest.backward, launches, partial.launch + rest.launch
-            )
+            launch = partial.launch + rest.launch
+            ahead = head + (launch if setting.replayed else blocks)  # a segment's two graphs start equally fast
+            total = StageTime(partial.forward + rest.forward, partial.backward + rest.backward, ahead, launch)
             slow = StageTime(
                 max(partial.slow_forward, rest.slow_forward), max(partial.slow_backward, rest.slow_backward)
             )

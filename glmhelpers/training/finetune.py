@@ -90,7 +90,7 @@ def train(
     plan: Plan | None = None,
     micro_batches: int = 1,
     loss_chunk: int | None = None,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool | None = False,
     minutes: float = 10,
     watch: Watch | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -108,9 +108,9 @@ def train(
             dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
         loss_chunk: rows of logits alive at once; changes no result.
         cuda_graphs: record the kernels of each length of rows once, and start them with one call from then on (see
-            `devicemap.captured`): short rows train faster where the host is the slower one. By default on GPUs, where
-            the plan has room for them. What cannot be recorded runs without, and that is said. Like `micro_batches`,
-            the same losses and gradients but for rounding and dropout's masks, as rows are padded to a few lengths.
+            `devicemap.captured`): short rows train faster where the host is the slower one. None: on GPUs, where the
+            plan has room for them. What cannot be recorded runs without, and that is said. Like `micro_batches`, the
+            same losses and gradients but for rounding and dropout's masks, as rows are padded to a few lengths.
         minutes: save a checkpoint whenever so many have passed, besides those of `args.save_steps`.
         watch: shows progress; by default one that prints a line for each logged step.
         callbacks: more of the Trainer's callbacks.

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmhelpers.cost_model.sizes import padded_length
 from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
 from glmhelpers.inference.model_state import peft_prefix
@@ -71,12 +72,6 @@ def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tenso
             "cut off by a length limit?"
         )
     return cut
-
-
-def padded_length(length: int) -> int:
-    """The length that a batch is padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
-    step = 16 if length <= 64 else 32 if length <= 256 else 128
-    return -(-length // step) * step
 
 
 def pad_part(part: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
+from glmhelpers.cost_model.sizes import padded_length
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured
-from glmhelpers.training.pipeline import pad_part, padded_length, run_step, split_batch
+from glmhelpers.training.pipeline import pad_part, run_step, split_batch
 from tests.helpers.graph_home import Home, Never
 from tests.helpers.reference import fresh_model
 from tests.helpers.tiny_models import lora, right_padded, the_batch, training_rows
@@ -150,12 +151,13 @@ def test_what_is_let_go_is_really_let_go():
     assert kept.isnan().all()
 
 
-@pytest.mark.parametrize("room", [0, 1, 3, 7, 20])
-def test_no_room_while_recording_frees_all_and_says_so_once(room, monkeypatch, capsys):
+@pytest.mark.parametrize(("room", "masked"), [(0, False), (1, True), (3, False), (7, True), (20, False)])
+def test_no_room_while_recording_frees_all_and_says_so_once(room, masked, monkeypatch, capsys):
     model = lora(fresh_model(), 0.2).train()
     checkpoint_only(model, (1, 2))
     want = trained_on(model, lengths(), Never(model))
     monkeypatch.setattr(Home, "room", room)
+    monkeypatch.setattr(Home, "masked", masked)
     captured = Captured(model, Home)
     assert_same(trained_on(model, lengths(), captured), want)
     assert not captured.known
@@ -272,7 +274,7 @@ def test_what_is_done_between_two_steps_is_seen(which):
 
 
 def test_long_micro_batches_are_neither_recorded_nor_padded(monkeypatch):
-    monkeypatch.setattr("glmhelpers.devicemap.captured.TOKENS", 6 * 16 - 1)
+    monkeypatch.setattr("glmhelpers.devicemap.captured.GRAPH_TOKENS", 6 * 16 - 1)
     model = lora(fresh_model(), 0.2).train()
     captured = Captured(model, Home)
     torch.manual_seed(3)
