@@ -133,24 +133,26 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
     return setting.tokens * shape.hidden * setting.element
 
 
-def target_rows(setting: Setting) -> int:
-    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1)."""
-    return round(setting.rows * (setting.seq_length - 1) * setting.label_share)
+def target_rows(setting: Setting, smooth: bool = False) -> float:
+    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
+    never more than that, and of all micro-batches together the fewer the more there are."""
+    rows = setting.rows * (setting.seq_length - 1) * setting.label_share
+    return max(0.0, rows - 0.5) if smooth else round(rows)
 
 
-def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
+def loss_kept_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
-    kept = target_rows(setting) * shape.hidden * setting.element
+    kept = target_rows(setting, smooth) * shape.hidden * setting.element
     return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
-def loss_working_bytes(shape: Shape, setting: Setting) -> int:
+def loss_working_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """While a chunk is computed: its logits in the base dtype, their log-probabilities in float32, the normed states,
     the labelled rows with their labels (int64).
 
     Then the probabilities in the base dtype take the place of the logits: the same size.
     """
-    rows = target_rows(setting)
+    rows = target_rows(setting, smooth)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
     return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 
@@ -167,11 +169,13 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 @lru_cache(maxsize=200_000)
 def stage_terms(
-    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, copies: int = 1
+    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False
 ) -> tuple[str, dict[str, int]]:
     """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
-    `copies`: of the prefix, in each micro-batch; 0 where a bound must not grow with the number of micro-batches.
+    `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
+    copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
+    are gradients, while all other micro-batches are still there.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -185,12 +189,14 @@ def stage_terms(
     if not blocks and not stage.head:
         return "idle", base
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    moments = _training(shape, setting, stage, lora, copies) if setting.training else _generation(shape, setting, stage)
+    moments = _training(shape, setting, stage, lora, smooth) if setting.training else _generation(shape, setting, stage)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
 
-def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: int) -> list[tuple[str, dict[str, int]]]:
+def _training(
+    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
+) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
@@ -209,13 +215,13 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
         return cost.saved * plain + (cost_of_first.saved - cost.saved) * (plain > 0 and not marks[0])
 
     masks = mask_bytes(setting) + table_bytes(shape, setting) if marks else 0
-    loss = loss_kept_bytes(shape, setting) if stage.head else 0
+    loss = loss_kept_bytes(shape, setting, smooth) if stage.head else 0
     transfer = 0 if stage.head else unit
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
     full["activations"] = saved(count) * batches
 
     # A prefix: copies kept for the whole step, and inputs of the checkpointed blocks of each micro-batch.
-    keys, cast = prefix_keys_bytes(shape, setting, stage), copies * cast_bytes(shape, setting)
+    keys, cast = prefix_keys_bytes(shape, setting, stage), 0 if smooth else cast_bytes(shape, setting)
     piece = 4 * 2 * setting.prefix_length * shape.hidden  # a block's gradient, until all are put together
     full["cache"] = keys + cast * sum(marks) * batches
 
@@ -225,7 +231,7 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
         last_of_all = {"adam": 2 * lora, "gradients": pieces + max(pieces, lora * (setting.prefix_projection > 0))}
         moments.append(("gradient of the prefix", {**last_of_all, "cache": keys}))
     if stage.head:
-        now = loss * batches + loss_working_bytes(shape, setting)
+        now = loss * batches + loss_working_bytes(shape, setting, smooth)
         moments.append(("loss of the last micro-batch", {**full, "loss": now}))
     if marks:
         last = cost_of_first if count == 1 else cost
@@ -240,7 +246,9 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
     }
     trained, marked = piece * count or lora, sum(marks)
     turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
-    for done, place in product(range(min(batches, 2)), turns):
+    if smooth:
+        turns = turns[:1]
+    for done, place in product(range(1 if smooth else min(batches, 2)), turns):
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
