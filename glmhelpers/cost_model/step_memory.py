@@ -54,8 +54,8 @@ TERMS = {
 
 OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
 """What a card holds beyond the tensors; not in `peak_bytes`."""
-
-
+POOLED = ("masks", "inputs", "activations", "block", "transfer")
+"""Terms that are in the memory pool of CUDA graphs."""
 SLACK_AT_LEAST = 40 * MIB
 """Bytes of slack on every GPU: two of the allocator's 20 MiB buffers."""
 
@@ -166,8 +166,12 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 
 @lru_cache(maxsize=200_000)
-def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0) -> tuple[str, dict[str, int]]:
+def stage_terms(
+    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, copies: int = 1
+) -> tuple[str, dict[str, int]]:
     """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
+
+    `copies`: of the prefix, in each micro-batch; 0 where a bound must not grow with the number of micro-batches.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -181,12 +185,17 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
     if not blocks and not stage.head:
         return "idle", base
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    moments = _training(shape, setting, stage, lora) if setting.training else _generation(shape, setting, stage)
+    if setting.recorded and blocks:
+        base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
+        moments = _with_graphs(shape, setting, stage, lora)
+    else:
+        trained = setting.training
+        moments = _training(shape, setting, stage, lora, copies) if trained else _generation(shape, setting, stage)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
 
-def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: int) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
@@ -211,7 +220,7 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
     full["activations"] = saved(count) * batches
 
     # A prefix: copies kept for the whole step, and inputs of the checkpointed blocks of each micro-batch.
-    keys, cast = prefix_keys_bytes(shape, setting, stage), cast_bytes(shape, setting)
+    keys, cast = prefix_keys_bytes(shape, setting, stage), copies * cast_bytes(shape, setting)
     piece = 4 * 2 * setting.prefix_length * shape.hidden  # a block's gradient, until all are put together
     full["cache"] = keys + cast * sum(marks) * batches
 
@@ -252,6 +261,25 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[t
         }
         name = f"backward of its block {place + 1} of {count}"
         moments.append((f"{name}, second micro-batch" if done else name, moment))
+    return moments
+
+
+def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+    """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
+    of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
+    are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
+    recorded = setting.recorded or setting
+    # No prefix is recorded, so there are no copies of one.
+    inside = _training(shape, recorded, stage, lora, 0)
+    moments = inside if setting.replayed else _training(shape, setting, stage, lora, 0)
+    pools = ({name: moment.get(name, 0) for name in POOLED} for _, moment in inside[1:])
+    pool = max(pools, key=lambda terms: sum(terms.values()))
+    copies = recorded.micro_batches * (int(stage.first and not stage.blocks[0]) + int(not stage.head)) + 2
+    pool["transfer"] += copies * hidden_bytes(shape, recorded) + mask_bytes(recorded) + table_bytes(shape, recorded)
+    pool["gradients"] = 2 * lora
+    for name, moment in moments:
+        own = moment if name == "optimizer step" or not setting.replayed else {"gradients": moment.get("gradients", 0)}
+        moment |= {term: size + own.get(term, 0) for term, size in pool.items()}
     return moments
 
 

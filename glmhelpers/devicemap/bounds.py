@@ -1,7 +1,7 @@
 """What no plan can be better than: cheap bounds that spare the search whole settings. They never exclude a best plan.
 
-bytes      the least slack that the allocator leaves, and no label rows rounded up: with these two out of the way,
-           more blocks need more and more micro-batches need less, so a bisection finds the limit
+bytes      the least slack that the allocator leaves, no label rows rounded up, no copies of a prefix: with these out
+           of the way, more blocks need more and more micro-batches need less, so a bisection finds the limit
 seconds    blocks spread over the GPUs as if their order did not matter, checkpointed only where memory is short
 """
 
@@ -55,6 +55,8 @@ class Bounds:
 
     def that_may_fit(self, settings: list[Setting]) -> list[Setting]:
         """Without those that surely do not: whatever is smaller than `_most` allows needs less in smaller parts."""
+        if not self._may_fit(settings[-1]):
+            return []
         return settings[bisect_left(settings, True, key=self._may_fit) :]
 
     def _may_fit(self, setting: Setting) -> bool:
@@ -72,8 +74,9 @@ class Bounds:
         return any(room(place, first) for place in self.embeddings for first in range(self.last + 1))
 
     def _find_most(self, setting: Setting, gpu: int, flags: tuple[bool, ...]) -> int:
-        """Most blocks that this GPU could hold if the allocator left the least slack and no label rows were rounded up;
-        less than -layers if not even the head. More blocks need more, more micro-batches need less."""
+        """Most blocks that this GPU could hold if the allocator left the least slack, no label rows were rounded up and
+        no micro-batch kept a copy of the prefix; less than -layers if not even the head. More blocks need more, more
+        micro-batches need less."""
         card, usable, head = self.room.gpus[gpu], self.room.usable[gpu], flags[1]
         smooth = setting if setting.label_share == 1 else replace(setting, label_share=0.0)
 
@@ -81,7 +84,8 @@ class Bounds:
             # The least of all numbers of checkpointed blocks is at one of these.
             kept = {"all": {0}, "none": {count}, "auto": {0, min(1, count), count}}[self.checkpointed]
             stages = [Stage.of(count, number, *flags) for number in kept]
-            peaks = [sum(stage_terms(self.room.shape, smooth, s, card.gemm_workspace)[1].values()) for s in stages]
+            terms = [stage_terms(self.room.shape, smooth, each, card.gemm_workspace, copies=0)[1] for each in stages]
+            peaks = [sum(own.values()) for own in terms]
             return min(peaks) + SLACK_AT_LEAST + card.context <= usable
 
         if not fits(1 - head):
@@ -125,5 +129,8 @@ class Bounds:
         back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
         host = self.room.host
         launch = layers * (host.launch_backward + again * host.launch_again) * setting.training
-        total = StageTime(ahead, back, (layers + 1) * host.launch_forward, launch)
+        if setting.replayed:
+            launch = (layers if again else 1) * host.launch_graph
+        launch_ahead = host.launch_forward + (launch if setting.replayed else layers * host.launch_forward)
+        total = StageTime(ahead, back, launch_ahead, launch)
         return pass_seconds(total, StageTime(*slowest), setting.micro_batches)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.sizes import Setting, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import slack_bytes, stage_terms, weight_bytes
+from glmhelpers.cost_model.step_memory import cast_bytes, slack_bytes, stage_terms, weight_bytes
 from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, pass_seconds, stage_seconds
 from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Room, stage_flags
 
@@ -28,6 +28,9 @@ BEAM = 3
 
 SAME = 1e-9
 """Seconds within which two plans are equally fast: sums of floats differ in their last digits."""
+
+PASSING = ("block", "loss", "gradients", "transfer")
+"""Terms of what comes and goes in a step."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,10 @@ class Search:
         kept = count if self.checkpointed == "none" else 0
         if self.checkpointed == "auto" and setting.training:
             _, terms = stage_terms(shape, setting, Stage.of(count, 0, *flags), card.gemm_workspace)
-            rest = self.room.usable[gpu] - sum(terms.values()) + terms["block"] + terms["loss"]
-            kept = max(0, min(count, rest // (block_cost(shape, setting).saved * setting.micro_batches) + 1))
+            # Beside what comes and goes, each block more without checkpointing takes `more`; the first may take less.
+            rest = self.room.usable[gpu] - sum(terms[name] for name in terms if name not in PASSING)
+            more = (block_cost(shape, setting).saved - cast_bytes(shape, setting)) * setting.micro_batches
+            kept = max(0, min(count, rest // more + 2)) if more > 0 else count
         for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
             stage = Stage.of(count, number, *flags)
             if self._total(setting, gpu, stage) <= self.room.usable[gpu]:
@@ -220,13 +225,13 @@ class Search:
                 {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
             ]
         rests = self._rests(moves)
-        launches = (room.shape.layers + 1) * room.host.launch_forward
+        head, blocks = room.host.launch_forward, room.shape.layers * room.host.launch_forward
         lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
 
         def seconds(partial: _Partial, rest: _Partial = NOTHING) -> float:
-            total = StageTime(
-                partial.forward + rest.forward, partial.backward + rest.backward, launches, partial.launch + rest.launch
-            )
+            launch = partial.launch + rest.launch
+            ahead = head + (launch if setting.replayed else blocks)  # a segment's two graphs start equally fast
+            total = StageTime(partial.forward + rest.forward, partial.backward + rest.backward, ahead, launch)
             slow = StageTime(
                 max(partial.slow_forward, rest.slow_forward), max(partial.slow_backward, rest.slow_backward)
             )
