@@ -25,6 +25,7 @@ def found(gpus, how):
     return plan.seconds, plan.peak_bytes, plan.device_map, plan.micro_batches, plan.checkpointed_layers
 
 
+@pytest.mark.once
 @given(
     st.lists(
         st.sampled_from(["380MiB", "450MiB", "520MiB", "700MiB", "1GiB", "2GiB", "T4", "L4"]), min_size=1, max_size=4
