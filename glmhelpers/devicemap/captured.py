@@ -20,6 +20,7 @@ recording leaves the generator as it was, so a run that goes on after a kill dra
 """
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -285,13 +286,17 @@ class Captured:
                 return None
             try:
                 self.known[shapes] = self.record(shapes)
-            except torch.OutOfMemoryError:
-                self.give_up()
-                return None
             except (RuntimeError, NotImplementedError) as error:
                 self.known[shapes] = None
-                self.say_without(str(error).splitlines()[0])
-        return self.known[shapes]
+                # Where the memory ends while kernels are recorded, the end of the recording fails, too.
+                chain = [each for each in (error, error.__context__) if each is not None]
+                for each in chain:
+                    traceback.clear_frames(each.__traceback__)  # they hold what has been recorded so far
+                if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
+                    self.give_up()
+                else:
+                    self.say_without(str(error).splitlines()[0])
+        return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:
         """Say once why a step runs without graphs."""

@@ -151,12 +151,13 @@ def test_what_is_let_go_is_really_let_go():
     assert kept.isnan().all()
 
 
-@pytest.mark.parametrize("room", [0, 1, 3, 7, 20])
-def test_no_room_while_recording_frees_all_and_says_so_once(room, monkeypatch, capsys):
+@pytest.mark.parametrize(("room", "masked"), [(0, False), (1, True), (3, False), (7, True), (20, False)])
+def test_no_room_while_recording_frees_all_and_says_so_once(room, masked, monkeypatch, capsys):
     model = lora(fresh_model(), 0.2).train()
     checkpoint_only(model, (1, 2))
     want = trained_on(model, lengths(), Never(model))
     monkeypatch.setattr(Home, "room", room)
+    monkeypatch.setattr(Home, "masked", masked)
     captured = Captured(model, Home)
     assert_same(trained_on(model, lengths(), captured), want)
     assert not captured.known

@@ -12,6 +12,9 @@ from glmhelpers.devicemap.captured import Captured
 class Never(Captured):
     """Pads as with graphs, and records nothing: what a step with graphs is compared with."""
 
+    def __init__(self, model):
+        super().__init__(model, Home)
+
     def layers_for(self, shapes):
         return None
 
@@ -48,16 +51,21 @@ class Again:
 
 
 class Home:
-    """`room`: recordings until the memory runs out."""
+    """`room`: recordings until the memory runs out; `masked`: another error follows, as where a recording has to end."""
 
     room: int | None = None
+    masked = False
 
     def __init__(self, device):
         self.device, self.generator, self.count, self.free = device, Generator(), 0, []
 
     def record(self, make, fixed=tuple):
         if self.room is not None and self.count >= self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if self.masked:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self.count += 1
         return Again(make, fixed, list(self.free))
 

@@ -33,7 +33,7 @@ def halves():
     return {name: "cuda:0" if number < 3 else "cuda:1" for number, name in enumerate([*PARTS, "lm_head"])}
 
 
-def run(output, model, callbacks=(), watch=None, **changes):
+def run(output, model, callbacks=(), watch=None, cuda_graphs=False, **changes):
     how = {
         "max_steps": 12,
         "per_device_train_batch_size": 6,
@@ -52,6 +52,7 @@ def run(output, model, callbacks=(), watch=None, **changes):
         micro_batches=3,
         watch=watch or Watch(live=False),
         callbacks=callbacks,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -93,7 +94,7 @@ def test_cuda_graphs_change_no_bit_of_a_training_not_even_of_one_that_was_stoppe
     def trained(folder, callbacks=()):
         model = half_model(split)
         checkpoint_only(model, layers)
-        log = run(tmp_path / folder, model, callbacks, **SOME)
+        log = run(tmp_path / folder, model, callbacks, cuda_graphs=None, **SOME)
         return log, {name: weight.cpu() for name, weight in adapter_weights(model).items()}
 
     log, weights = trained("graphs")
@@ -122,7 +123,7 @@ def test_graphs_that_find_no_room_leave_the_training_as_it_is(tmp_path, monkeypa
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((peak + 2**21) / total, 0)
     try:
-        got = run(tmp_path / "graphs", half_model(False), max_steps=3)
+        got = run(tmp_path / "graphs", half_model(False), cuda_graphs=None, max_steps=3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     print(capsys.readouterr().out)
