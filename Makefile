@@ -15,7 +15,7 @@ SUITE := HF_ENDPOINT=http://127.0.0.1:9 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLE
 help:
 	@echo "make tutorial     run notebooks 01 to 06 on the tiny checkpoint, on the CPU -> build/tutorial/"
 	@echo "make grown        the same on a checkpoint of other sizes, as if it were the real one: every branch for it"
-	@echo "make rehearsal    the same at full size on GPUs that look like T4s, two and one (needs CUDA, 30 GB of disk)"
+	@echo "make rehearsal    the same at full size on GPUs that look like T4s, two and one (needs CUDA, 45 GB of disk)"
 	@echo "make test         lint and the whole suite, newest supported packages"
 	@echo "make test-oldest  the suite on the oldest supported packages"
 	@echo "make test-newest  the suite on the newest packages that the ranges give today, without pins (torch stays)"
@@ -28,6 +28,8 @@ tutorial: .venv/.installed
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py
 
 notebooks: .venv/.installed
+	@fc-list :lang=zh family 2>/dev/null | grep -q . \
+		|| echo "No font here has Chinese glyphs: the Chinese edition will have English figures. apt-get install fonts-noto-cjk"
 	@$(OFFLINE) .venv/bin/python scripts/run_tutorial.py --write
 
 zh: .venv/.installed

@@ -4,8 +4,9 @@ name, size      "Tesla T4", 14.75 GiB        where torch is asked
 allocator       stops at 14.75 GiB
 attention       the memory-efficient kernel (no flash attention, no cuDNN)
 
-It also writes, after each cell, what the kernel held: peak of each GPU, peak of the process, and the peaks that the
-notebook predicted last. Speed, float16 rounding and the link between two GPUs stay those of the machine.
+It also writes, after each cell, what the kernel held: peak of each GPU as its own allocator counts, peak of the
+process, and the peaks that the notebook predicted last. Speed, float16 rounding and the link between two GPUs stay
+those of the machine.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any
 
 EXTENSION = "as_t4"
 FILE_VARIABLE = "GLM_REHEARSAL_PEAKS"
+SHARED_VARIABLE = "GLM_REHEARSAL_SHARED"  # set: what other processes hold of the same GPU is not seen
+CONTEXT = 2**29  # bytes that a process takes beside its allocator, where the GPU cannot be asked for one process
 CAP = int(14.75 * 2**30)
 PREDICTIONS = ("predicted", "plan")  # variables of the notebooks that have `peak_bytes`, the surest first
 
@@ -44,7 +47,8 @@ def disguise() -> None:
 
     def as_memory(device: Any = None) -> tuple[int, int]:
         free, total = memory(device)
-        return max(0, CAP - (total - free)), CAP
+        held = torch.cuda.memory_reserved(device) + CONTEXT if SHARED_VARIABLE in os.environ else total - free
+        return max(0, CAP - held), CAP
 
     for device in range(torch.cuda.device_count()):
         share = CAP / properties(device).total_memory

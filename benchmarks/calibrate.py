@@ -2,6 +2,8 @@
 
     python benchmarks/calibrate.py                   all GPUs at hand and one of them, random weights; about 3 minutes
     python benchmarks/calibrate.py --tiny            the tiny sizes on a machine with a GPU: to see that it runs
+    python benchmarks/calibrate.py --slow-host 5     the same on a host that needs 5 ms more for each block and pass
+    python benchmarks/calibrate.py --cases 4x1024    only these rows x tokens
 
 1. measure_machine(): a line with every rate, and how long it took.
 2. For each case (rows x tokens), number of GPUs, and all or no blocks checkpointed: the plan under that rule, its
@@ -27,11 +29,13 @@ import torch
 
 from benchmarks.decode import random_model
 from benchmarks.random_checkpoint import make_config
+from benchmarks.slow_host import slow_host
 from glmhelpers.cost_model import GPU, gpus_here
 from glmhelpers.cost_model.kept_rates import RATES, keep_rates
 from glmhelpers.devicemap import DoesNotFit, plan_device_map
 from glmhelpers.devicemap.plan import Plan
 from glmhelpers.training import measure_machine, run_step
+from glmhelpers.training.calibration import clear_workspaces
 from glmhelpers.training.measure import prepare, random_batch
 from thuglm import ChatGLMConfig
 
@@ -58,9 +62,11 @@ class Trial:
         """Median seconds of a step under a plan, and the peak of each GPU in bytes."""
         plan.apply(self.model)
         gc.collect()
+        clear_workspaces()  # those of the streams that another plan used
         torch.cuda.empty_cache()
         # A new one each time: the last one's moments lie where the adapters were before.
-        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
         batch, times = random_batch(self.config, rows, length), []
         for number in range(repeats + 1):
             for index in range(torch.cuda.device_count()):
@@ -68,6 +74,7 @@ class Trial:
             wait()
             begin = time.perf_counter()
             run_step(self.model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             wait()
@@ -92,9 +99,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=240)
+    parser.add_argument("--slow-host", type=float, default=0.0, metavar="MS", help="wait before each block and pass")
+    parser.add_argument("--cases", nargs="+", default=[f"{rows}x{length}" for rows, length in CASES])
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this machine has no GPU that torch can use: there is nothing to calibrate")
+    with slow_host(options.slow_host / 1e3):
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """The whole program, on the host as it now is."""
     deadline = time.perf_counter() + options.budget_s
     config = ChatGLMConfig.from_pretrained(TINY) if options.tiny else make_config("full")
     keep_rates({})
@@ -103,17 +118,20 @@ def main() -> None:
     gpus = found.gpus
     names = [torch.cuda.get_device_name(index) for index in range(len(gpus))]
     rates = [{name: getattr(gpu, name) for name in RATES} for gpu in gpus]
-    say(what="rates", gpus=names, torch=torch.__version__, seconds=round(found.seconds, 2), rates=rates)
+    took = {"seconds": round(found.seconds, 2), "start_seconds": round(found.start_seconds, 2)}
+    how = {"notes": found.notes, "slow_host_ms": options.slow_host}
+    say(what="rates", gpus=names, torch=torch.__version__, **took, **how, rates=rates)
     trial = Trial(config, len(gpus))
-    for rows, length in CASES:
+    for rows, length in (map(int, case.split("x")) for case in options.cases):
         if time.perf_counter() > deadline:
             say(what="case", rows=rows, length=length, skipped="out of time: --budget-s")
             continue
         one_case(trial, rows, length, gpus, catalogue, options.repeats)
+        one_choice(trial, rows, length, gpus, options.repeats)
 
 
 def one_case(trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: list[GPU], repeats: int) -> None:
-    """Point 2 and 3 of the module's docstring for one case."""
+    """Point 2 of the module's docstring for one case."""
     for count in sorted({1, len(gpus)}):
         for rule in ("all", "none"):
             how = {"checkpointed": rule, "label_share": 0.5}
@@ -141,6 +159,10 @@ def one_case(trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: l
                 peak_bytes=peaks,
                 predicted_peak_bytes=list(plan.peak_bytes),
             )
+
+
+def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int) -> None:
+    """Point 3 for one case."""
     chosen = plan_device_map(trial.config, gpus, rows, length, label_share=0.5)
     took, _ = trial.run(chosen, rows, length, repeats)
     others = {}

@@ -6,26 +6,32 @@
       2 GPUs, each looks like a T4      a copy of the project, thuglm/ without weights --> 01 .. 06 --> table
       1 GPU  and 12.7 GB of host memory
 
-    python benchmarks/rehearsal.py                          # both roads, as far as there are GPUs
+    python benchmarks/rehearsal.py                          # both roads, one after the other
+    python benchmarks/rehearsal.py --together               # both at once: road 1 shares the last GPU with road 2
     python benchmarks/rehearsal.py --roads 1                # one of them
-    python benchmarks/rehearsal.py --small --roads 0        # on the CPU, 512 wide: only to see that it runs
+    python benchmarks/rehearsal.py --notebooks 1=01,05 06   # road 1: these two; every other road: 06
+    python benchmarks/rehearsal.py --small                  # on the CPU, 512 wide: only to see that it runs
 
 The host's memory is limited by a control group where one can be made; where not, the table says so. Exit status 1 if a
-cell failed. Executed notebooks and the table stay in --out, and beside it in one rehearsal.zip; the weights, 13.4 GB,
-and the copies are removed.
+cell failed. After each notebook, what it showed and its row of the table are in --out, and all of that in --zip: a run
+that is cut off loses the notebook at hand only. The weights, 13.4 GB, and the copies are removed at the end.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,6 +61,10 @@ class Hub(SimpleHTTPRequestHandler):
     def translate_path(self, path: str) -> str:
         """The file of that name in the folder."""
         return str(Path(self.directory) / Path(super().translate_path(path)).name)
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send by the kernel, or two downloads at once would wait for one Python."""
+        self.connection.sendfile(source)
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
@@ -100,25 +110,66 @@ def limit_host(limit: int) -> str:
     return f"limited to {limit / 1e9:.1f} GB"
 
 
-def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dict[str, Any]]:
+def chosen(words: Sequence[str], gpus: int) -> set[str]:
+    """Numbers of the notebooks that a road runs: of "2=01,04" for that road, else of "01,04"; empty: all of them.
+
+    Raises:
+        ValueError: a word is neither.
+    """
+    found = {}
+    for word in words:
+        if not re.fullmatch(r"(\d=)?\d\d(,\d\d)*", word):
+            raise ValueError(f"--notebooks {word}: write 01,04 for all roads, or 2=01,04 for the road with 2 GPUs")
+        road, _, numbers = word.rpartition("=")
+        found[road] = set(numbers.split(","))
+    return found.get(str(gpus), found.get("", set()))
+
+
+@contextlib.contextmanager
+def kept(out: Path, archive: Path) -> Iterator[None]:
+    """What is written to `out` meanwhile is packed, with all that is there; two roads do so one after the other."""
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        about = json.loads((out / "machine.json").read_text(encoding="utf-8"))
+        (out / "table.md").write_text(table(read_rows(out)) + f"\n\n{about['seconds']}\n", encoding="utf-8")
+        draft = archive.with_suffix(".part")
+        with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as packed:
+            for path in sorted(out.rglob("*.*")):
+                packed.write(path, path.relative_to(out))
+        draft.replace(archive)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of all roads so far."""
+    paths = sorted(out.glob("[0-9]_gpus.json"), reverse=True)
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def walk(project: Path, gpus: int, hub: str, options: argparse.Namespace) -> None:
     """Run the notebooks of a copied project; one row for each that was run, the last one may have failed."""
     host = limit_host(int(HOST_GB * 1e9)) if gpus == 1 else "not limited"
     print(f"{gpus} GPUs, host memory {host}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+    out = options.out / f"{gpus}_gpus"
+    out.mkdir(exist_ok=True)
     for answer in ("GLM_WEIGHTS", "GLM_DEVICES", "HF_HUB_OFFLINE"):  # the notebooks find out for themselves
         os.environ.pop(answer, None)
     os.environ.update(
-        CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))),
         GLM_OUTPUT=str(project / "outputs"),
         HF_ENDPOINT=hub,
         HF_DATASETS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
+        # As on Kaggle. With a thread for each of 32 cores, two kernels at once wait for one another for minutes.
+        OMP_NUM_THREADS="4",
         PYTHONPATH=os.pathsep.join(filter(None, (str(PROJECT / "benchmarks"), os.environ.get("PYTHONPATH")))),
     )
     rows: list[dict[str, Any]] = []
+    numbers = chosen(options.notebooks, gpus)
     for path in sorted((project / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        if small:  # fewer bytes than real weights have are not found without being named
-            os.environ["GLM_WEIGHTS"] = "real" if not rows else str(project / "thuglm")
+        if numbers and path.stem[:2] not in numbers:
+            continue
+        if options.small:  # fewer bytes than real weights have are not found without being named
+            os.environ["GLM_WEIGHTS"] = "real" if path.stem[:2] == "01" else str(project / "thuglm")
         peaks = out / f"{path.stem}.peaks.json"
         os.environ[as_t4.FILE_VARIABLE] = str(peaks)
         notebook, started, error = nbformat.read(path, as_version=4), time.perf_counter(), ""
@@ -128,16 +179,17 @@ def walk(project: Path, out: Path, gpus: int, small: bool, hub: str) -> list[dic
             error = str(failure)
             print(error, file=sys.stderr, flush=True)
         clean(notebook, project, project / "outputs")
-        nbformat.write(notebook, out / path.name)
         held = json.loads(peaks.read_text()) if peaks.is_file() else {}
         if path.stem[:2] not in TRAINING:  # their plans are for machines that are only talked about
             held["predicted_peak_bytes"] = []
         row = {"gpus": gpus, "notebook": path.stem, "seconds": round(time.perf_counter() - started, 1), **held}
         rows.append(row | {"host": host, "ok": not error})
+        with kept(options.out, options.zip):
+            nbformat.write(notebook, out / path.name)
+            (options.out / f"{gpus}_gpus.json").write_text(json.dumps(rows), encoding="utf-8")
         print(json.dumps(rows[-1]), flush=True)
         if error:
             break
-    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -176,57 +228,84 @@ def machine_text() -> str:
     return f"{cards}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%-d %B %Y')}"
 
 
-def road(options: argparse.Namespace, work: Path, gpus: int, hub: str) -> list[dict[str, Any]]:
+def road(options: argparse.Namespace, work: Path, hub: str, gpus: int) -> None:
     """One road in a process of its own, since a control group is left by ending only."""
-    out, project = options.out / f"{gpus}_gpus", work / f"{gpus}_gpus"
+    project = work / f"{gpus}_gpus"
     project.mkdir()
     copy_project(work / "weights", project)
-    small = ["--small"] if options.small else []
-    result = options.out / f"{gpus}_gpus.json"
-    result.unlink(missing_ok=True)
-    walked = [sys.executable, __file__, "--walk", str(project), "--hub", hub, "--roads", str(gpus), *small]
-    process = subprocess.Popen([*walked, "--out", str(out), "--result", str(result)])
-    process.wait()
+    numbers = chosen(options.notebooks, gpus)
+    if numbers and "01" not in numbers:  # as notebook 01 leaves them
+        for path in (work / "weights").iterdir():
+            copy = project / "thuglm" / path.name
+            if copy.name == "weights_manifest.json":
+                continue
+            copy.unlink(missing_ok=True)
+            os.link(path, copy)
+    first = max(options.roads) - gpus if options.together else 0
+    settings = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + gpus)))}
+    if options.together:
+        settings[as_t4.SHARED_VARIABLE] = "1"
+    process = subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--walk", str(project), "--hub", hub, "--roads", str(gpus)],
+        env={**os.environ, **settings},
+    )
+    killed = process.wait() != 0
     with contextlib.suppress(OSError):  # the group that it may have made, empty now
         control_group(process.pid)[0].rmdir()
     shutil.rmtree(project)
-    failed = {"gpus": gpus, "notebook": "all", "seconds": 0.0, "host": "its process was killed", "ok": False}
-    return json.loads(result.read_text()) if result.is_file() else [failed]
+    if killed:
+        row = {"gpus": gpus, "notebook": "the rest", "seconds": 0.0, "host": "its process was killed", "ok": False}
+        with kept(options.out, options.zip):
+            rows = [row for row in read_rows(options.out) if row["gpus"] == gpus]
+            (options.out / f"{gpus}_gpus.json").write_text(json.dumps([*rows, row]), encoding="utf-8")
 
 
 def main() -> None:
     """Grow, serve, walk the roads, print the table; exit status 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--roads", type=int, nargs="+", default=[2, 1], help="numbers of GPUs")
+    parser.add_argument("--together", action="store_true", help="all roads at once")
+    parser.add_argument("--notebooks", nargs="+", default=[], metavar="[ROAD=]01,04", help="default: all of them")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", PROJECT / "build" / "rehearsal")))
-    parser.add_argument("--work", type=Path, default=PROJECT / "build", help="where 30 GB are free for a while")
-    for inner in ("--walk", "--hub", "--result"):
+    parser.add_argument("--out", type=Path, default=PROJECT / "build" / "rehearsal")
+    parser.add_argument("--zip", type=Path, help="default: beside --out")
+    parser.add_argument("--work", type=Path, default=PROJECT / "build", help="where 45 GB are free for a while")
+    for inner in ("--walk", "--hub"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.out, options.zip = options.out.resolve(), (options.zip or options.out.with_suffix(".zip")).resolve()
     if options.walk:
-        rows = walk(Path(options.walk), options.out, options.roads[0], options.small, options.hub)
-        Path(options.result).write_text(json.dumps(rows))
+        walk(Path(options.walk), options.roads[0], options.hub, options)
         return
+    try:
+        for gpus in options.roads:
+            chosen(options.notebooks, gpus)
+    except ValueError as error:
+        parser.error(str(error))
     import torch
 
-    if max(options.roads) > torch.cuda.device_count():
+    if not options.small and max(options.roads) > torch.cuda.device_count():
         sys.exit(f"--roads {max(options.roads)}: this machine has {torch.cuda.device_count()} GPUs; --roads 1, or 0")
-    for folder in (options.out, options.work):
+    for folder in (options.out, options.work, options.zip.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    for old in options.out.glob("[0-9]_gpus.json"):
+        old.unlink()
+    seconds = "The roads ran beside each other: their seconds are not to be compared." if options.together else ""
+    (options.out / "machine.json").write_text(json.dumps({"text": machine_text(), "seconds": seconds}))
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         started = time.perf_counter()
         weights = grow(TINY, Path(work) / "weights", **(SMALL if options.small else {}))
         print(f"grown in {time.perf_counter() - started:.1f} s", flush=True)
         server = serve(weights)
-        for gpus in options.roads:
-            rows += road(options, Path(work), gpus, f"http://127.0.0.1:{server.server_port}")
+        with ThreadPoolExecutor(len(options.roads) if options.together else 1) as pool:
+            hub = f"http://127.0.0.1:{server.server_port}"
+            list(pool.map(partial(road, options, Path(work), hub), options.roads))
         server.shutdown()
-    (options.out / "machine.json").write_text(json.dumps({"text": machine_text()}))
-    (options.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(shutil.make_archive(str(options.out.parent / "rehearsal"), "zip", options.out), "holds all of it in one file")
+    with kept(options.out, options.zip):
+        pass
+    rows = read_rows(options.out)
+    print((options.out / "table.md").read_text(encoding="utf-8"))
+    print(f"{time.perf_counter() - started:.0f} s from growing to the last cell; {options.zip} holds all of it")
     sys.exit(not all(row["ok"] for row in rows))
 
 

@@ -1,7 +1,7 @@
 """Tokens per second of training on rows as long as real ones, against the same rows padded to 1024.
 
     python benchmarks/rows.py              the whole model on one GPU, full size
-    python benchmarks/rows.py --graphs     only "alike", with CUDA graphs and without, in turns
+    python benchmarks/rows.py --graphs     only "alike", through the Trainer: with CUDA graphs and without, in turns
     python benchmarks/rows.py --tiny       a small model on the CPU
 
     padded    p p p a a . . . . . . . . . . . .     what the 2023 script did: every row costs 1024 tokens
@@ -12,24 +12,31 @@
 The lengths are drawn from the distribution of alpaca_chinese_dataset: 50, 90, 99 and 100 % of its rows have at most 59,
 143, 290 and 1133 tokens; longer than 1024 is cut off. Four tenths of a row are prompt, the rest is answer and labelled.
 One JSON line for each way: `tokens_per_s` counts real tokens (prompt and answer), never padding, and `labels_per_s`
-those that are learnt. Batches are drawn by the sampler and padded by the collator that the course trains with.
+those that are learnt. Batches are drawn by the sampler and padded by the collator that the course trains with. With
+`--graphs` all is the Trainer's, and the steps in which a length is recorded, once in a training, are not counted.
 """
 
 import argparse
 import json
 import random
+import tempfile
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+from split_machine import random_net
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train_step import ANY, Case, make_step  # puts the project on the path
+from train_step import ANY, Case, make_step, marked_blocks  # puts the project on the path
+from transformers import TrainerCallback
 
+from glmhelpers.devicemap.captured import Captured
+from glmhelpers.devicemap.check import part_names
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training.pipeline import padded_length
-from glmhelpers.training.trainer import SameOrderSampler
+from glmhelpers.training.finetune import training_arguments
+from glmhelpers.training.measure import prepare
+from glmhelpers.training.trainer import GLMTrainer, SameOrderSampler
 from thuglm import ChatGLMConfig, ChatGLMTokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
@@ -113,6 +120,66 @@ def run(step, batches: list[dict], device: str, seconds: float) -> dict:
     }
 
 
+class Clock(TrainerCallback):
+    """Seconds and real tokens of the Trainer's steps in which nothing is recorded; ends the training in time."""
+
+    def __init__(self, captured: Captured | None, seconds: float):
+        self.captured, self.last = captured, time.perf_counter()
+        self.end, self.took, self.tokens, self.steps, self.recorded = self.last + seconds, 0.0, 0, 0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """A step begins where the last one ended."""
+        self.known = len(self.captured.known) if self.captured else 0
+        self.before = state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count it."""
+        now = time.perf_counter()
+        recorded = bool(self.captured) and len(self.captured.known) > self.known
+        if state.global_step > WARM_UP and not recorded:
+            self.took, self.steps = self.took + now - self.last, self.steps + 1
+            self.tokens += state.num_input_tokens_seen - self.before
+        self.last, self.recorded = now, self.recorded + recorded
+        control.should_training_stop = now > self.end
+
+
+def through_trainer(model: Any, rows: list[dict], size: int, graphs: bool, seconds: float, device: str) -> dict:
+    """Train on the rows with the Trainer for these seconds."""
+    collate = RightPadCollator(ChatGLMTokenizer.from_pretrained(TINY))
+    collate.known = model.config.vocab_size
+    captured = Captured(model) if graphs else None
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(
+            folder,
+            device != "cpu",
+            per_device_train_batch_size=size,
+            max_steps=100_000,
+            learning_rate=1e-5,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        clock = Clock(captured, seconds)
+        how: dict[str, Any] = {"train_dataset": rows, "data_collator": collate, "callbacks": [clock]}
+        GLMTrainer(model, args, captured=captured, **how).train()
+    free, total = torch.cuda.mem_get_info() if device != "cpu" else (0, 0)
+    figures = {
+        "outside_bytes": total - free - (torch.cuda.memory_reserved() if device != "cpu" else 0),
+        "steps": clock.steps,
+        "recorded": clock.recorded,
+        "ms": round(clock.took / clock.steps * 1e3, 1),
+        "tokens_per_s": round(clock.tokens / clock.took),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if device != "cpu" else None,
+    }
+    if captured:
+        captured.forget()
+    return figures
+
+
 def main() -> None:
     """Read the command line, measure both ways, print a JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -122,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="time for each way")
     parser.add_argument("--checkpointed", default="all", help="blocks that are run again: all, none, half or a number")
     parser.add_argument("--attention", choices=["efficient", "any"], default="efficient")
-    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs against without")
+    parser.add_argument("--graphs", action="store_true", help="the Trainer with CUDA graphs against without")
     parser.add_argument("--tiny", action="store_true", help="the tiny model's shape on the CPU")
     options = parser.parse_args()
     config, device = ChatGLMConfig(), "cuda"
@@ -136,18 +203,22 @@ def main() -> None:
     kernels = list(ANY) if options.tiny or options.attention == "any" else [SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(kernels):
         case = Case(checkpointed=options.checkpointed)
-        steps = {False: make_step(config, case, device)}
-        ways = ["padded", "alike"]
         if options.graphs:
-            steps[True], ways = make_step(config, replace(case, graphs=True), device), ["alike", "graphs"] * 2
+            place = "cpu" if options.tiny else "cuda:0"
+            places = dict.fromkeys(part_names(config.num_layers), place)
+            net = random_net(config, places, torch.float32 if options.tiny else torch.float16, place).place(places)
+            marks = marked_blocks(config, case)
+            model, ways = prepare(net, [block for block, marked in enumerate(marks) if marked]), ["alike", "graphs"] * 2
+        else:
+            step, ways = make_step(config, case, device), ["padded", "alike"]
         for size in options.batches:
             speed = {}
             for way in ways:
-                batches = make_batches(config, rows, size, options.length, alike=way != "padded")
-                if options.graphs:  # every shape is recorded before the clock starts
-                    for batch in {padded_length(batch["input_ids"].shape[1]): batch for batch in batches}.values():
-                        steps[way == "graphs"](batch)
-                figures = run(steps[way == "graphs"], batches, device, options.seconds)
+                if options.graphs:
+                    figures = through_trainer(model, rows, size, way == "graphs", options.seconds, device)
+                else:
+                    batches = make_batches(config, rows, size, options.length, alike=way != "padded")
+                    figures = run(step, batches, device, options.seconds)
                 speed[way] = figures["tokens_per_s"]
                 what = {"way": way, "batch": size, "length": options.length, "checkpointed": options.checkpointed}
                 facts = {"bench": "rows", **what, **figures}

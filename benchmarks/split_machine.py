@@ -44,10 +44,14 @@ class Machine:
         self.config = ChatGLMConfig.from_pretrained(TINY) if tiny else ChatGLMConfig(**own)
         self.length = 64 if tiny else 1024
         self.cut = (5, 3) if tiny else (15, 13)
-        if gpus > 1 and not tiny:
-            for device in range(2):
-                total = torch.cuda.get_device_properties(device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
+        if gpus > 1:
+            self.cap(CAP)
+
+    def cap(self, size: float) -> None:
+        """From now on, take no more than these bytes of each GPU."""
+        for device in range(0 if self.tiny else 2):
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
 
     def device_map(self, cut: tuple[int, ...] | None = None, tied: bool = True) -> dict[str, str]:
         """Blocks as cut; embedding with the head on the last device; on one device for a cut of one number."""

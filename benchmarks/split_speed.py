@@ -7,6 +7,7 @@
             stages 16 / 9 = 1.78 times as fast at best
 """
 
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.split_machine import SIZES, Machine, line
+from benchmarks.split_machine import CAP, SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
@@ -90,6 +92,33 @@ def step_seconds(machine: Machine, model: nn.Module, batch: dict, parts: int, **
     return statistics.median(times)
 
 
+def graphs(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """Four rows in four parts, no block run again: as CUDA graphs and without, in turns; both ways' memory at once is
+    more than a T4 has."""
+    machine.cap(float("inf"))
+    layers = machine.config.num_layers
+    net.place(machine.device_map((layers // 2, layers - layers // 2)))
+    checkpoint_only(model, [])
+    batch, captured = random_batch(machine.config, 4, machine.length), Captured(model)
+    for way in ("eager", "graphs") * 2:
+        machine.reset_peaks()
+        how = {"captured": captured} if way == "graphs" else {}
+        line(
+            "graphs",
+            way=way,
+            rows=4,
+            length=machine.length,
+            micro_batches=4,
+            ms=round(step_seconds(machine, model, batch, 4, **how) * 1e3, 1),
+            recorded=len(captured.known),
+            peak_bytes=[torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())],
+            reserved_bytes=[torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())],
+        )
+    captured.forget()
+    machine.cap(CAP)
+    net.place(machine.device_map())
+
+
 def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     """The planner's fastest plan, on the devices: its time, its peaks. It may part head and embedding for good."""
     rows = overlap_rows(machine)
@@ -112,3 +141,51 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
         ms=round(seconds * 1e3, 1),
         **machine.compare_peaks(plan.device_map, plan, batch),
     )
+
+
+def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """The same batch in more and more parts: the bubble shrinks and the host has more to start. Equal halves; without
+    the cap of a T4, which two GPUs that keep everything exceed.
+
+    All blocks checkpointed, then none, each in turns; then none as CUDA graphs, one number of parts after the other,
+    since each holds a memory pool of its own. Faster is against one part without graphs.
+    """
+    layers, rows, rounds = machine.config.num_layers, overlap_rows(machine), 1 if machine.tiny else 3
+    if machine.on_gpu and not machine.tiny:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    cut = (layers // 2, layers - layers // 2)
+    net.place(machine.device_map(cut))
+    batch, numbers = random_batch(machine.config, rows, machine.length), (1, 2) if machine.tiny else (1, 8, 12, 24)
+
+    def timed(parts: int, captured: Captured | None = None) -> float:
+        machine.sync()
+        start = time.perf_counter()
+        run_step(model, batch, parts, captured=captured)
+        machine.sync()
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    def say(times: dict[int, list[float]], one: float, **how: Any) -> None:
+        medians = {parts: statistics.median(seconds[1:]) for parts, seconds in times.items()}
+        facts = {"cut": cut, "rows": rows, "length": machine.length, **how}
+        ms = {parts: round(1e3 * seconds, 1) for parts, seconds in medians.items()}
+        line("parts", **facts, ms=ms, faster={parts: round(one / seconds, 2) for parts, seconds in medians.items()})
+
+    one = 0.0
+    for checkpointed in ("all", "none"):
+        checkpoint_only(model, range(layers) if checkpointed == "all" else [])
+        times: dict[int, list[float]] = {parts: [] for parts in numbers}
+        for _ in range(rounds + 1):
+            for parts in numbers:
+                times[parts].append(timed(parts))
+        one = statistics.median(times[1][1:])
+        say(times, one, checkpointed=checkpointed, graphs=False)
+    for parts in numbers[1:]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        captured = Captured(model)
+        say({parts: [timed(parts, captured) for _ in range(rounds + 1)]}, one, checkpointed="none", graphs=True)
+        del captured
+    net.place(machine.device_map())

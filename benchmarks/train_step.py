@@ -37,7 +37,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glmhelpers.cost_model.stages import is_checkpointed
-from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.check import part_names
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.training.measure import forecast_case, prepare
@@ -63,7 +62,6 @@ class Case:
     loss_chunk: int = 512
     label_share: float = 1.0
     attention: str = "efficient"
-    graphs: bool = False
 
 
 class _Send(torch.autograd.Function):
@@ -215,7 +213,6 @@ def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=on_gpu)
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
-    captured = Captured(model) if case.graphs else None
 
     def one_step(batch: dict[str, Tensor]) -> None:
         run_step(
@@ -224,7 +221,6 @@ def make_step(config: ChatGLMConfig, case: Case, device: str) -> Callable[[dict[
             case.micro_batches,
             device=device,
             backward=lambda loss: scaler.scale(loss).backward(),
-            captured=captured,
             loss_chunk=case.loss_chunk,
         )
         update(scaler, optimizer)

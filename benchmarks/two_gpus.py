@@ -7,6 +7,8 @@
     equality     LoRA gradients of one batch on two GPUs against one; with dropout, checkpointed against not
     overlap      a step in 1, 2, 4, 8 micro-batches, with the cut for the least memory and that for the most speed;
                  Gantt charts of the first and the last; idle share of each GPU
+    graphs       4 rows in 4 parts: CUDA graphs against none, in turns
+    parts        a step in 1, 8, 12, 24 micro-batches, in turns: checkpointed, not, and as CUDA graphs
     planned      the planner's fastest plan for that batch in 8 parts, with the blocks that it need not run again
     trainer      50 steps on rows of the course, killed and taken up again, against an unbroken run; the adapter's proof
     chat         an answer of the split model; tokens a second split and unsplit
@@ -36,7 +38,7 @@ from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks.split_machine import CAP, SIZES, Machine, line  # noqa: E402
-from benchmarks.split_speed import overlap, planned  # noqa: E402
+from benchmarks.split_speed import graphs, more_parts, overlap, planned  # noqa: E402
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.devicemap.check import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map  # noqa: E402
@@ -51,7 +53,7 @@ from glmhelpers.training.pipeline import run_step  # noqa: E402
 from glmhelpers.utils.units import GIB  # noqa: E402
 
 STEPS = 50
-PARTS = ["placement", "equality", "overlap", "planned", "trainer"]
+PARTS = ["placement", "equality", "overlap", "graphs", "planned", "parts", "trainer"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -272,6 +274,8 @@ def on_one_model(machine: Machine, out: Path, only: list[str]) -> bool:
         "placement": lambda: placement(machine, model),
         "equality": lambda: equality(machine, model, net),
         "overlap": lambda: overlap(machine, model, net, out),
+        "graphs": lambda: graphs(machine, model, net),
+        "parts": lambda: more_parts(machine, model, net),
         "planned": lambda: planned(machine, model, net),
     }
     results = [attempt(name, part) for name, part in parts.items() if name in only]

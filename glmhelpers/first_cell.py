@@ -37,7 +37,9 @@ NOT_NEEDED = {
 """Notebook -> packages of pyproject.toml that it does without; one that is not named here gets them all."""
 
 NO_NETWORK = re.compile("resolve|resolution|connection|unreachable|timed out|no matching distribution", re.IGNORECASE)
-SWITCH_ON = "switch the internet on (Kaggle: Settings > Internet > On)"
+SWITCH_ON = (
+    "switch the internet on (Kaggle: Settings > Internet > On) or name a mirror (%env PIP_INDEX_URL=https://...)"
+)
 
 
 class Stop(Exception):

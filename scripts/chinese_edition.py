@@ -5,10 +5,11 @@
              +--- code cells, byte for byte ---+--------+--> notebooks/zh/NN_name.ipynb
              +--- outputs of the same run -----+
     README.md --------------------------------- README.po --> README.zh-CN.md
+    GLOSSARY.md (both languages) ----------------------------> GLOSSARY.zh-CN.md
     words in figures, alternative texts ------ figures.po --> pictures of the Chinese notebooks (chinese_figures.py)
 
     python scripts/chinese_edition.py --update   # new English blocks into the PO files; changed ones become "fuzzy"
-    python scripts/chinese_edition.py            # PO files -> notebooks/zh/, README.zh-CN.md
+    python scripts/chinese_edition.py            # PO files -> notebooks/zh/, README.zh-CN.md, GLOSSARY.zh-CN.md
     python scripts/chinese_edition.py --check    # what is untranslated, fuzzy, or not written out yet
 
 A block is what stands between two blank lines: a paragraph, a list, a table, one folded answer. Blocks of code are not
@@ -32,19 +33,23 @@ from pathlib import Path
 import nbformat
 from babel.messages import Catalog
 from babel.messages.pofile import read_po, write_po
-from chinese_figures import PICTURE, SVG_TEXT, message_of, svg_in_chinese, words
-from clean_notebook import strip_png
+from chinese_figures import PICTURE, SVG_TEXT, fewer_colours, message_of, svg_in_chinese, words
 from nbformat import NotebookNode
 
 PROJECT = Path(__file__).resolve().parents[1]
 LOCALE, FIGURES = "zh_CN", "figures"
 SOURCE_OF = "of"  # in the metadata of a Chinese picture: which English one it goes with
-README, README_ZH = "README.md", "README.zh-CN.md"
+README, GLOSSARY = "README.md", "GLOSSARY.md"
+PAIRS = {name: f".zh-CN{Path(name).suffix}" for name in (README, GLOSSARY, "docs/memory_two_t4.png")}
+ENTRY = re.compile(
+    r"^\*\*(?P<word>.+?) · (?P<chinese>.+?)\*\* (?P<where>\(.*\))<br>\n(?P<meaning>.+)<br>\n(?P<said>.+)$", re.M
+)
 NOT_IN_CHINESE = re.compile(
     r"<!-- block: map -->.*?<!-- end of block -->", re.DOTALL
 )  # a line a file, from English docstrings
 LINK = re.compile(r"(?P<before>\]\(|(?:src|href)=\")(?P<to>(?![a-z]+:|#)[^)\"\s#]+)(?P<after>#[^)\"\s]*)?(?=[)\"])")
 LETTERS = re.compile(r"[A-Za-z]{2,}")
+ADVICE = "make zh    then look at these messages in locale/zh_CN/, take out 'fuzzy' where it stands, and make zh again"
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -56,9 +61,11 @@ def sources(project: Path = PROJECT) -> dict[str, Path]:
 
 
 def twin(path: Path, project: Path = PROJECT) -> Path:
-    """Where the Chinese edition of a notebook or of the README lies; any other file is its own twin."""
-    if path == project / README:
-        return project / README_ZH
+    """Where the other edition of a page, or the Chinese one of a notebook lies; any other file is its own twin."""
+    for name, ending in PAIRS.items():
+        english = project / name
+        if path in (pair := [english, english.with_suffix(ending)]):
+            return pair[1 - pair.index(path)]
     if path.suffix == ".ipynb" and path.is_relative_to(project / "notebooks"):
         return project / "notebooks" / "zh" / path.relative_to(project / "notebooks")
     return path
@@ -157,16 +164,16 @@ def take_pictures(notebook: NotebookNode) -> dict[str, tuple[str, str]]:
         chinese = output.get("data", {}).pop(PICTURE, None)
         alt = output.get("metadata", {}).pop(PICTURE, {}).get("alt", "")
         if chinese and "image/png" in output.data:
-            plain = base64.b64encode(strip_png(base64.b64decode(chinese))).decode()
+            plain = base64.b64encode(fewer_colours(base64.b64decode(chinese))).decode()
             found[picture_name(output.data["image/png"])] = (plain, alt)
     return found
 
 
-def svg_messages(notebook: NotebookNode) -> dict[str, list[str]]:
+def svg_messages(notebook: NotebookNode) -> list[str]:
     """The messages of the SVG pictures of a notebook."""
     svgs = [output["data"].get("image/svg+xml", "") for output in outputs(notebook) if "data" in output]
     found = (message_of(html.unescape(text))[0] for svg in svgs for text in SVG_TEXT.findall(svg))
-    return {message: [] for message in found if message}
+    return [message for message in found if message]
 
 
 def outputs(notebook: NotebookNode) -> Iterator[NotebookNode]:
@@ -198,9 +205,12 @@ def chinese_notebook(
         project: the folder that it belongs to, for links.
     """
     result, in_figures = copy.deepcopy(english), words(catalog_path(FIGURES, project))
+    there = twin(path, project)
+    badge_ends = [f'/{file.relative_to(project).as_posix()}"' for file in (path, there)]
     for cell in result.cells:
         if cell.cell_type == "markdown":
-            cell.source = move_links(translate(cell.source, known), path, twin(path, project), project)
+            text = translate(cell.source, known).replace(*badge_ends)  # a badge opens the notebook that it stands in
+            cell.source = move_links(text, path, there, project)
     for output in outputs(result):
         data = output.get("data", {})
         name = picture_name(data.get("image/png", ""))
@@ -219,6 +229,8 @@ def catalog_path(name: str, project: Path) -> Path:
 
 def written(path: Path, pictures: dict[str, tuple[str, str]] | None = None, project: Path = PROJECT) -> str:
     """The text of the Chinese twin of `path`, made of its PO file and, without `pictures`, of those that it has."""
+    if path.name == GLOSSARY:
+        return glossary(project)
     known = translations(read_catalog(catalog_path(path.stem, project)))
     there = twin(path, project)
     if path.suffix != ".ipynb":
@@ -229,8 +241,18 @@ def written(path: Path, pictures: dict[str, tuple[str, str]] | None = None, proj
     return nbformat.writes(chinese_notebook(english, known, shown, path, project)).rstrip("\n") + "\n"
 
 
+def glossary(project: Path = PROJECT) -> str:
+    """The Chinese half of the glossary."""
+    head, anchor, entries = (project / GLOSSARY).read_text(encoding="utf-8").partition("<a id=")
+    there = twin(project / GLOSSARY, project)
+    title = f"[English, 中英对照]({there.name}) · [README]({README})\n\n# 术语表"
+    chinese = ENTRY.sub(r"**\g<chinese>** · \g<word> \g<where><br>\n\g<said>", entries)
+    text = f"{title}\n\n{blocks(head.strip())[-1]}\n\n{anchor}{chinese}"
+    return move_links(text, project / GLOSSARY, there, project)
+
+
 def write(path: Path, pictures: dict[str, tuple[str, str]] | None = None, project: Path = PROJECT) -> None:
-    """Write the Chinese twin of a notebook or of the README."""
+    """Write the Chinese twin of a notebook or of a page."""
     target = twin(path, project)
     text = written(path, pictures, project)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -239,22 +261,39 @@ def write(path: Path, pictures: dict[str, tuple[str, str]] | None = None, projec
     os.replace(draft, target)
 
 
+def meet(found: dict[str, Iterable[str]], project: Path = PROJECT) -> None:
+    """Bring the catalogue of figures to what was met in them today.
+
+    Args:
+        found: name of a notebook or page -> the messages of all its figures; of others the catalogue keeps what it has.
+        project: where the catalogue lies.
+    """
+    path = catalog_path(FIGURES, project)
+    places = {
+        str(one.id): [place for place in one.auto_comments if place not in found]
+        for one in read_catalog(path)
+        if one.id
+    }
+    for name, messages_here in found.items():
+        for message in dict.fromkeys(messages_here):
+            places.setdefault(message, []).append(name)
+    update(path, {message: sorted(places[message]) for message in sorted(places) if places[message]})
+
+
 def keep(fresh: dict[Path, dict[str, tuple[str, str]]], met: Path, project: Path = PROJECT) -> None:
-    """After a run that wrote the English notebooks: write their twins, and note the words of their figures.
+    """After a run that wrote the English notebooks: note the words of their figures, and write their twins.
 
     Args:
         fresh: notebook -> the Chinese pictures of this run.
-        met: a file with one message of a figure a line; figures of notebooks that did not run keep their messages.
+        met: folder with NAME.words.jsonl for each notebook that has figures, one message a line.
         project: where notebooks and catalogues lie.
     """
-    catalog = catalog_path(FIGURES, project)
-    found = (
-        {str(one.id): [] for one in read_catalog(catalog) if one.id} if len(fresh) < len(sources(project)) - 1 else {}
-    )
-    found |= {json.loads(line): [] for line in met.read_text(encoding="utf-8").splitlines()} if met.is_file() else {}
+    found = {}
     for path in fresh:
-        found |= svg_messages(nbformat.read(path, as_version=4))
-    update(catalog, dict(sorted(found.items())))
+        words_here = met / f"{path.stem}.words.jsonl"
+        lines = words_here.read_text(encoding="utf-8").splitlines() if words_here.is_file() else []
+        found[path.stem] = [*map(json.loads, lines), *svg_messages(nbformat.read(path, as_version=4))]
+    meet(found, project)
     for path, pictures in fresh.items():
         write(path, pictures, project)
 
@@ -276,36 +315,48 @@ def message_faults(message: str, translation: str) -> Iterable[str]:
 
 def catalog_faults(name: str, wanted: Iterable[str], project: Path = PROJECT) -> list[str]:
     """What the PO file of that name lacks of the messages `wanted`, in words."""
-    catalog = read_catalog(catalog_path(name, project))
+    path = catalog_path(name, project)
+    catalog, po = read_catalog(path), path.relative_to(project)
     found = []
     for message in wanted:
         entry, short = catalog.get(message), message[:60].replace("\n", " ")
         if entry is None:
-            found.append(f"{name}: not in the PO file, run --update: {short}")
+            found.append(f"{po}: not in the PO file: {short}")
         elif not entry.string:
-            found.append(f"{name}: not translated: {short}")
+            found.append(f"{po}: not translated: {short}")
         elif entry.fuzzy:
-            found.append(f"{name}: the English changed, look at the translation and take out 'fuzzy': {short}")
+            found.append(f"{po}: the English changed, look at the translation and take out 'fuzzy': {short}")
         else:
-            found += [f"{name}: {fault}: {short}" for fault in message_faults(message, str(entry.string))]
+            found += [f"{po}: {fault}: {short}" for fault in message_faults(message, str(entry.string))]
     return found
 
 
-def faults(project: Path = PROJECT) -> list[str]:
-    """Everything in which the Chinese edition is behind the English one."""
+def cells(text: str) -> list[tuple[str, str]]:
+    """Kind and source of each cell of a notebook's text, without its outputs."""
+    return [(cell.cell_type, cell.source) for cell in nbformat.reads(text, as_version=4).cells] if text else []
+
+
+def faults(project: Path = PROJECT, with_outputs: bool = True) -> list[str]:
+    """Everything in which the Chinese edition is behind the English one.
+
+    Without `with_outputs` outputs of cells are not compared: every run of the notebooks changes some.
+    """
     in_figures = read_catalog(catalog_path(FIGURES, project))
     found = catalog_faults(FIGURES, [str(one.id) for one in in_figures if one.id], project)
     for name, path in sources(project).items():
         found += catalog_faults(name, messages(path), project)
-        there = twin(path, project)
-        where = there.relative_to(project)
-        if not there.is_file() or there.read_text(encoding="utf-8") != written(path, project=project):
-            found.append(f"{where}: not what its PO file gives; run make zh")
-        elif there.suffix == ".ipynb":
+    twins = {twin(path, project): path for path in [*sources(project).values(), project / GLOSSARY]}
+    for there, path in twins.items():
+        kept, fresh = there.read_text(encoding="utf-8") if there.is_file() else "", written(path, project=project)
+        where, notebook = there.relative_to(project), there.suffix == ".ipynb"
+        if kept != fresh and (with_outputs or not notebook or cells(kept) != cells(fresh)):
+            found.append(f"{where}: not what its PO file gives")
+        elif with_outputs and notebook:
             shown = sum("image/png" in output.get("data", {}) for output in outputs(nbformat.read(there, as_version=4)))
             if english := shown - len(kept_pictures(there)):
                 found.append(f"{where}: {english} English pictures; install fonts-noto-cjk and run make notebooks")
-    return found
+    left = set((project / "notebooks" / "zh").rglob("*.ipynb")) - set(twins)
+    return [*found, *(f"{path.relative_to(project)}: the English one is gone, remove it" for path in sorted(left))]
 
 
 def main() -> None:
@@ -317,8 +368,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         behind = faults()
-        print("\n".join(behind))
+        print("\n".join([*behind, ADVICE] if behind else ["Both editions say the same."]))
         sys.exit(bool(behind))
+    if not options.update:
+        write(PROJECT / GLOSSARY)
     for name, path in sources().items():
         if not options.names or name in options.names:
             if options.update:

@@ -4,10 +4,12 @@
                           --> image/x-zh+png   the same figure, its words looked up in locale/zh_CN/figures.po
                           --> GLM_FIGURE_WORDS a file with every text of it, one JSON string a line
 
-A message is a text with its numbers taken out: "GPU 0: 6.32 GiB" is the message "GPU {1}: {2} GiB", and its translation
-may use {1} and {2} in another order. What has no word of two letters, and what is Chinese already, is no message.
+A message is a text with its numbers (and lists of three or more) taken out: "GPU 0: 6.32 GiB" is the message "GPU {1}:
+{2} GiB", and its translation may use {1} and {2} in another order. What has no word of two letters, what is Chinese
+already, and names (tokens, files, formulas) are no messages.
 
-Without an installed font that has Chinese glyphs there is no second picture, and nothing is drawn as boxes.
+Without an installed font that has Chinese glyphs the words are noted all the same, but there is no second picture, and
+nothing is drawn as boxes.
 """
 
 import io
@@ -25,15 +27,16 @@ EXTENSION = "chinese_figures"
 PICTURE = "image/x-zh+png"
 FILE_VARIABLE = "GLM_FIGURE_WORDS"
 CATALOG = Path(__file__).resolve().parents[1] / "locale" / "zh_CN" / "figures.po"
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+NUMBERS = re.compile(r"\d+(?:[.,]\d+)*(?:(?:, \d+(?:[.,]\d+)*){2,})?")  # 1,024 is one; "3, 1,024, 7" is one list
 PLACE = re.compile(r"\{(\d+)\}")
 SVG_TEXT = re.compile(r"(?<=>)[^<>]+(?=</(?:text|title|desc|tspan)>)")
+NAME = re.compile(r"[▁_]\S*|<\w+>|\[[\w\n]+\]( <\w+>)?|\$.*\$|[\w.]+\.\w+")
 FONT_OF_NUMBERS = "DejaVu Sans"
 
 
 def message_of(text: str) -> tuple[str, list[str]]:
     """The text with {1}, {2} ... for its numbers, and the numbers; ("", []) if there is no word to translate."""
-    if not re.search(r"[A-Za-z]{2,}", text) or re.search(r"[\u4e00-\u9fff]", text):
+    if not re.search(r"[A-Za-z]{2,}", text) or re.search(r"[\u4e00-\u9fff]", text) or NAME.fullmatch(text):
         return "", []
     found: list[str] = []
 
@@ -41,7 +44,7 @@ def message_of(text: str) -> tuple[str, list[str]]:
         found.append(number[0])
         return f"{{{len(found)}}}"
 
-    return NUMBER.sub(take, text), found
+    return NUMBERS.sub(take, text), found
 
 
 def put(translation: str, found: list[str]) -> str:
@@ -76,21 +79,20 @@ def note(text: str) -> None:
             file.write(json.dumps(message, ensure_ascii=False) + "\n")
 
 
-def written_in(figure: Any) -> Iterator[Any]:
-    """Every text of a figure that is not made by a tick's formatter."""
+def every_text(figure: Any) -> Iterator[str]:
+    """All that is to be translated of a figure: its texts, names of ticks among them, and its alternative text."""
     from matplotlib.text import Text
 
-    ticks = {id(label) for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())}
-    yield from (text for text in figure.findobj(Text) if id(text) not in ticks and text.get_text())
+    yield from (text.get_text() for text in figure.findobj(Text))
+    yield getattr(figure, "alternative_text", None) or ""
 
 
-def tick_lists(figure: Any) -> Iterator[list[str]]:
-    """The lists of labels of all axes whose ticks have names."""
+def named_ticks(figure: Any) -> Iterator[Any]:
+    """The axes whose ticks have names: their formatter makes texts anew at every drawing."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            names = getattr(axis.get_major_formatter(), "seq", None)
-            if isinstance(names, list):
-                yield names
+            if any(message_of(label.get_text())[0] for label in axis.get_ticklabels()):
+                yield axis
 
 
 def chinese_picture(figure: Any, printer: Any, font: str, known: dict[str, str]) -> Any:
@@ -103,32 +105,41 @@ def chinese_picture(figure: Any, printer: Any, font: str, known: dict[str, str])
         known: message -> translation.
     """
     from matplotlib.text import Text
+    from matplotlib.ticker import Formatter, FuncFormatter
+
+    def chinese_names(names: Formatter) -> Formatter:
+        return FuncFormatter(lambda value, place: in_chinese(names(value, place), known))
 
     before = [(text, text.get_text(), text.get_fontfamily()) for text in figure.findobj(Text)]
-    names = [(labels, list(labels)) for labels in tick_lists(figure)]
+    ticks = [(axis, axis.get_major_formatter()) for axis in named_ticks(figure)]
     described = getattr(figure, "alternative_text", None)
     try:
-        for text in written_in(figure):
-            note(text.get_text())
-            text.set_text(in_chinese(text.get_text(), known))
-        for labels, _ in names:
-            for place, label in enumerate(labels):
-                note(label)
-                labels[place] = in_chinese(label, known)
-        for text in figure.findobj(Text):
+        for axis, formatter in ticks:
+            axis.set_major_formatter(chinese_names(formatter))
+        for text, said, _ in before:
+            text.set_text(in_chinese(said, known))
             text.set_fontfamily([FONT_OF_NUMBERS, font])
         if described:
-            note(described)
             figure.alternative_text = in_chinese(described, known)
         return printer(figure)
     finally:
+        for axis, formatter in ticks:
+            axis.set_major_formatter(formatter)
         for text, said, family in before:
             text.set_text(said)
             text.set_fontfamily(family)
-        for labels, said in names:
-            labels[:] = said
         if described:
             figure.alternative_text = described
+
+
+def fewer_colours(png: bytes) -> bytes:
+    """A PNG with at most 256 colours, and no notes in it: a third of the bytes, and nobody sees the difference."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -139,8 +150,6 @@ def load_ipython_extension(shell: Any) -> None:
     from glmhelpers.plots import cjk_font
 
     font, known, formatters = cjk_font(), words(), shell.display_formatter.formatters
-    if font is None:
-        return
 
     class ChinesePicture(BaseFormatter):
         format_type = Unicode(PICTURE)
@@ -150,6 +159,8 @@ def load_ipython_extension(shell: Any) -> None:
         def __call__(self, shown: Any) -> Any:
             if "matplotlib.figure" not in sys.modules or not isinstance(shown, sys.modules["matplotlib.figure"].Figure):
                 return None
-            return chinese_picture(shown, formatters["image/png"].lookup_by_type(type(shown)), font, known)
+            for text in every_text(shown):
+                note(text)
+            return font and chinese_picture(shown, formatters["image/png"].lookup_by_type(type(shown)), font, known)
 
     formatters[PICTURE] = ChinesePicture(parent=shell.display_formatter)

@@ -2,7 +2,7 @@
 
     executed notebook                                cleaned notebook
     +------------------------------------------+     +---------------------------------------+
-    | kernel details, timestamps, widget state | ->  | kernel name only                      |
+    | kernel details, timestamps, widget state | ->  | kernel name, and the GPU to ask for   |
     | random cell ids                          | ->  | ids from the cell's own text          |
     | /absolute/path/data, 0x7f3a..., /tmp/.. | ->  | ./data, 0x..., no names of this machine |
     | commit 1a2b3c4 of 2026-01-02             | ->  | commit ... of ...                     |
@@ -27,6 +27,12 @@ from nbformat import NotebookNode
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_LINE = "[interactive: run this cell in a live notebook to use the controls]"
 TEXT_TYPES = ("text/plain", "text/html", "text/markdown", "image/svg+xml")
+# The machine that a notebook asks a cloud for (scripts/badges.py); whatever else a cloud writes there goes.
+CLOUD_METADATA = {
+    "accelerator": (),
+    "colab": ("gpuType",),
+    "kaggle": ("accelerator", "isGpuEnabled", "isInternetEnabled"),
+}
 
 # A PNG's 8-byte signature is followed by chunks: length (4 bytes), type (4), data, checksum (4).
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -48,14 +54,18 @@ def clean(notebook: NotebookNode, project: Path, output: Path) -> None:
         project: absolute path of the project; shown as `.` afterwards.
         output: absolute path of the folder that the run wrote into; shown as `outputs`.
     """
+    before = notebook.metadata
     notebook.metadata = NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
     )
+    for key, fields in CLOUD_METADATA.items():
+        if key in before:
+            asked = before[key]
+            notebook.metadata[key] = {name: asked[name] for name in fields if name in asked} if fields else asked
     notebook.nbformat_minor = max(5, notebook.nbformat_minor)  # cell ids exist since 4.5
-    taken: set[str] = set()
+    set_ids(notebook)
     for cell in notebook.cells:
-        cell.id = _stable_id(cell, taken)
         cell.metadata = NotebookNode({key: cell.metadata[key] for key in ("tags",) if key in cell.metadata})
         if cell.cell_type == "code":
             cell.outputs = [result for result in cell.outputs if not _is_progress_bar(result)]
@@ -103,6 +113,13 @@ def strip_png(data: bytes) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
+
+
+def set_ids(notebook: NotebookNode) -> None:
+    """Give every cell, in place, the id that follows from its kind and its text."""
+    taken: set[str] = set()
+    for cell in notebook.cells:
+        cell.id = _stable_id(cell, taken)
 
 
 def _stable_id(cell: NotebookNode, taken: set[str]) -> str:

@@ -126,6 +126,11 @@ def measured() -> str:
             "two_gpus.py",
         ),
         (
+            "4 x 1024 tokens on two GPUs, planned by the catalogue and by the calibrated machine; on one of them",
+            _planned(found["calibrate"]),
+            "calibrate.py",
+        ),
+        (
             "rows of real lengths, 16 a step: tokens a second against the same rows padded to 1024",
             f"{alike['times']} times as many",
             "rows.py",
@@ -135,6 +140,13 @@ def measured() -> str:
     ]
     lines = ["| one or two H100s, full size, random weights | figure | its program in `benchmarks/` |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {figure} | `{program}` |" for what, figure, program in rows)])
+
+
+def _planned(lines: list[dict]) -> str:
+    """A step of 4 x 1024 as the catalogue plans it (in 4 parts), as the calibrated planner does, and on one GPU."""
+    (choice,) = (x for x in lines if x["what"] == "choice" and x["length"] == 1024 and x["blocks"] == [14, 14])
+    others = choice["others_ms"]
+    return f"{others['2 GPUs, 4 parts']:.0f} and {choice['ms']:.0f} ms; {others['1 GPUs, 1 parts']:.0f} ms"
 
 
 def _steps(lines: list[dict]) -> list[tuple[str, str, str]]:

@@ -1,12 +1,15 @@
 """The picture in the README: what two T4s will hold while ChatGLM-6B is trained, predicted from its config alone.
 
-No weights and no GPU are needed. `python scripts/make_readme_figure.py` writes docs/memory_two_t4.png.
+No weights and no GPU are needed. `python scripts/make_readme_figure.py` writes docs/memory_two_t4.png, and where a font
+has Chinese glyphs, the same picture for README.zh-CN.md.
 """
 
 import sys
 from pathlib import Path
 
+import chinese_edition
 import matplotlib.pyplot as plt
+from chinese_figures import chinese_picture, every_text, message_of, words
 
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map
 from glmhelpers.plots import style as plots
@@ -34,6 +37,15 @@ def main(target: Path = TARGET) -> None:
     print(*plans.values(), figure.alternative_text, sep="\n")
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=150, metadata={"Software": None})
+    if target == TARGET:
+        # (the alternative text stands in the README's own catalogue)
+        shown = (message_of(text)[0] for text in every_text(figure) if text != figure.alternative_text)
+        chinese_edition.meet({"README": filter(None, shown)})
+        if font := plots.cjk_font():
+            there = chinese_edition.twin(target)
+            chinese_picture(
+                figure, lambda shown: shown.savefig(there, dpi=150, metadata={"Software": None}), font, words()
+            )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class GPU:
         launch_forward, launch_again, launch_backward: seconds that the host needs to start the kernels of one block:
             forward, forward again (a checkpointed block), backward. Not the card's but the machine's: 0.5 ms stands
             for the 0.27 to 1.1 ms that were measured on four hosts (benchmarks/launch.py).
+        launch_step: seconds of a step in which the host starts no block: cutting the batch, clipping, Adam. Only
+            measured; in the catalogue it is not counted.
+        launch_graph: seconds that it needs to copy a segment's input and start its CUDA graph: 0.12 ms, measured on one
+            host for a block alone.
         gemm_workspace: bytes that one cuBLAS handle keeps; forward and backward threads have one handle each.
         link: bytes a second to a neighbour GPU in the same machine.
     """
@@ -56,6 +60,8 @@ class GPU:
     launch_forward: float = 0.5e-3
     launch_again: float = 0.5e-3
     launch_backward: float = 0.5e-3
+    launch_step: float = 0.0
+    launch_graph: float = 0.12e-3
     gemm_workspace: int = 8 * MIB + 128 * KIB
     link: float = 6e9
 
@@ -139,7 +145,7 @@ def find_gpus(gpus: "GPU | str | int | float | list | tuple") -> list[GPU]:
 
 def one_host(gpus: "list[GPU]") -> list[GPU]:
     """The same cards with one host: of different seconds to start a block, the longest count for all."""
-    names = ("launch_forward", "launch_again", "launch_backward")
+    names = ("launch_forward", "launch_again", "launch_backward", "launch_step", "launch_graph")
     return [replace(gpu, **{name: max(getattr(card, name) for card in gpus) for name in names}) for gpu in gpus]
 
 

@@ -7,7 +7,7 @@ Both are small frozen records, so that results can be cached on them.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 from typing import Any
@@ -23,6 +23,9 @@ MOST = 10**9
 """Largest batch, length, rank ... that is taken for meant: products of a few of them stay within a float's range."""
 
 MOST_LAYERS = 1000
+
+GRAPH_TOKENS = 2048
+"""Tokens of a micro-batch up to which CUDA graphs are worth their memory: with more, no host is slower than its GPU."""
 
 BYTES_PER_WEIGHT = {16: 2.0, 32: 4.0, 8: 1.0, 4: 0.5}
 
@@ -112,6 +115,7 @@ class Setting:
         kv_length: tokens in the cache at the end of generation; at least seq_length.
         prefix_length: keys of a learnt prefix (P-tuning v2) in front of every row, 0 for none; instead of LoRA.
         prefix_projection: width of the network that the prefix comes out of, 0 for none.
+        cuda_graphs: short micro-batches are recorded once and replayed, see `devicemap.captured`.
     """
 
     batch_size: int = 4
@@ -129,6 +133,7 @@ class Setting:
     kv_length: int = 0
     prefix_length: int = 0
     prefix_projection: int = 0
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, in words.
@@ -184,6 +189,20 @@ class Setting:
         """Keys that a token can see: those of the prefix and of its row."""
         return self.prefix_length + self.seq_length
 
+    @cached_property
+    def recorded(self) -> "Setting | None":
+        """The largest micro-batches that are CUDA graphs: these, padded, or shorter ones; None if there are none."""
+        longest = GRAPH_TOKENS // self.rows // 16 * 16
+        if not (self.cuda_graphs and self.training and longest) or self.prefix_length or self.base_bits < 16:
+            return None
+        length = padded_length(self.seq_length)
+        return replace(self, seq_length=length if length * self.rows <= GRAPH_TOKENS else longest)
+
+    @cached_property
+    def replayed(self) -> bool:
+        """Are the longest micro-batches themselves replayed?"""
+        return self.recorded is not None and self.recorded.seq_length >= self.seq_length
+
     @property
     def fused(self) -> bool:
         """Is the fused LoRA layer in use? 8- and 4-bit layers keep peft's."""
@@ -205,6 +224,12 @@ def with_prefix(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         if known.get("prefix_projection"):
             found = {"prefix_projection": known["hidden_size"], **found}
     return {"lora_rank": 0, **found} if found.get("prefix_length") else found
+
+
+def padded_length(length: int) -> int:
+    """The length that rows are padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
+    step = 16 if length <= 64 else 32 if length <= 256 else 128
+    return -(-length // step) * step
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

@@ -54,8 +54,8 @@ TERMS = {
 
 OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
 """What a card holds beyond the tensors; not in `peak_bytes`."""
-
-
+POOLED = ("masks", "inputs", "activations", "block", "transfer")
+"""Terms that are in the memory pool of CUDA graphs."""
 SLACK_AT_LEAST = 40 * MIB
 """Bytes of slack on every GPU: two of the allocator's 20 MiB buffers."""
 
@@ -133,7 +133,7 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
     return setting.tokens * shape.hidden * setting.element
 
 
-def target_rows(setting: Setting, smooth: bool = False) -> float:
+def target_rows(setting: Setting, smooth: bool = False) -> Any:
     """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
     never more than that, and of all micro-batches together the fewer the more there are."""
     rows = setting.rows * (setting.seq_length - 1) * setting.label_share
@@ -175,7 +175,7 @@ def stage_terms(
 
     `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
     copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
-    are gradients, while all other micro-batches are still there.
+    are gradients, while all other micro-batches are still there. Nor is there a pool of CUDA graphs.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -189,7 +189,14 @@ def stage_terms(
     if not blocks and not stage.head:
         return "idle", base
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    moments = _training(shape, setting, stage, lora, smooth) if setting.training else _generation(shape, setting, stage)
+    if setting.recorded and blocks:
+        base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
+    if not setting.training:
+        moments = _generation(shape, setting, stage)
+    elif setting.recorded and blocks and not smooth:
+        moments = _with_graphs(shape, setting, stage, lora)
+    else:
+        moments = _training(shape, setting, stage, lora, smooth)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
@@ -264,6 +271,24 @@ def _training(
         }
         name = f"backward of its block {place + 1} of {count}"
         moments.append((f"{name}, second micro-batch" if done else name, moment))
+    return moments
+
+
+def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+    """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
+    of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
+    are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
+    recorded = setting.recorded or setting
+    inside = _training(shape, recorded, stage, lora, False)
+    moments = inside if setting.replayed else _training(shape, setting, stage, lora, False)
+    pools = ({name: moment.get(name, 0) for name in POOLED} for _, moment in inside[1:])
+    pool = max(pools, key=lambda terms: sum(terms.values()))
+    copies = recorded.micro_batches * (int(stage.first and not stage.blocks[0]) + int(not stage.head)) + 2
+    pool["transfer"] += copies * hidden_bytes(shape, recorded) + mask_bytes(recorded) + table_bytes(shape, recorded)
+    pool["gradients"] = 2 * lora
+    for name, moment in moments:
+        own = moment if name == "optimizer step" or not setting.replayed else {"gradients": moment.get("gradients", 0)}
+        moment |= {term: size + own.get(term, 0) for term, size in pool.items()}
     return moments
 
 

@@ -129,11 +129,16 @@ def stage_seconds(shape: Shape, setting: Setting, stage: Stage, gpu: GPU) -> Sta
     if not setting.training:
         return StageTime(ahead, 0.0, launch_ahead)
     back = blocks * backward + checkpointed * again + send
-    return StageTime(ahead, back, launch_ahead, blocks * gpu.launch_backward + checkpointed * gpu.launch_again)
+    launch_back = blocks * gpu.launch_backward + checkpointed * gpu.launch_again
+    if setting.replayed:  # a checkpointed block is a segment of its own
+        launch_back = (checkpointed + (checkpointed < blocks)) * gpu.launch_graph
+        launch_ahead = launch_back + stage.head * gpu.launch_forward
+    return StageTime(ahead, back, launch_ahead, launch_back)
 
 
 def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: int, gpu: GPU) -> float:
-    """Bringing the embedded batch to the first GPU, if it is looked up elsewhere.
+    """What a step needs beside its passes: what the host does once, and bringing the embedded batch to the first GPU
+    if it is looked up elsewhere.
 
     Args:
         shape, setting: sizes of the model, and how it is run.
@@ -141,9 +146,10 @@ def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: in
         gpus_used: number of GPUs that hold something; with one, "tied" is on the first as well.
         gpu: the first GPU.
     """
+    once = gpu.launch_step * setting.training
     if embedding == "first" or (embedding == "tied" and gpus_used == 1):
-        return 0.0
-    return hidden_bytes(shape, setting) * setting.micro_batches / gpu.link
+        return once
+    return once + hidden_bytes(shape, setting) * setting.micro_batches / gpu.link
 
 
 def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int) -> float:

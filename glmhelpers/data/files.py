@@ -14,6 +14,7 @@ A folder of `save_to_disk` holds .arrow files, and settings that are no rows; on
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import re
@@ -35,6 +36,8 @@ PACKED: dict[bytes, tuple[str, Callable[..., Any]]] = {
 """First bytes of a packed file -> the ending of its name, and what unpacks it."""
 ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of what is not unpacked here -> its name."""
+MOST_UNPACKED, LIKELY_RATIO = 2**28, 200
+"""A packed file may unpack to so many bytes, and a larger one to so many times its size: text does to 3 to 20 times."""
 PACKED_ENDINGS = tuple(ending for ending, _ in PACKED.values())
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 ENDINGS = FORMATS + tuple(ending + packed for ending in FORMATS for packed in PACKED_ENDINGS)
@@ -162,18 +165,52 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         raise OSError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}; write what it gives into a file first")
-    with open(path, "rb") as file, _unpacked(file) as opened:
+    with open(path, "rb") as file, _unpacked(file, os.fstat(file.fileno()).st_size) as opened:
         yield opened
 
 
 @contextmanager
 def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[BinaryIO]:
-    with archive.open(member) as file, _unpacked(file) as opened:
+    size = member.compress_size
+    with archive.open(member) as file, _bounded(file, size) as bounded, _unpacked(bounded, size) as opened:
         yield opened
 
 
-def _unpacked(file: Any) -> Any:
-    """What is in a packed file, or the file itself if it is not packed.
+class _Bounded(io.RawIOBase):
+    """What comes out of a packed file, until it is more than any file of rows would be."""
+
+    def __init__(self, file: Any, most: int) -> None:
+        self.file, self.most = file, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        if self.file.tell() > self.most:
+            raise ValueError(
+                f"it unpacks to more than {self.most:,} bytes, over {LIKELY_RATIO} times its size, as no rows do: it "
+                "may be made to fill memory or disk. If you know what it is, unpack it yourself, and give that"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _bounded(file: Any, size: int) -> io.BufferedReader:
+    return io.BufferedReader(_Bounded(file, max(MOST_UNPACKED, LIKELY_RATIO * size)))
+
+
+def _unpacked(file: Any, size: int) -> Any:
+    """What is in a packed file of so many bytes, or the file itself if it is not packed.
 
     Raises:
         ValueError: it is an archive that is not unpacked here, or packed twice (there are files that hold themselves).
@@ -183,7 +220,7 @@ def _unpacked(file: Any) -> Any:
     inner = unpack(file)
     if _unpacker(inner):
         raise ValueError("it is packed twice: unpack it once, and give that")
-    return inner
+    return _bounded(inner, size)
 
 
 def _unpacker(file: Any) -> Callable[..., Any] | None:

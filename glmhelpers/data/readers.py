@@ -10,6 +10,13 @@
 What a file is called matters less than what is in it: many `.json` files hold JSON Lines. A reader never judges a row;
 it says on which line it stands and whether it could be parsed. Memory does not grow with the size of the file, nor
 with that of a line. Of a table only our columns are read: whatever stands beside them cannot do any harm.
+
+What a parquet file unpacks to is not known by its size: 700 MB of one letter are 20 kB. Its library takes a page (a MB
+of one column, mostly) as a whole, so the headers of the pages are read first; they say what is in them.
+
+    a column's part of a row group:   dictionary page | page | page ...
+                                      size, values      size, values      too large: refused, nothing is unpacked
+                                                                          else as many rows at a time as surely fit
 """
 
 import io
@@ -31,7 +38,10 @@ BATCH = 1000
 """Rows that are in memory at one time, if they are of usual size."""
 BATCH_BYTES = 2**26
 """Bytes that a batch of longer rows may have."""
-
+PAGE_BYTES = 2**27
+"""Bytes of a page of a parquet file, unpacked: no writer makes larger ones, unless one value is that large."""
+TABLE_BYTES = 2**28
+"""Bytes of a table in a zip, or packed by gzip and the like: it is read out of order, so it is unpacked as a whole."""
 
 FEATHER, STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 """First bytes of Arrow's two formats."""
@@ -62,11 +72,9 @@ def read_rows(
     """
     head = file.read(HEAD)
     file.seek(0)
-    if head.startswith(b"PAR1"):
-        yield from _read_parquet(file, notes, columns)
-        return
-    if head.startswith((FEATHER, STREAM)):
-        yield from _read_arrow(file, notes, columns)
+    if head.startswith((b"PAR1", FEATHER, STREAM)):
+        reader = _read_parquet if head.startswith(b"PAR1") else _read_arrow
+        yield from reader(_in_reach(file), notes, columns)
         return
     if head.startswith(b"version ") and b"\noid sha256:" in head:
         yield Found(1, None, "a pointer of Git LFS, the file itself is elsewhere (git lfs pull brings it)")
@@ -122,24 +130,39 @@ class _NoValue(Exception):
     """A value that has no form in Python; the message says why."""
 
 
+def _on_disk(file: BinaryIO) -> bool:
+    return isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+
+
+def _in_reach(file: BinaryIO) -> BinaryIO:
+    """A file that can be read out of order: itself, or what is in a packed one."""
+    if _on_disk(file):
+        return file
+    unpacked = file.read(TABLE_BYTES + 1)
+    if len(unpacked) > TABLE_BYTES:
+        raise ValueError(f"it is a table of more than {TABLE_BYTES:,} bytes, and packed: unpack it first")
+    return io.BytesIO(unpacked)
+
+
 def _read_parquet(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
     """Rows of one open file, as mappings of our columns only; arguments as for `read_rows`."""
     notes.unit = "row"
-    table = pyarrow.parquet.ParquetFile(file)
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)
     names = table.schema_arrow.names
     found = find_columns(names, columns)
     if not holds_rows(found):
         notes.not_data = missing_columns(names)
         return
     wanted = list(dict.fromkeys(found.values()))
-    yield from _table_rows(table.iter_batches(_batch_rows(table), columns=wanted), wanted)
+    rows = _batch_rows(table.metadata, file, set(wanted))
+    yield from _table_rows(table.iter_batches(rows, columns=wanted), wanted)
 
 
 def _read_arrow(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
     """As `_read_parquet`, for Arrow's own two formats: of `save_to_disk`, and of Feather."""
     notes.unit = "row"
     # Mapped into memory where that can be: then only what is looked at is read.
-    source = pa.memory_map(file.name) if isinstance(file, io.BufferedReader) else file
+    source = pa.memory_map(file.name) if _on_disk(file) else file
     if file.read(len(FEATHER)) == FEATHER:
         reader = pa.ipc.open_file(source)
         batches = (reader.get_batch(place) for place in range(reader.num_record_batches))
@@ -162,24 +185,108 @@ def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str], check: boo
         of_name = {name: batch.column(batch.schema.names.index(name)) for name in wanted}
         for column in of_name.values() if check else ():
             column.validate(full=True)
+        long = batch.nbytes > LONGEST_ROW  # only in such a batch can a value be too long
         for place in range(len(batch)):
             number += 1
             try:
-                yield Found(number, {name: _value(column[place], name) for name, column in of_name.items()})
+                yield Found(number, {name: _value(column, place, name, long) for name, column in of_name.items()})
             except _NoValue as reason:
                 yield Found(number, None, str(reason))
 
 
-def _batch_rows(table: pyarrow.parquet.ParquetFile) -> int:
-    facts = table.metadata
-    groups = [facts.row_group(place) for place in range(facts.num_row_groups)]
-    each = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
-    return max(1, min(BATCH, int(BATCH_BYTES / max(1, each))))
+def _batch_rows(facts: pyarrow.parquet.FileMetaData, file: BinaryIO, wanted: set[str]) -> int:
+    """Rows that can be in memory at one time, by what the pages of our columns say of themselves.
+
+    Raises:
+        ValueError: a page is too large; names the column.
+    """
+    most = 1.0  # bytes of a value, at an average over those beside it
+    chunks = (
+        facts.row_group(group).column(place)
+        for group in range(facts.num_row_groups)
+        for place in range(facts.num_columns)
+    )
+    for chunk in chunks:
+        name = chunk.path_in_schema.split(".")[0]
+        if name not in wanted:
+            continue
+        at = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+        end = at + chunk.total_compressed_size
+        while at < end:
+            file.seek(at)
+            header, length = _page_header(file.read(HEAD))
+            size, at = header[2], at + length + header[3]
+            if size > PAGE_BYTES:
+                raise ValueError(
+                    f"its column {name} holds a value, or a page of values, of {size:,} bytes, unpacked; at most "
+                    f"{PAGE_BYTES:,} are read at a time: take that row out, or write the file with smaller pages"
+                )
+            about = header.get(5) or header.get(8) or {}
+            encoding = about.get(2 if 5 in header else 4)
+            if encoding in _PLAIN:
+                most = max(most, size / max(1, about[1]))
+            elif encoding not in _INDICES:  # a dictionary, or values that share a beginning: one may be all of it
+                most = max(most, size)
+    return max(1, min(BATCH, int(BATCH_BYTES / most)))
 
 
-def _value(scalar: pa.Scalar, name: str) -> Any:
+_PLAIN, _INDICES = (0, 6), (2, 8)
+"""Encodings of a page: values one after the other (PLAIN, DELTA_LENGTH_BYTE_ARRAY); their places in a dictionary."""
+
+
+def _page_header(data: bytes) -> tuple[dict[int, Any], int]:
+    """Numbers of a page's header by field number (2: bytes unpacked, 3: bytes in the file), and the header's length.
+
+    It is a struct of Thrift's compact protocol; its fields stand in parquet.thrift, of the Parquet format.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            value |= (data[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 128:
+                return value
+
+    def item(kind: int) -> Any:
+        nonlocal at
+        if kind in (1, 2):  # in the kind itself
+            return kind == 1
+        if kind in (3, 7, 8):
+            size = {3: 1, 7: 8}.get(kind) or varint()
+            at += size
+            return None
+        if kind in (4, 5, 6):
+            return (number := varint()) >> 1 ^ -(number & 1)
+        if kind == 12:
+            return struct()
+        raise ValueError(f"a header of a page has a field of kind {kind}: the file is damaged")
+
+    def struct() -> dict[int, Any]:
+        nonlocal at
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := data[at]:
+            at += 1
+            number = number + (head >> 4) if head >> 4 else item(4)
+            fields[number] = item(head & 15)
+        at += 1
+        return fields
+
     try:
-        return scalar.as_py()
+        return struct(), at
+    except IndexError:
+        raise ValueError("a header of a page does not end: the file is damaged") from None
+
+
+def _value(column: pa.Array, place: int, name: str, long: bool) -> Any:
+    if long and (size := column.slice(place, 1).nbytes) > LONGEST_ROW:
+        raise _NoValue(f"its {name} is longer than {LONGEST_ROW:,} bytes ({size:,})")
+    try:
+        value = column[place].as_py()
+        return value.decode() if isinstance(value, bytes) else value  # some programs write texts as bytes
     except UnicodeDecodeError:
         raise _NoValue(UNDECODABLE) from None
     except Exception as error:  # dates beyond the year 9999, zones nobody knows, a name twice: as many errors

@@ -6,10 +6,12 @@
     one stage, two micro-batches       record    forward 0, forward 1, backward 1, backward 0      (once)
                                        replay    the same order in every step
 
-A graph reads and writes the same memory each time. So its inputs are copied into fixed tensors, and each micro-batch in
-flight has graphs of its own, over a memory pool that all of a GPU's graphs share: what the two passes of one shape hold
-is free again when the step ends, so that another shape may use it. That is why the order of recording and of replaying
-must be the same; it is checked. Batches are padded to a few lengths (`pad_part`), each recorded when first met.
+A graph reads and writes the same memory each time. So what comes from outside is copied into fixed tensors, each
+micro-batch in flight has graphs of its own, and a segment reads its neighbour's output where that was written. All of a
+GPU's graphs share one pool: when a shape is recorded its tensors are let go (`OnDevice.borrow`), so that the next shape
+is recorded over the same memory, and all shapes together need what the largest needs. That is why the order of
+recording and of replaying must be the same; it is checked. Batches are padded to a few lengths (`pad_part`), each
+recorded when first met; those of more than GRAPH_TOKENS tokens run without, since there the GPU is the slower one.
 
 Blocks that are not checkpointed and follow each other on one GPU are one pair of graphs. A checkpointed block is a
 pair by itself: its forward graph keeps nothing, its backward graph runs the block again, from the random state of the
@@ -17,69 +19,43 @@ forward one. Random numbers continue where the generator stands, as without grap
 recording leaves the generator as it was, so a run that goes on after a kill draws what an unbroken one draws.
 """
 
+import gc
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from glmhelpers.cost_model.sizes import GRAPH_TOKENS
+from glmhelpers.devicemap.devices import OnDevice
 from glmhelpers.utils.types import Model
 
 SHAPES = 24
 """Shapes that are recorded at most; further ones run without graphs."""
 
+ON_CPU = "a block is on the CPU"
+
 Shape = tuple[int, int]
-
-
-class Recorded:
-    """Work on a GPU that `run()` starts again; `make` must use fixed tensors only and return what is to be kept."""
-
-    def __init__(self, make: Callable[[], Any], device: torch.device, pool: Any, stream: torch.cuda.Stream):
-        self.device, self.graph = device, torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            self.graph.capture_begin(pool=pool)
-            try:
-                self.result = make()
-            finally:
-                self.graph.capture_end()
-
-    def run(self) -> None:
-        """Start it in the current stream of its GPU."""
-        with torch.cuda.device(self.device):
-            self.graph.replay()
-
-
-class OnDevice:
-    """What the graphs of one GPU share: memory pool, stream to record in, random generator."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
-        self.generator = torch.cuda.default_generators[device.index]
-
-    def record(self, make: Callable[[], Any]) -> Recorded:
-        """Record what `make` starts."""
-        return Recorded(make, self.device, self.pool, self.stream)
-
-    def rehearse(self, make: Callable[[], Any]) -> None:
-        """Run it once without recording: libraries set themselves up at a first call."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            make()
 
 
 @dataclass
 class Passes:
-    """One segment for one micro-batch: fixed tensors, the two recordings, and where its random numbers began."""
+    """One segment for one micro-batch: its tensors, the two recordings, and where its random numbers began."""
 
+    forward: Any
     hidden: Tensor
     others: tuple[Tensor, ...]
-    forward: Any = None
+    output: Tensor
+    copied: bool
+    """Its input comes from elsewhere than from the segment before it, which is on the same GPU."""
     backward: Any = None
-    output: Tensor = field(init=False)
-    slope: Tensor = field(init=False)
-    began: int = 0
+    slope: Any = None
+    to_input: Any = None
+    flat: Any = None
+    began: Any = 0
 
 
 class Segment(nn.Module):
@@ -104,46 +80,75 @@ class Segment(nn.Module):
             hidden, _ = cast(Any, block).forward(hidden, *others)
         return hidden
 
-    def prepare(self, shape: Shape, like: Sequence[Tensor]) -> Passes:
-        """Fixed tensors for a micro-batch of this shape [B, L]; `like`: bias, cos and sin to copy shapes from."""
+    def inputs(self, shape: Shape, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """New tensors for a micro-batch [B, L]: hidden states, and bias, cos and sin of the shapes in `like`."""
         norm = cast(Tensor, self.input_layernorm.weight)
-        hidden = torch.zeros(*shape, norm.shape[0], dtype=norm.dtype, device=norm.device)
-        return Passes(hidden.requires_grad_(not self.first), tuple(x.to(norm.device).clone() for x in like))
+        hidden = torch.empty(*shape, norm.shape[0], dtype=norm.dtype, device=norm.device)
+        return hidden, *(torch.empty_like(x, device=norm.device) for x in like)
 
-    def slopes(self, passes: Passes, output: Tensor, slope: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Gradients of the segment's input (None for the first), and of what is trained, in one flat tensor."""
-        inputs = [*([] if self.first else [passes.hidden]), *self.trained]
-        found = list(torch.autograd.grad(output, inputs, slope))
-        to_input = None if self.first else found.pop(0)
-        return to_input, torch.cat([grad.reshape(-1) for grad in found])
+    def rehearse(self, shape: Shape, like: Sequence[Tensor]) -> None:
+        """Run one block forward and backward as it will be recorded."""
 
-    def record_forward(self, passes: Passes) -> None:
+        def make() -> None:
+            hidden, *others = (x.zero_() for x in self.inputs(shape, like))
+            with torch.enable_grad():
+                output = self.eager(hidden.requires_grad_(), others, 1)
+            trained = [p for p in self.blocks[0].parameters() if p.requires_grad]
+            torch.autograd.grad(output, [hidden, *trained], output)
+
+        self.home.rehearse(make)
+
+    def record_forward(self, shape: Shape, like: Sequence[Tensor], before: "Segment | None") -> None:
         """Record the forward pass; for a checkpointed block without what autograd would keep."""
+        behind = before.passes[-1] if before is not None and before.home is self.home else None
 
-        def rehearsal() -> None:
-            with torch.enable_grad():
-                output = self.eager(passes.hidden, passes.others, 1)
-                torch.autograd.grad(output, [p for p in self.blocks[0].parameters() if p.requires_grad], output)
+        def fixed() -> tuple[Tensor, ...]:
+            return (behind.output.detach(), *behind.others) if behind else self.inputs(shape, like)
 
-        def make() -> Tensor:
+        def make(hidden: Tensor, *others: Tensor) -> Tensor:
             with torch.set_grad_enabled(not self.again):
-                return self.eager(passes.hidden, passes.others)
+                return self.eager(hidden.requires_grad_(not self.first), others)
 
-        self.home.rehearse(rehearsal)
-        passes.forward = self.home.record(make)
-        passes.output = passes.forward.result.detach()
+        done = self.home.record(make, fixed)
+        hidden, *others = done.fixed
+        self.passes.append(Passes(done, hidden, tuple(others), done.result.detach(), behind is None))
+        done.fixed = ()
 
-    def record_backward(self, passes: Passes) -> None:
+    def record_backward(self, number: int, behind: "Segment | None") -> None:
         """Record the backward pass, which for a checkpointed block begins with the forward one."""
-        passes.slope = torch.zeros_like(passes.output)
+        passes, home = self.passes[number], self.home
+        hidden, others = passes.hidden, passes.others
+        after = behind.passes[number] if behind is not None and behind.home is home else None
+        inputs = [*([] if self.first else [hidden]), *self.trained]
 
-        def make() -> tuple[Tensor | None, Tensor]:
+        def fixed() -> tuple[Tensor]:
+            return (after.to_input if after else torch.empty_like(passes.output),)
+
+        def make(slope: Tensor) -> tuple[Tensor | None, Tensor]:
             with torch.enable_grad():
-                output = self.eager(passes.hidden, passes.others) if self.again else passes.forward.result
-            return self.slopes(passes, output, passes.slope)
+                output = self.eager(hidden, others) if self.again else passes.forward.result
+            found = list(torch.autograd.grad(output, inputs, slope))
+            to_input = None if self.first else found.pop(0)
+            return to_input, torch.cat([grad.reshape(-1) for grad in found])
 
-        passes.backward = self.home.record(make)
-        passes.forward.result = None  # its graph of gradients is used up; the memory goes back to the pool
+        if self.again:
+            passes.forward.result = None
+        passes.backward = done = home.record(make, fixed)
+        passes.forward.result = None  # its graph of gradients is used up
+        (passes.to_input, passes.flat), passes.slope = done.result, done.fixed[0]
+        done.result = done.fixed = None
+        # From here on the memory may be another's, as it would be without graphs.
+        passes.flat, passes.output = home.borrow(passes.flat), home.borrow(passes.output)
+        passes.hidden, passes.slope = home.borrow(passes.hidden), home.borrow(passes.slope)
+        if after:
+            after.to_input = passes.slope
+
+    def let_go(self) -> None:
+        """Everything is recorded: leave the rest of the memory to the next shape."""
+        for passes in self.passes:
+            passes.others = tuple(self.home.borrow(x) for x in passes.others)
+            if passes.to_input is not None:
+                passes.to_input = self.home.borrow(passes.to_input)
 
     def forward(self, hidden_states: Tensor, *others: Tensor, past_key_values: Any = None) -> tuple[Tensor, None]:
         """As a block: [B, L, H] -> [B, L, H] and no weights. Each call is the next micro-batch of the step."""
@@ -157,8 +162,9 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, segment: Segment, passes: Passes, hidden: Tensor, others: tuple[Tensor, ...], *trained: Tensor):
         ctx.segment, ctx.passes = segment, passes
-        for fixed, given in zip((passes.hidden, *passes.others), (hidden, *others), strict=True):
-            fixed.detach().copy_(given)
+        if passes.copied:
+            for fixed, given in zip((passes.hidden, *passes.others), (hidden, *others), strict=True):
+                fixed.copy_(given)
         passes.began = segment.home.generator.get_offset()
         passes.forward.run()
         return passes.output.detach()
@@ -172,18 +178,21 @@ class _Replay(torch.autograd.Function):
                 f"micro-batch {segment.number} was to go backward through its CUDA graphs now, and another came: call "
                 "backward once, on the sum of the losses (see run_step)"
             )
-        passes.slope.copy_(slope)
+        if slope.data_ptr() != passes.slope.data_ptr():
+            passes.slope.copy_(slope)
         generator = segment.home.generator
         now = generator.get_offset()
         if segment.again:
             generator.set_offset(passes.began)
         passes.backward.run()
         generator.set_offset(now)
-        to_input, flat = passes.backward.result
-        # A copy: `.grad` would else be the graph's own memory, which the next step writes to.
-        parts = flat.clone().split([p.numel() for p in segment.trained])
+        # A copy: `.grad` would else be the graph's own memory, which others write to.
+        parts = passes.flat.clone().split([p.numel() for p in segment.trained])
         grads = [part.view_as(p) for part, p in zip(parts, segment.trained, strict=True)]
-        return None, None, to_input, None, *grads
+        return None, None, passes.to_input, None, *grads
+
+
+_OF_AN_ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
 def _name_in(block: nn.Module, module: nn.Module) -> str:
@@ -201,10 +210,11 @@ class Captured:
     def __init__(self, model: Model, home: Callable[[torch.device], Any] = OnDevice):
         self.model, self.make_home = model, home
         self.transformer = cast(Any, next(m for m in model.modules() if hasattr(m, "word_embeddings")))
-        self.known: dict[tuple[Shape, ...], nn.ModuleList] = {}
+        self.known: dict[tuple[Shape, ...], nn.ModuleList | None] = {}
         self.homes: dict[torch.device, Any] = {}
         self.state: tuple = ()
         self.said: set[str] = set()
+        self.no_room = False
 
     def look(self) -> tuple[str, tuple]:
         """Why the blocks cannot be recorded as they are now ("" if they can), and what recordings of them depend on.
@@ -215,7 +225,7 @@ class Captured:
             return "a learnt prefix", ()
         if self.transformer.config._attn_implementation != "sdpa":
             return "attention is not sdpa", ()
-        state: list[Any] = [self.transformer.training]
+        state: list[Any] = [torch.is_autocast_enabled("cuda")]
         for block in self.transformer.layers:
             trained = False
             state.append(bool(block.gradient_checkpointing))
@@ -225,13 +235,20 @@ class Captured:
                     return f"a hook on {_name_in(block, module) or 'a block'}", ()
                 if "quant_state" in kept or type(module).__module__.startswith("bitsandbytes"):
                     return f"{_name_in(block, module)} is a layer of bitsandbytes", ()
+                state.append(kept["training"])
+                if "p" in kept:
+                    state.append(kept["p"])  # of a dropout
+                if "_active_adapter" in kept:
+                    state.append(str([kept.get(name) for name in _OF_AN_ADAPTER]))
                 for weight in kept["_parameters"].values():
                     if weight is None:
                         continue
                     if self.make_home is OnDevice and not weight.is_cuda:
-                        return "a block is on the CPU", ()
-                    trained |= weight.requires_grad
+                        return ON_CPU, ()
                     state.append(weight.data_ptr())
+                    if weight.requires_grad:
+                        trained = True
+                        state.append(id(weight))
             if not trained:
                 return "a block without anything to train", ()
         return "", tuple(state)
@@ -253,13 +270,16 @@ class Captured:
             self.transformer.layers = before
 
     def layers_for(self, shapes: tuple[Shape, ...]) -> nn.ModuleList | None:
-        """What stands for the blocks in a step of these micro-batches."""
+        """What stands for the blocks in a step of these micro-batches; None: the blocks themselves."""
+        if self.no_room or not fits_graphs(shapes):
+            return None
         reason, state = self.look()
         if reason:
             self.say_without(reason)
             return None
         if state != self.state:  # weights were moved, merged or loaded anew: the graphs read the old memory
-            self.known, self.state = {}, state
+            self.forget()
+            self.state = state
         if shapes not in self.known:
             if len(self.known) == SHAPES:
                 self.say_without(f"more than {SHAPES} shapes of batches")
@@ -267,9 +287,16 @@ class Captured:
             try:
                 self.known[shapes] = self.record(shapes)
             except (RuntimeError, NotImplementedError) as error:
-                self.say_without(str(error).splitlines()[0])
-                return None
-        return self.known[shapes]
+                self.known[shapes] = None
+                # Where the memory ends while kernels are recorded, the end of the recording fails, too.
+                chain = [each for each in (error, error.__context__) if each is not None]
+                for each in chain:
+                    traceback.clear_frames(each.__traceback__)  # they hold what has been recorded so far
+                if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
+                    self.give_up()
+                else:
+                    self.say_without(str(error).splitlines()[0])
+        return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:
         """Say once why a step runs without graphs."""
@@ -277,52 +304,95 @@ class Captured:
             self.said.add(reason)
             print(f"[NOTE] steps run without CUDA graphs: {reason}")
 
+    def forget(self) -> None:
+        """Drop all recordings, and give their memory back."""
+        self.known.clear()
+        homes, self.homes = list(self.homes.values()), {}
+        if homes:
+            gc.collect()
+        for home in homes:
+            home.settle()
+
+    def give_up(self) -> bool:
+        """The memory ran out: no graphs from now on. False if there was nothing to free."""
+        if self.no_room or not self.homes:
+            return False
+        self.no_room = True
+        self.forget()
+        self.say_without("no room for them")
+        return True
+
+    def remember(self) -> Callable[[], None]:
+        """What takes back a step that ran out of memory half way: random states and gradients as they are now."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        kept = [None if p.grad is None else p.grad.clone() for p in weights]
+        places = {p.device.index for p in weights if p.is_cuda}
+        offsets = [(g, g.get_offset()) for g in (torch.cuda.default_generators[index] for index in places)]
+        random = torch.get_rng_state()
+
+        def take_back() -> None:
+            for weight, grad in zip(weights, kept, strict=True):
+                weight.grad = grad
+            for generator, offset in offsets:
+                generator.set_offset(offset)
+            torch.set_rng_state(random)
+
+        return take_back
+
     def segments(self) -> list[Segment]:
         """The blocks, cut where the GPU changes and around each checkpointed one."""
         runs: list[list[Any]] = []
+        places: list[torch.device] = []
         for block in self.transformer.layers:
             place, last = block.input_layernorm.weight.device, runs[-1][-1] if runs else None
             alone = block.gradient_checkpointing or getattr(last, "gradient_checkpointing", False)
-            if last is None or alone or last.input_layernorm.weight.device != place:
+            if last is None or alone or places[-1] != place:
+                if place in places and places[-1] != place:
+                    raise RuntimeError(f"{place} has two stages")  # which need not take turns as they did
                 runs.append([])
+                places.append(place)
             runs[-1].append(block)
         made: list[Segment] = []
-        for blocks in runs:
-            place = blocks[0].input_layernorm.weight.device
-            self.homes.setdefault(place, self.make_home(place))
+        for place, blocks in zip(places, runs, strict=True):
+            if place not in self.homes:
+                self.homes[place] = self.make_home(place)
             made.append(Segment(blocks, self.homes[place], first=not made))
         return made
 
     def record(self, shapes: tuple[Shape, ...]) -> nn.ModuleList:
         """Record all segments for all micro-batches, in the order in which a step runs them."""
         segments = self.segments()
-        offsets = {home.device: home.generator.get_offset() for home in self.homes.values()}
-        self.synchronize()
+        ahead = list(zip(segments, [None, *segments], strict=False))
+        back = list(zip(reversed(segments), [None, *reversed(segments)], strict=False))
+        offsets = {home: home.generator.get_offset() for home in self.homes.values()}
         try:
+            for shape in dict.fromkeys(shapes):
+                for segment in {segment.home: segment for segment in segments}.values():
+                    segment.rehearse(shape, self.beside(shape))
             for shape in shapes:
                 like = self.beside(shape)
-                for segment in segments:
-                    segment.passes.append(segment.prepare(shape, like))
-                    segment.record_forward(segment.passes[-1])
+                for segment, before in ahead:
+                    segment.record_forward(shape, like, before)
             for number in reversed(range(len(shapes))):
-                for segment in reversed(segments):
-                    segment.record_backward(segment.passes[number])
+                for segment, behind in back:
+                    segment.record_backward(number, behind)
+            for segment in segments:
+                segment.let_go()
         finally:
-            self.synchronize()
-            for home in self.homes.values():
-                home.generator.set_offset(offsets[home.device])
+            for home, offset in offsets.items():
+                home.settle()
+                home.generator.set_offset(offset)
         return nn.ModuleList(segments)
 
     def beside(self, shape: Shape) -> list[Tensor]:
-        """Bias, cos and sin of a micro-batch, as tensors of the right shapes."""
-        norm = self.transformer.layers[0].input_layernorm.weight
+        """Bias, cos and sin of a micro-batch, as tensors of the right shapes that take no memory."""
         rows, length = shape
-        positions = torch.zeros(rows, 2, length, dtype=torch.int64, device=norm.device)
-        bias = torch.zeros(rows, 1, length, length, dtype=norm.dtype, device=norm.device)
-        return [bias, *self.transformer.rotary_emb.to(norm.device)(positions, norm.dtype)]
+        dtype = self.transformer.layers[0].input_layernorm.weight.dtype
+        angles = (rows, length, 1, 1, 2, self.transformer.config.head_dim // 4)
+        sizes = (rows, 1, length, length), angles, angles
+        return [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
 
-    def synchronize(self) -> None:
-        """Wait for all GPUs: recording must not overlap with other work on their memory."""
-        for home in self.homes.values():
-            if home.device.type == "cuda":
-                torch.cuda.synchronize(home.device)
+
+def fits_graphs(shapes: Sequence[Shape]) -> bool:
+    """Are all micro-batches of these shapes [B, L] small enough for graphs to be worth it?"""
+    return all(rows * length <= GRAPH_TOKENS for rows, length in shapes)

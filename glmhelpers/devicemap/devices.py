@@ -1,12 +1,14 @@
-"""Where tensors have to be for a model that is split: the first device, the head's device, and a stream on each.
+"""Where tensors have to be for a model that is split: the first device, the head's device, a stream and graphs on each.
 
 labels, ids (CPU) --place_part()--> first device ... head's device        copies that make nobody wait
 default stream    --own_streams()-> one side stream a GPU                 so that other people's work holds up nothing
+the same kernels  --record()-----> a CUDA graph                           over memory that all graphs of a GPU share
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,3 +66,51 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Recorded:
+    """Work on a GPU that `run()` starts again; `make(*fixed())` must use fixed tensors only and return what is kept."""
+
+    def __init__(self, home: "OnDevice", make: Callable[..., Any], fixed: Callable[[], tuple[Tensor, ...]]):
+        self.device, self.graph = home.device, torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.stream(home.stream):
+            self.graph.capture_begin(pool=home.pool)
+            try:
+                self.fixed = fixed()
+                self.result = make(*self.fixed)
+            finally:
+                self.graph.capture_end()
+
+    def run(self) -> None:
+        """Start it in the current stream of its GPU."""
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+
+
+class OnDevice:
+    """What the graphs of one GPU share: memory pool, stream to record in, random generator."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), side_stream(device)
+        self.generator = torch.cuda.default_generators[device.index]
+
+    def record(self, make: Callable[..., Any], fixed: Callable[[], tuple[Tensor, ...]] = tuple) -> Recorded:
+        """Record what `make` starts; `fixed` makes tensors in the pool for what will come from outside."""
+        return Recorded(self, make, fixed)
+
+    def rehearse(self, make: Callable[[], Any]) -> None:
+        """Run it once without recording: libraries set themselves up at a first call."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            make()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the GPU and give back what no tensor holds: recording must not overlap with other work."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """The same memory as a tensor that does not own it: the pool may give it to what is recorded from now on."""
+        where = {"data": (tensor.data_ptr(), False), "shape": (tensor.nbytes,), "typestr": "|u1", "version": 3}
+        flat = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=where), device=self.device)
+        return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

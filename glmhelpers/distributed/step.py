@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -170,8 +169,8 @@ class PipelineStep:
 
 
 def make_scaler(device: torch.device, **settings: Any) -> torch.amp.GradScaler:
-    """A GradScaler whose verdict is that of all ranks: an overflow on one of them makes all skip the step."""
-    scaler = ShardedGradScaler(device.type, **settings)
+    """A GradScaler for `update`, ready on every rank."""
+    scaler = torch.amp.GradScaler(device.type, **settings)
     # It makes its scale when it first scales something, which only the rank with the loss ever does.
     scaler.scale(torch.zeros((), device=device))
     return scaler
@@ -192,11 +191,9 @@ def update(
         max_grad_norm: gradients are scaled down to it; 0: they are left alone.
 
     Returns:
-        (mean loss over all labels of all ranks, norm of all gradients before clipping, was the step taken?). A loss or,
-        without a scaler, a norm that is not finite takes no step.
+        (mean loss over all labels of all ranks, norm of all gradients before clipping, was the step taken?). A loss or
+        a norm that is not finite takes no step.
     """
-    if scaler is not None:
-        scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     # Every pipeline has the same gradients, and only its last stage has a loss.
@@ -204,15 +201,17 @@ def update(
     dist.all_reduce(sums)
     mean, total = sums[0].item(), sums[1].sqrt()
     finite = bool(sums.isfinite().all())
+    if scaler is not None:
+        total = total / scaler.get_scale()
+        if not finite:  # on some rank: the scaler of each must find it, or one would step where another skips
+            parameters[0].grad = torch.full_like(parameters[0], float("inf"))
+        scaler.unscale_(optimizer)
     if max_grad_norm and finite:
         clip_grads_with_norm_(parameters, max_grad_norm, total.float())
-    taken = finite
     if scaler is not None:
-        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        taken = scaler.get_scale() >= before
     elif finite:
         optimizer.step()
     optimizer.zero_grad()
-    return mean, total.item(), taken
+    return mean, total.item(), finite

@@ -72,7 +72,12 @@ def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     Args:
         lengths: tokens of each example, in the order of training.
         batch_size: examples of a batch; the last one may be smaller.
+
+    Raises:
+        ValueError: there are no examples.
     """
+    if not lengths:
+        raise ValueError("there are no examples: lengths is empty")
     held = 0
     for start in range(0, len(lengths), batch_size):
         batch = lengths[start : start + batch_size]

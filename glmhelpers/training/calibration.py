@@ -6,21 +6,25 @@
                       while the GPU still sleeps                                       b = products + 2.5 x A + y E'
     copy              8 MiB from GPU 0 to GPU 1                    -> link
     cuBLAS, driver    what they take beside tensors                -> gemm_workspace, context
-    the same blocks   16 tokens, the host's clock: how long it     -> launch_forward, _again, _backward
-                      takes to start the kernels
+    a step of blocks  16 tokens, the host's clock: how long it     -> launch_forward, _again, _backward
+                      takes to start the kernels of a block,          launch_step
+                      and what it does once a step
 
 A step of a split model is slow for one of two reasons: the GPUs compute, or they wait for the one Python process that
 starts all kernels. The catalogue knows the first for one card and guesses the second for all. Here both are measured;
 `kept_rates` keeps them, and from then on every plan for this machine counts with them.
+
+Each measurement has a share of the time and repeats until that is used up, however slow the machine is. The blocks are
+modules of their own, as in a model, but all of them on one GPU share one block's frozen weights.
 """
 
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,21 +43,29 @@ from glmhelpers.utils.units import MIB
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 TOKENS, ROWS, LENGTH = 2048, 2, 1024
-BLOCKS, PARTS = 6, 2
-"""Blocks on each GPU that are run, and micro-batches of the step that measures the host. It is one block, run so often
-that what a step needs once hardly counts."""
+GPU_BLOCKS, HOST_BLOCKS, PARTS = 6, 12, 2
+"""Blocks that are run to time a GPU and the host, and micro-batches of the step that times the host: a GPU takes some
+1,000 kernels ahead of its work, and a host that waits for room is not timed."""
+PRODUCTS, PASSES, COPIES, STEPS = 0.04, 0.4, 0.1, 0.4
+"""Seconds for each of the four products, for blocks, for copies, and for the host's steps (with and without)."""
 SLEEP = 60_000_000
-"""Cycles of the GPU's clock, 30 to 40 ms: longer than the host needs to start the blocks' kernels."""
+"""Cycles of the GPU's clock, 30 to 40 ms: usually longer than the host needs to start the blocks' kernels."""
+PLAUSIBLE = 1.5
+"""No share is larger: some reach 1.2, where a cache serves what the model counts as memory."""
 SMALL_VOCABULARY: dict[str, Any] = {"vocab_size": 1000}
 SPECIAL: dict[str, Any] = {"bos_token_id": 4, "eos_token_id": 5, "mask_token_id": 0, "gmask_token_id": 1}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The GPUs of this machine as the planner takes them now, and how long it took to measure them."""
+    """The GPUs of this machine as the planner takes them now, how long it took to start CUDA on them and to measure
+    them, and what could not be measured, in words."""
 
     gpus: list[GPU]
     seconds: float
+    start_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A Markdown table: one column a GPU, measured beside what the catalogue says."""
@@ -64,14 +76,13 @@ class Calibration:
                 known = find_gpu(gpu.name if not gpu.name.endswith("GiB") else gpu.memory)
                 row[f"GPU {index}: {gpu.name}"] = f"{_text(name, gpu)} (catalogue: {_text(name, known)})"
             rows.append(row)
-        return markdown_table(rows) if self.gpus else "no GPU: nothing to measure"
+        return "\n\n".join([markdown_table(rows), *self.notes]) if self.gpus else "no GPU: nothing to measure"
 
 
 def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     """Measure the GPUs and the host of this machine, or take what was kept of an earlier time.
 
-    Needs some 1.5 GB on each GPU for some seconds (7 on the one H100 where it was timed): call it before a model is
-    loaded.
+    Needs some 1.5 GB on each GPU for about 3 seconds, once CUDA has started: call it before a model is loaded.
 
     Args:
         config: ChatGLMConfig whose shapes the products have; None: those of ChatGLM-6B.
@@ -80,9 +91,16 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     Returns:
         the GPUs with measured rates; none where torch finds no GPU, and then nothing is kept.
     """
-    started, count = time.perf_counter(), torch.cuda.device_count()
+    begun, count = time.perf_counter(), torch.cuda.device_count()
     names = [torch.cuda.get_device_name(index) for index in range(count)]
+    notes: list[str] = []
+    started = begun
     if count and (refresh or not set(names) <= set(kept_rates())):
+        for index in range(count):
+            x = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float16)
+            x.mm(x)
+            torch.cuda.synchronize(index)
+        started = time.perf_counter()
         keep_rates({})  # shares are parts of the catalogue's rates
         sizes = config or ChatGLMConfig()
         host = host_launches(["cuda:0", f"cuda:{count - 1}"] if count > 1 else ["cuda:0"], sizes)
@@ -91,14 +109,18 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
         measured = {}
         for index, name in enumerate(names):
             if name not in measured:
-                measured[name] = {**card_rates(index, cards[index], sizes), **link, **host}
+                measured[name] = {**card_rates(index, cards[index], sizes, notes), **link, **host}
         keep_rates(measured)
+        clear_workspaces()
         torch.cuda.empty_cache()
-    return Calibration(gpus_here(), time.perf_counter() - started)
+    return Calibration(gpus_here(), time.perf_counter() - started, started - begun, tuple(notes))
 
 
-def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
-    """Shares of the datasheet's rates that one GPU reaches, and what cuBLAS and the driver take on it."""
+def card_rates(index: int, card: GPU, config: Any, notes: list[str]) -> dict[str, float]:
+    """Shares of the datasheet's rates that one GPU reaches, and what cuBLAS and the driver take on it.
+
+    Shares that cannot be are left out, so that the catalogue's count, and `notes` says so.
+    """
     device = torch.device("cuda", index)
     hidden, inner = config.hidden_size, config.inner_hidden_size
     free, total = torch.cuda.mem_get_info(device)
@@ -109,104 +131,139 @@ def card_rates(index: int, card: GPU, config: Any) -> dict[str, float]:
         for wide, narrow in ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)):
             weight = torch.randn(wide, narrow, device=device, dtype=torch.float16)
             x = torch.randn(TOKENS, narrow, device=device, dtype=torch.float16)
-            seconds += gpu_seconds(partial(F.linear, x, weight))
+            seconds += min(repeated(PRODUCTS, partial(gpu_seconds, partial(F.linear, x, weight))))
             operations += 2.0 * TOKENS * wide * narrow
             del weight, x
     shares: dict[str, Any] = {"matrix_share": operations / seconds / card.matrix_rate}
-    found = shares | shares_of(*block_passes(device, config), replace(card, **shares), config)
+    passes = block_passes(device, config)
+    found = shares | shares_of(*passes, replace(card, **shares), config)
+    if not all(0 < share <= PLAUSIBLE for share in found.values()) or sum(passes) < 2 * seconds:
+        notes.append(
+            f"GPU {index}: a block took {1e3 * passes[0]:.2f} ms forward and {1e3 * passes[1]:.2f} ms backward, its "
+            f"products alone {1e3 * seconds:.2f} ms: that cannot be, so the catalogue's shares count. Is another "
+            "program at work on this GPU? Measure again: measure_machine(refresh=True)"
+        )
+        found = {}
     # Other processes count as the driver's, which no context of 2 GB and more is.
     sizes = {"gemm_workspace": workspace, "context": taken if taken < 2048 * MIB else 0}
     return found | {name: float(size) for name, size in sizes.items() if size > 0}
 
 
+def repeated(seconds: float, measure: Callable[[], T], least: int = 2) -> list[T]:
+    """What `measure` says, again and again for some seconds, at least `least` times; the first time is left out."""
+    end, found = time.perf_counter() + seconds, [measure()]
+    while len(found) <= least or time.perf_counter() < end:
+        found.append(measure())
+    return found[1:]
+
+
+def clear_workspaces() -> bool:
+    """Give back what cuBLAS keeps for each of its streams, 8 or 32 MiB; False where torch has no way to do so."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+    return clear is not None
+
+
 def _workspace() -> int:
     """Bytes that the first product of a thread makes cuBLAS keep; 0 where this cannot be seen."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is None:
+    if not clear_workspaces():
         return 0
-    clear()
     x = torch.ones(64, 64, device="cuda", dtype=torch.float16)
     before = torch.cuda.memory_allocated()
     product = x @ x
     return torch.cuda.memory_allocated() - before - product.nbytes
 
 
-def gpu_seconds(work: Callable[[], Tensor], repeats: int = 5) -> float:
-    """Seconds of GPU time for one call, the shortest of some."""
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
+def gpu_seconds(work: Callable[[], Tensor]) -> float:
+    """Seconds of GPU time for one call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
-def copy_rate(source: int, target: int, size: int = 8 * MIB, repeats: int = 20) -> float:
+def copy_rate(source: int, target: int, size: int = 8 * MIB, count: int = 10) -> float:
     """Bytes a second from one GPU to another."""
     block = torch.ones(size, device=f"cuda:{source}", dtype=torch.uint8)
-    for count in (2, repeats):
+
+    def copies() -> float:
         torch.cuda.synchronize(target)
         begin = time.perf_counter()
         for _ in range(count):
             block.to(f"cuda:{target}")
         torch.cuda.synchronize(source)
         torch.cuda.synchronize(target)
-    return repeats * size / (time.perf_counter() - begin)
+        return time.perf_counter() - begin
+
+    return count * size / min(repeated(COPIES, copies))
 
 
-def random_blocks(devices: list[str], config: Any) -> Any:
-    """A model with one random block of these sizes on each device, run `BLOCKS` times, with adapters."""
-    blocks = len(devices)
+def random_blocks(devices: list[str], config: Any, blocks: int) -> Any:
+    """A model of random blocks of these sizes with adapters, spread evenly; those on one device share their weights."""
     own = {name: getattr(config, name) for name in ("hidden_size", "inner_hidden_size", "num_attention_heads")}
     few = ChatGLMConfig(num_layers=blocks, **own, **SMALL_VOCABULARY, **SPECIAL)
     embedding, *layers, norm, head = part_names(blocks)
     with torch.device("meta"):
         model: Any = ChatGLMForConditionalGeneration(few)
-    places = {embedding: devices[-1], **dict(zip(layers, devices, strict=True)), norm: devices[-1], head: devices[-1]}
+    homes = [devices[layer * len(devices) // blocks] for layer in range(blocks)]
+    places = {embedding: devices[-1], **dict(zip(layers, homes, strict=True)), norm: devices[-1], head: devices[-1]}
+    weights: dict[tuple[str, str], nn.Parameter] = {}
     for name, parameter in list(model.named_parameters()):
-        home = next(place for part, place in places.items() if name.startswith(f"{part}."))
-        value = torch.empty(parameter.shape, dtype=torch.float16 if "cuda" in home else torch.float32, device=home)
+        part = next(part for part in places if name.startswith(f"{part}."))
+        key = places[part], name.removeprefix(part) if part in layers else name
+        if key not in weights:
+            dtype = torch.float16 if "cuda" in key[0] else torch.float32
+            # Small enough for float16 in every layer, whatever the norms of random weights do.
+            value = torch.empty(parameter.shape, dtype=dtype, device=key[0]).normal_(std=0.02)
+            weights[key] = nn.Parameter(value, requires_grad=False)
         owner, _, leaf = name.rpartition(".")
-        # Small enough for float16 in every layer, whatever the norms of random weights do.
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.normal_(std=0.02), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, weights[key])
     model.tie_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = prepare(model.place(places), [])
-    inner = model.get_base_model().transformer
-    inner.layers = nn.ModuleList([layer for layer in inner.layers for _ in range(BLOCKS)])
-    return model
+        return prepare(model.place(places), [])
 
 
-def block_passes(device: torch.device, config: Any, repeats: int = 3) -> tuple[float, float]:
+def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
     """Seconds of GPU time of one block, forward and backward, for `ROWS` rows of `LENGTH` tokens."""
-    model = random_blocks([str(device)], config)
+    model, cycles = random_blocks([str(device)], config, GPU_BLOCKS), SLEEP
     batch = {name: ids.to(device) for name, ids in random_batch(model.config, ROWS, LENGTH).items()}
-    times = []
-    for _ in range(repeats + 1):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        torch.cuda._sleep(SLEEP)
-        marks[0].record()
-        loss = model(**batch, use_cache=False, return_logits=False).loss
-        marks[1].record()
+
+    def behind_sleep(work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of GPU time of what `work` starts, all of it before the GPU wakes up: else it sleeps longer."""
+        nonlocal cycles
+        begin, awake, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize(device)
-        torch.cuda._sleep(SLEEP)
-        marks[2].record()
-        loss.backward()
-        marks[3].record()
+        begin.record()
+        torch.cuda._sleep(cycles)
+        awake.record()
+        clock = time.perf_counter()
+        result = work()
+        host = time.perf_counter() - clock
+        end.record()
         torch.cuda.synchronize(device)
-        times.append([first.elapsed_time(last) / 1e3 / BLOCKS for first, last in (marks[:2], marks[2:])])
-    return min(ahead for ahead, _ in times[1:]), min(back for _, back in times[1:])
+        slept = begin.elapsed_time(awake) / 1e3
+        if host > 0.9 * slept:
+            cycles = min(int(1.5 * cycles * host / slept), 16 * SLEEP)
+        return awake.elapsed_time(end) / 1e3 / GPU_BLOCKS, result
+
+    def passes() -> tuple[float, float]:
+        ahead, loss = behind_sleep(lambda: model(**batch, use_cache=False, return_logits=False).loss)
+        return ahead, behind_sleep(loss.backward)[0]
+
+    with torch.cuda.device(device):
+        forward, backward = zip(*repeated(PASSES, passes), strict=True)
+    return min(forward), min(backward)
 
 
 def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[str, float]:
     """The attention and memory shares with which the time model gives these seconds of one block.
 
     The model is linear in their inverses, so two passes tell two shares. Where noise makes one of them negative, both
-    are the catalogue's, stretched by one factor.
+    are the catalogue's, stretched by one factor; as they are where no time is left for them.
 
     Args:
         forward: seconds of one block, measured, and
@@ -227,48 +284,75 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     rest = forward - products[0], backward - products[1]
     x = (rest[0] * d - b * rest[1]) / (a * d - b * c)
     y = (a * rest[1] - c * rest[0]) / (a * d - b * c)
-    if min(x, y) <= 0:
-        stretch = max(sum(rest), 1e-9) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
+    if sum(rest) <= 0:  # faster than its own products: a wrong measurement, of which nothing is believed
+        x, y = 1 / card.attention_share, 1 / card.memory_share
+    elif min(x, y) <= 0:
+        stretch = sum(rest) / (sum(passes(card.attention_share, card.memory_share)) - sum(products))
         x, y = stretch / card.attention_share, stretch / card.memory_share
     return {"attention_share": 1 / x, "memory_share": 1 / y}
 
 
-def host_launches(devices: list[str], config: Any, repeats: int = 5) -> dict[str, float]:
-    """Seconds that the host needs to start one block: forward, forward again, backward; split over these devices.
+def host_launches(devices: list[str], config: Any) -> dict[str, float]:
+    """Seconds that the host needs to start one block of this model: forward, forward again, backward; and once a step.
 
-    A whole step with adapters, micro-batches and loss, on so few tokens that nothing waits for a GPU.
+    A whole step with adapters, micro-batches, loss, clipping and Adam, split over these devices, on so few tokens that
+    nothing waits for a GPU. What a micro-batch needs besides its blocks (masks, head, loss) is shared out among the
+    blocks of the whole model.
     """
-    model = random_blocks(devices, config)
-    blocks = BLOCKS * len(devices)
-    each, batch = 1 / (blocks * PARTS), random_batch(model.config, PARTS, 16)
-    plain = _passes(model, batch, repeats)
-    checkpoint_only(model, range(blocks))
-    again = _passes(model, batch, repeats)
+    model = random_blocks(devices, config, HOST_BLOCKS)
+    each, layers = 1 / (HOST_BLOCKS * PARTS), config.num_layers
+    plain = _steps(model)
+    checkpoint_only(model, range(HOST_BLOCKS))
+    again = _steps(model)
     return {
         # Head and loss are about as many kernels as a block.
-        "launch_forward": plain[0] / ((blocks + 1) * PARTS),
-        "launch_again": max((again[1] - plain[1]) * each, 1e-6),
-        "launch_backward": plain[1] * each,
+        "launch_forward": (layers * each * plain["blocks"] + plain["beside"] / PARTS) / (layers + 1),
+        "launch_again": max(sum(again[name] - plain[name] for name in ("blocks", "beside", "backward")) * each, 1e-6),
+        "launch_backward": each * plain["backward"],
+        "launch_step": plain["once"],
     }
 
 
-def _passes(model: Any, batch: Mapping[str, Tensor], repeats: int) -> tuple[float, float]:
-    """Forward and backward pass of a step, medians of some, in seconds of the host."""
-    times = []
-    for _ in range(repeats + 1):
+def _steps(model: Any) -> dict[str, float]:
+    """Seconds of the host in a step, medians of some: in blocks and beside them, backward, and once."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    batch, layers = random_batch(model.config, PARTS, 16), model.get_base_model().transformer.layers
+    starts: list[float] = []
+    ends: list[float] = []
+
+    def step() -> dict[str, float]:
+        starts.clear()
+        ends.clear()
         marks = [time.perf_counter()]
 
-        def backward(loss: Tensor, marks: list[float] = marks) -> None:
+        def backward(loss: Tensor) -> None:
             marks.append(time.perf_counter())
             loss.backward()
             marks.append(time.perf_counter())
 
         run_step(model, batch, PARTS, backward=backward)
-        model.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        begin, ahead, back, end = *marks, time.perf_counter()
         for index in range(torch.cuda.device_count()):
             torch.cuda.synchronize(index)
-        times.append((marks[1] - marks[0], marks[2] - marks[1]))
-    return statistics.median(ahead for ahead, _ in times[1:]), statistics.median(back for _, back in times[1:])
+        # Of blocks that run again, the first PARTS starts are those of the forward pass.
+        blocks = sum(ends[:PARTS]) - sum(starts[:PARTS])
+        once = starts[0] - begin + end - back
+        return {"blocks": blocks, "beside": ahead - starts[0] - blocks, "backward": back - ahead, "once": once}
+
+    hooks = [
+        layers[0].register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        layers[-1].register_forward_hook(lambda *_: ends.append(time.perf_counter())),
+    ]
+    try:
+        steps = repeated(STEPS, step)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics.median(one[name] for one in steps) for name in steps[0]}
 
 
 def _text(name: str, gpu: GPU) -> str:

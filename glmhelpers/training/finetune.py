@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from glmhelpers.devicemap.captured import ON_CPU, Captured
 from glmhelpers.devicemap.plan import Plan
 from glmhelpers.lora.attach import (
     adapter_weights,
@@ -35,7 +36,7 @@ from glmhelpers.lora.attach import (
 from glmhelpers.tokens.collate import SAMPLING
 from glmhelpers.training.checkpoint_manager import last_complete, read_state, start_run
 from glmhelpers.training.guards import refuse_many_processes, refuse_rows, refuse_settings
-from glmhelpers.training.memory_plan import explain_out_of_memory, refuse_plan
+from glmhelpers.training.memory_plan import explain_out_of_memory, out_of_memory, refuse_plan
 from glmhelpers.training.progress import EveryMinutes, Watch, logged_losses
 from glmhelpers.training.trainer import GLMTrainer
 from glmhelpers.utils.files import alone
@@ -89,6 +90,7 @@ def train(
     plan: Plan | None = None,
     micro_batches: int = 1,
     loss_chunk: int | None = None,
+    cuda_graphs: bool | None = False,
     minutes: float = 10,
     watch: Watch | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -105,6 +107,10 @@ def train(
         micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
             dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
         loss_chunk: rows of logits alive at once; changes no result.
+        cuda_graphs: record the kernels of each length of rows once, and start them with one call from then on (see
+            `devicemap.captured`): short rows train faster where the host is the slower one. None: on GPUs, where the
+            plan has room for them. What cannot be recorded runs without, and that is said. Like `micro_batches`, the
+            same losses and gradients but for rounding and dropout's masks, as rows are padded to a few lengths.
         minutes: save a checkpoint whenever so many have passed, besides those of `args.save_steps`.
         watch: shows progress; by default one that prints a line for each logged step.
         callbacks: more of the Trainer's callbacks.
@@ -116,7 +122,8 @@ def train(
             number in the adapter; a setting that a run which is taken up again cannot honour.
         RuntimeError: adapters misplaced (see `check_adapter`), or one of several processes.
         OSError: errno EBUSY, the same run is trained by another process; ENOSPC, no room for a checkpoint.
-        torch.OutOfMemoryError: says which GPU, what was predicted and measured, and the nearest plan that fits.
+        torch.OutOfMemoryError: of a GPU or of the host; says which, what was predicted and measured, and the nearest
+            plan that fits.
     """
     refuse_many_processes()
     bring_prefix_home(model)
@@ -159,12 +166,14 @@ def train(
                 "this adapter is not fresh: the new run starts from what it has learnt (attach_lora makes a fresh one)"
             )
         watch = watch or Watch()
+        captured = captured_for(model, cuda_graphs, plan)
         trainer = GLMTrainer(
             model,
             args,
             micro_batches=micro_batches,
             forward={} if loss_chunk is None else {"loss_chunk": loss_chunk},
             folder=folder,
+            captured=captured,
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             data_collator=collator,
@@ -175,7 +184,9 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.check_weights()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             message = explain_out_of_memory(trainer, str(error))
             let_go(error)
             raise torch.OutOfMemoryError(message) from None
@@ -186,7 +197,23 @@ def train(
             said = f"stopped at step {trainer.state.global_step}; the same call will {where}"
             print(said)  # and below the traceback, where a reader of the notebook looks
             raise KeyboardInterrupt(said) from None
+        finally:
+            if captured is not None:
+                captured.forget()
         return logged_losses(trainer.state.log_history)
+
+
+def captured_for(model: PeftModel, cuda_graphs: bool | None, plan: Plan | None) -> Captured | None:
+    """CUDA graphs for this training: as wished, else where all blocks are on GPUs and the plan has room for them."""
+    captured = Captured(model)
+    if cuda_graphs is not None:
+        return captured if cuda_graphs else None
+    reason, _ = captured.look()
+    if not reason and plan is not None and not plan.graphs_fit:
+        reason = "the plan leaves no room for them"
+    if reason and reason != ON_CPU:
+        captured.say_without(reason)
+    return None if reason else captured
 
 
 def let_go(error: BaseException) -> None:

@@ -18,6 +18,7 @@ from glmhelpers.cost_model.sizes import Setting
 from glmhelpers.cost_model.step_memory import Prediction, predict
 from glmhelpers.devicemap.plan import DoesNotFit, Plan, plan_device_map
 from glmhelpers.lora.fingerprint import base_bits
+from glmhelpers.utils.environment import free_ram_bytes
 from glmhelpers.utils.types import Model
 from glmhelpers.utils.units import GIB
 
@@ -89,7 +90,32 @@ def explain_out_of_memory(trainer: Any, error: str) -> str:
     parts = min(trainer.micro_batches, max(rows, 1))
     now = predict_training(model, max(rows, 1), max(length, 8), parts, **trainer.forward)
     where = f"step {trainer.state.global_step + 1}, a batch of {rows} x {length} tokens in {parts} micro-batches"
-    return describe(error, where, card_states(), model.config, now)
+    cards = card_states()
+    if not cards or (now.devices == ("cpu",) and not _WHICH.search(error)):
+        one = predict_training(model, 1, max(length, 8), **trainer.forward)
+        return describe_without_gpu(where, free_ram_bytes(), now.peak_bytes[0], one.peak_bytes[0])
+    return describe(error, where, cards, model.config, now)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the host: for the latter torch has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def describe_without_gpu(where: str, free: int, needed: int, one_row: int) -> str:
+    """The text of `explain_out_of_memory` for a model on the CPU.
+
+    Args:
+        where: step and batch.
+        free: bytes of host memory that are free now.
+        needed: predicted peak of the batch, weights included.
+        one_row: the same of a batch of one row.
+    """
+    return (
+        f"This machine's memory ran out in {where}: {free / GIB:.2f} GiB are free now; predicted for this batch, with "
+        f"the weights, {needed / GIB:.2f} GiB, for one row {one_row / GIB:.2f}. Stop other programs, or train on fewer "
+        "rows a batch (gradient_accumulation_steps makes up for the rest) or on shorter rows (encode_file's max_length)"
+    )
 
 
 def describe(error: str, where: str, cards: list[CardState], config: Any, now: Prediction) -> str:
@@ -138,7 +164,7 @@ def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: s
             "(gradient_accumulation_steps makes up for the rest)"
         )
     told = {name: wanted[name] for name in _OF_THE_MODEL if wanted[name] != getattr(Setting, name)}
-    told |= {"reserve": wanted["reserve"]} if max(wanted["reserve"]) > GIB // 4 else {}
+    told |= {"reserve": wanted["reserve"]} if max(wanted["reserve"], default=0) > GIB // 4 else {}
     more = "".join(f", {name}={value!r}" for name, value in {"objective": objective, **told}.items())
     call = f"run.plan(config, {plan.setting.batch_size}, {setting.seq_length}{more})"
     return (

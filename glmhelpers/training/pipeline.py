@@ -22,15 +22,16 @@ The loss of a part is its *sum* over labels divided by the labels of the whole b
 how the batch is cut.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmhelpers.devicemap.captured import Captured
+from glmhelpers.cost_model.sizes import padded_length
+from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.devices import first_device, head_device, own_streams, place_part, to_device
 from glmhelpers.inference.model_state import peft_prefix
 from glmhelpers.utils.types import Model
@@ -73,12 +74,6 @@ def split_batch(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tenso
     return cut
 
 
-def padded_length(length: int) -> int:
-    """The length that a batch is padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
-    step = 16 if length <= 64 else 32 if length <= 256 else 128
-    return -(-length // step) * step
-
-
 def pad_part(part: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     """A micro-batch, [B, L] on the CPU, with padding behind every row that nobody sees and nothing is learnt from."""
     more = length - part["labels"].shape[1]
@@ -107,7 +102,8 @@ def run_step(
         device: where ids and masks go; by default the device of the first block. Labels go to the head's.
         num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
         backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
-        captured: the stages as CUDA graphs; micro-batches are then padded to one of a few lengths.
+        captured: the stages as CUDA graphs; short micro-batches are then padded to one of a few lengths, whether or not
+            they can be recorded. Where the memory runs out, the step is done again without, and so are all others.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 
     Returns:
@@ -124,19 +120,39 @@ def run_step(
         device = torch.device("cuda", torch.cuda.current_device())
     if isinstance(num_items, Tensor):
         num_items = num_items.to(head_device(model) or device)
+    shapes = [(len(part["labels"]), padded_length(part["labels"].shape[1])) for part in parts]
+    if captured is None or not fits_graphs(shapes):
+        return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
+    parts = [pad_part(part, length) for part, (_, length) in zip(parts, shapes, strict=True)]
+    take_back = captured.remember()
+    try:
+        with captured.step(shapes):
+            return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+        if not captured.give_up():
+            raise
+    take_back()
+    return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
+
+
+def run_parts(
+    model: nn.Module,
+    parts: list[dict[str, Tensor]],
+    device: torch.device,
+    backward: Callable[[Tensor], Any],
+    **forward: Any,
+) -> Tensor:
+    """The step for these micro-batches, on the CPU: forward of each, one backward; the loss, see `run_step`."""
     losses = []
-    padded = [pad_part(part, padded_length(part["labels"].shape[1])) for part in parts] if captured else []
-    shapes = [(len(part["labels"]), part["labels"].shape[1]) for part in padded]
-    with captured.step(shapes) if captured else nullcontext(False) as recorded, own_streams(model):
-        parts = padded if recorded else parts
+    with own_streams(model):
         called, before = behind_prefix(model)
         looked_up = look_up(model, parts, device)
         for part in parts:
             placed = place_part(model, part, device)
             if looked_up:
                 placed["inputs_embeds"] = looked_up.pop(0)
-            how = {"num_items_in_batch": num_items, "use_cache": False, "return_logits": False, **before, **forward}
-            losses.append(called(**placed, **how).loss)
+            losses.append(called(**placed, use_cache=False, return_logits=False, **before, **forward).loss)
         # Or the last part's embeddings would live as long as the backward pass.
         del placed
         total = torch.stack(losses).sum().to(device)

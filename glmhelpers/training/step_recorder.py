@@ -137,7 +137,13 @@ class StepRecorder:
 
 
 def idle_shares(tasks: Sequence[Task]) -> list[float]:
-    """For each stage, the share of the step (first start to last end) in which it does nothing."""
+    """For each stage, the share of the step (first start to last end) in which it does nothing.
+
+    Raises:
+        ValueError: there are no tasks.
+    """
+    if not tasks:
+        raise ValueError("there are no tasks: no step has run while StepRecorder was attached")
     begin, end = min(task.start for task in tasks), max(task.end for task in tasks)
     busy: dict[int, float] = defaultdict(float)
     for task in tasks:

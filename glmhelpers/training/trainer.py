@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.devicemap.devices import first_device, own_streams, place_part
 from glmhelpers.lora.adapter import write_peft_files
 from glmhelpers.lora.attach import adapter_weights, fill_adapter, not_a_number, prefix_encoder
@@ -60,6 +61,7 @@ class GLMTrainer(Trainer):
         micro_batches: parts into which a batch is cut.
         forward: more arguments of the model's forward, such as `loss_chunk`.
         folder: where checkpoints go.
+        captured: the blocks as CUDA graphs, for the steps of training.
         others: as for `Trainer`.
     """
 
@@ -73,11 +75,12 @@ class GLMTrainer(Trainer):
         micro_batches: int = 1,
         forward: Mapping[str, Any] | None = None,
         folder: str | Path | None = None,
+        captured: Captured | None = None,
         **others: Any,
     ):
         # With a model on one GPU of several, the Trainer would copy it to all of them (DataParallel).
         args._n_gpu = min(args.n_gpu, 1)
-        self.micro_batches, self.forward = micro_batches, dict(forward or {})
+        self.micro_batches, self.forward, self.captured = micro_batches, dict(forward or {}), captured
         self.folder = expanded(folder or str(args.output_dir))
         self.batch_shape: tuple[int, ...] = (0, 0)
         super().__init__(model=model, args=args, **others)
@@ -103,6 +106,7 @@ class GLMTrainer(Trainer):
             min(self.micro_batches, self.batch_shape[0]),
             num_items=num_items_in_batch,
             backward=self.accelerator.backward,
+            captured=self.captured,
             **self.forward,
         )
         self.guard.see(loss)

@@ -11,14 +11,18 @@ says, follows one that drips for ever, and unpacks what was sent compressed. So 
 huggingface_hub's, and the loop is ours. It speaks plain HTTP: hf_xet, which a mirror does not offer, is never asked.
 
     no more bytes than were published      not compressed twice       at least 1 KiB a second, over half a minute
-    no waiting longer than a minute        6 tries without progress   then one sentence that says what to do
+    no waiting longer than a minute        6 tries without progress   half a minute for an answer's header
+                                                                      then one sentence that says what to do
 """
 
 import errno
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -207,6 +211,47 @@ def _seconds(headers: Any) -> int:
     return int(wait) if wait.isdecimal() else 1
 
 
+class _Watch:
+    """Within it, a connection that brings too little is shut down from another thread, whatever this one waits for.
+
+    A limit on one read, which is all that httpx has, begins anew with every byte: of a header, of what TLS or a packer
+    keeps to itself. `trace` learns of each connection that is made; there are more than one if the server redirects.
+    """
+
+    def __init__(self, url: str):
+        self.url, self.came, self.slow = url, 0, ""
+        self._connections: list[Any] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def trace(self, event: str, facts: dict[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._connections.append(facts["return_value"])
+
+    def __enter__(self) -> "_Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self.slow and error is not None and not isinstance(error, DownloadError):
+            raise DownloadError(f"{self.url} {self.slow} in {PATIENCE:.0f} s: {AGAIN}, or elsewhere") from None
+
+    def header_is_here(self) -> None:
+        self.came += int(SLOWEST * PATIENCE) + 1  # enough for the time that it took
+
+    def _look(self) -> None:
+        before = 0
+        while not self._over.wait(min(1.0, PATIENCE) if self.slow else PATIENCE):
+            new, before = self.came - before, self.came
+            if new < SLOWEST * PATIENCE and not self.slow:
+                self.slow = f"sent only {new:,} bytes" if before else "did not finish the header of its answer"
+            for connection in self._connections if self.slow else ():
+                with suppress(OSError, AttributeError):
+                    connection.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
 def _receive(
     url: str, headers: dict[str, str], file: BinaryIO, size: int, progress: Callable[[int], None], last: bool
 ) -> float:
@@ -216,11 +261,13 @@ def _receive(
         DownloadError: the server's answer can be of no use.
         Exception: what httpx raises; what came until then is in the file.
     """
-    start = file.tell()
-    asked = headers | ({"Range": f"bytes={start}-"} if start else {})
-    with get_session().stream(
-        "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
-    ) as answer:
+    start, watch = file.tell(), _Watch(url)
+    # A connection of its own, which the watch has seen being made.
+    asked = headers | {"Connection": "close"} | ({"Range": f"bytes={start}-"} if start else {})
+    how: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
+    how["extensions"] = {"trace": watch.trace}
+    with watch, get_session().stream("GET", url, headers=asked, **how) as answer:
+        watch.header_is_here()
         wait = _seconds(answer.headers)
         if answer.status_code in (408, 429) and not last and wait <= LONGEST_WAIT:
             return wait
@@ -234,17 +281,13 @@ def _receive(
             raise DownloadError(
                 f"{url} sends {', '.join(packed)}, which nobody asked for: {AGAIN}, or choose another source"
             )
-        began, before = time.monotonic(), file.tell()
         for block in answer.iter_bytes():
             room = size - file.tell() + 1  # one byte too many shows that it is another file
             file.write(block[:room])
             progress(len(block[:room]))
+            watch.came += len(block)
             if len(block) >= room:
                 raise DownloadError(f"{url} sends more than was published")
-            if (seconds := time.monotonic() - began) > PATIENCE:
-                if (came := file.tell() - before) < SLOWEST * seconds:
-                    raise DownloadError(f"{url} sent only {came:,} bytes in {seconds:.0f} s: {AGAIN}, or elsewhere")
-                began, before = time.monotonic(), file.tell()
     if file.tell() < size:
         raise DownloadError(f"{unquote(url).rpartition('/')[2]} ended too early: {AGAIN}")
     return 0

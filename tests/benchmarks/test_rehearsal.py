@@ -1,5 +1,7 @@
 """The parts of the rehearsal that need no GPU: the stand-in for the hub, the copy of the project, the disguise, the table."""
 
+import json
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +48,9 @@ def test_a_gpu_looks_like_a_t4(monkeypatch):
     assert torch.cuda.get_device_properties(0).total_memory == as_t4.CAP == 14.75 * 2**30
     assert torch.cuda.get_device_properties(0).multi_processor_count == 132
     assert torch.cuda.mem_get_info(0) == (as_t4.CAP - 10 * 2**30, as_t4.CAP)
+    monkeypatch.setenv(as_t4.SHARED_VARIABLE, "1")  # of 10 GB, 3 are its own
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 3 * 2**30)
+    assert torch.cuda.mem_get_info(0) == (as_t4.CAP - int(3.5 * 2**30), as_t4.CAP)
     assert shares == pytest.approx({0: 14.75 / 80, 1: 14.75 / 80})
     assert switched == [False, False]
 
@@ -67,3 +72,32 @@ def test_table_says_what_failed():
     first, second = rehearsal.table(rows).splitlines()[2:]
     assert first == "| 2 | 04 | 10 | 1.00 | 1.00, 2.00 | 5.0, not limited | passed |"
     assert second == "| 1 | 05 | 1 | - | - | 0.0, its process was killed | FAILED |"
+
+
+def test_notebooks_can_be_chosen_for_one_road_or_all():
+    assert rehearsal.chosen(["06", "1=01,05"], 1) == {"01", "05"}
+    assert rehearsal.chosen(["06", "1=01,05"], 2) == {"06"}
+    assert rehearsal.chosen(["1=01,05"], 2) == rehearsal.chosen([], 1) == set()
+    with pytest.raises(ValueError, match="--notebooks 1,05: write"):
+        rehearsal.chosen(["1,05"], 1)
+
+
+def test_after_each_notebook_all_that_is_there_is_packed(tmp_path):
+    out, archive = tmp_path / "out", tmp_path / "all.zip"
+    out.mkdir()
+    (out / "machine.json").write_text(json.dumps({"text": "", "seconds": "They ran beside each other."}))
+    for gpus in (1, 2):
+        with rehearsal.kept(out, archive):
+            (out / f"{gpus}_gpus").mkdir()
+            (out / f"{gpus}_gpus" / "03.ipynb").write_text("{}")
+            row = {"gpus": gpus, "notebook": "03", "seconds": 1.0, "host": "not limited", "ok": True}
+            (out / f"{gpus}_gpus.json").write_text(json.dumps([row]))
+    with zipfile.ZipFile(archive) as packed:
+        names, lines = set(packed.namelist()), packed.read("table.md").decode().splitlines()
+    assert names == {f"{gpus}_gpus{end}" for gpus in (1, 2) for end in (".json", "/03.ipynb")} | {
+        "machine.json",
+        "table.md",
+    }
+    assert [line[:5] for line in lines[2:4]] == ["| 2 |", "| 1 |"]
+    assert lines[-1] == "They ran beside each other."
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "all.zip"}

@@ -89,7 +89,7 @@ def test_folder_is_the_one_that_one_process_saves(results, runs, right, tmp_path
 
 def test_overflow_on_one_rank_makes_all_skip_the_step(results):
     ranks = results["overflow"]
-    first, second = zip(*ranks, strict=True)
+    first, second, *fused = zip(*ranks, strict=True)
     assert [(taken, scale, moved) for taken, scale, _, moved in first] == [(False, 512.0, 0.0)] * 4
     assert all(taken and scale == 512.0 and moved > 0 for taken, scale, _, moved in second)
     # One norm for all: what both stages of a pipeline move by is the learning rate times the clipped norm.
@@ -98,3 +98,5 @@ def test_overflow_on_one_rank_makes_all_skip_the_step(results):
     moved = [moved for *_, moved in second]
     assert (moved[0] ** 2 + moved[1] ** 2) ** 0.5 == pytest.approx(0.1 * 0.5, rel=1e-4)
     assert moved[:2] == pytest.approx(moved[2:], rel=1e-6)
+    assert [(taken, scale, moved > 0) for taken, scale, _, moved in fused[0]] == [(False, 256.0, False)] * 4
+    assert [(taken, scale, moved > 0) for taken, scale, _, moved in fused[1]] == [(True, 256.0, True)] * 4

@@ -17,11 +17,16 @@ OTHER_BODIES = {
     "web page": b"<!DOCTYPE html><html>sign in to this network</html>",
     "pointer": b"version https://git-lfs.example/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 427140\n",
 }
+DRIPPING_HEADERS = {
+    "dripping header": b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 30_000,
+    "dripping status": b"HTTP/1.1 200 " + b"O" * 30_000,
+}
 PACKED = {
     "packed": lambda data: ("gzip", gzip.compress(data, 1)),
     "bomb": lambda data: ("gzip", gzip.compress(data + bytes(2**26), 9)),
     "bomb in a bomb": lambda data: ("gzip, gzip", gzip.compress(gzip.compress(data + bytes(2**26)))),
     "another packing": lambda data: ("zstd", data),
+    "packed drip": lambda data: ("gzip", gzip.compress(data, 1)),
 }
 
 
@@ -82,6 +87,13 @@ class Hub:
             fault = "404"
         if fault in ("401", "404", "416", "429", "500"):
             return self.reply(request, int(fault), headers={"Retry-After": "0"})
+        if fault in DRIPPING_HEADERS:
+            with suppress(OSError):
+                for byte in DRIPPING_HEADERS[fault]:
+                    request.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+            request.close_connection = True
+            return None
         if fault == "come back in 31 years":
             return self.reply(request, 429, headers={"Retry-After": "1000000000"})
         if fault == "refuse":
@@ -109,8 +121,11 @@ class Hub:
             request.send_header("Content-Encoding", kinds)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
+            step = 1 if fault == "packed drip" else len(body)
             with suppress(OSError):
-                request.wfile.write(body)
+                for start in range(0, len(body), step):
+                    request.wfile.write(body[start : start + step])
+                    time.sleep(0.01 if step == 1 else 0)
             return None
         request.send_response(206 if first else 200)
         if first:

@@ -11,6 +11,7 @@ import socket
 import sys
 import zlib
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -204,7 +205,8 @@ def a_run(tiny, folder, name, cut, stop):
 
 
 def overflow(tiny):
-    """Two steps with a GradScaler, an infinite gradient on the last rank in the first: what each rank did."""
+    """Two steps with a GradScaler and each optimizer, an infinite gradient on the last rank in the first of them: what
+    each rank did. A fused optimizer, as on a GPU, takes the scaler's verdict into its kernel."""
     plan = ProcessPlan.of(placed(5, 3), 8, "1F1B", micro_batches=4)
     with joined_again(plan.ranks) as processes:
         cut, scaler = plan.stages[processes.stage_rank], make_scaler(processes.device, init_scale=1024.0)
@@ -212,8 +214,8 @@ def overflow(tiny):
         draw_adapter(stage.model)
         step = PipelineStep([stage], plan, processes, scaler=scaler)
         weights, batch = adapter_weights(stage.model), a_batch(ChatGLMConfig.from_pretrained(tiny))
-        optimizer, found = torch.optim.SGD(weights.values(), 0.1), []
-        for poisoned in (True, False):
+        fused, found = torch.optim.AdamW(weights.values(), 0.1, fused=True), []
+        for optimizer, poisoned in product((torch.optim.SGD(weights.values(), 0.1), fused), (True, False)):
             before, loss = {name: weight.detach().clone() for name, weight in weights.items()}, step(batch)
             if poisoned and processes.rank == 3:
                 next(iter(weights.values())).grad[0, 0] = float("inf")

@@ -40,7 +40,7 @@ def rows(count=22):
     return [encode_example(tokenizer(), row) for row in texts]
 
 
-def run(output, callbacks=(), watch=None, **changes):
+def run(output, callbacks=(), watch=None, cuda_graphs=False, **changes):
     """(log, model) of the training; goes on if `output` holds a part of it."""
     torch.set_num_threads(1)
     training.GLMTrainer = ScaledTrainer
@@ -69,6 +69,7 @@ def run(output, callbacks=(), watch=None, **changes):
             micro_batches=2,
             callbacks=callbacks,
             watch=watch,
+            cuda_graphs=cuda_graphs,
         )
     finally:
         training.GLMTrainer = GLMTrainer

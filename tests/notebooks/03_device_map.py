@@ -1,8 +1,11 @@
 """Checks of notebook 03, run in its kernel after the last cell: variables there, and numbers in its text."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+
+from glmhelpers.cost_model import find_gpu
 
 text = "\n".join(
     "".join(cell["source"])
@@ -35,6 +38,23 @@ assert "| 24 × 1024 | " + " | ".join(f"{x['ms']:.0f}" for x in even) in text
 assert f"idle {1 - busy_share(piped.schedule):.0%}".replace("%", " %") in text
 assert busy_share(naive.schedule) <= 0.5
 assert piped.seconds < naive.seconds
+
+# What the catalogue plans for the two H100s that were calibrated, what was planned with their own rates, and measured.
+kept = [json.loads(x) for x in (project / "benchmarks/results/calibrate_h100.jsonl").read_text().splitlines()]
+place, choice = next(
+    (i, x) for i, x in enumerate(kept) if (x["what"], x.get("rows"), x.get("blocks")) == ("choice", 4, [14, 14])
+)
+rates = [x["rates"][0] for x in kept[:place] if x["what"] == "rates"][-1]
+others = choice["others_ms"]
+assert f"{others['2 GPUs, 4 parts']:.0f} ms a step, where one of them takes {others['1 GPUs, 1 parts']:.0f}." in text
+assert f"has {choice['micro_batches']} parts: {choice['ms']:.0f} ms, the best" in text
+assert choice["ms"] <= min(others.values())
+host = [1e3 * seconds for name, seconds in rates.items() if name.startswith("launch")]
+assert f"found {min(host):.1f} to {max(host):.1f} ms" in text
+card = dataclasses.replace(find_gpu("H100"), **rates)
+for gpu, size, parts, used in (("H100", (4, 1024), 4, 2), (card, (4, 1024), 2, 2), (card, (16, 56), 1, 1)):
+    calibrated = plan_device_map(config, [gpu] * 2, *size, label_share=0.5)
+    assert (calibrated.micro_batches, len(calibrated.stage_times)) == (parts, used)
 
 # Bytes by hand.
 assert (block, total) == (shape.block_parameters, 6_173_286_400)

@@ -166,7 +166,9 @@ def test_every_figure_has_words(name, tmp_path):
 
 
 NOTEBOOKS = {
-    path.stem: path for path in sorted((PROJECT / "notebooks").glob("**/*.ipynb")) if "build" not in path.parts
+    f"{path.parent.name}/{path.stem}": path
+    for path in sorted((PROJECT / "notebooks").glob("**/*.ipynb"))
+    if "build" not in path.parts
 }
 
 

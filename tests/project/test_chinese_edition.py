@@ -2,11 +2,12 @@
 
 import json
 import re
+from base64 import b64decode
 
 import chinese_edition as edition
 import nbformat
 import pytest
-from chinese_figures import in_chinese, message_of, put, svg_in_chinese
+from chinese_figures import fewer_colours, in_chinese, message_of, put, svg_in_chinese
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -16,6 +17,10 @@ PIECES = st.lists(
         ["# Title", "a text\nof two lines", "", "\n", "```\ncode", "```", "- one\n- two", "<details>", "| a |"]
     )
 )
+
+
+# One red pixel.
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 
 
 @given(PIECES)
@@ -36,6 +41,22 @@ def test_what_has_no_words_is_no_message(block):
     assert not edition.is_message(block)
 
 
+GLOSSARY = """[中文版](GLOSSARY.zh-CN.md)
+
+# Glossary
+
+Words.
+
+词。
+
+<a id="one"></a>
+
+**one · 一** ([01](notebooks/01_one.ipynb))<br>
+The first.<br>
+第一个。
+"""
+
+
 @pytest.fixture
 def course(tmp_path):
     """A project with one notebook, an appendix and a README."""
@@ -50,6 +71,7 @@ def course(tmp_path):
         new_notebook(cells=[new_markdown_cell("# Two")]), tmp_path / "notebooks" / "appendix" / "A_two.ipynb"
     )
     (tmp_path / "README.md").write_text("# Course\n\nRead [one](notebooks/01_one.ipynb).\n", encoding="utf-8")
+    (tmp_path / "GLOSSARY.md").write_text(GLOSSARY, encoding="utf-8")
     return tmp_path
 
 
@@ -82,7 +104,7 @@ CHINESE = {
 def translated(course):
     for name, known in CHINESE.items():
         fill(course, name, known)
-    for path in edition.sources(course).values():
+    for path in [*edition.sources(course).values(), course / "GLOSSARY.md"]:
         edition.write(path, project=course)
     return course
 
@@ -90,7 +112,9 @@ def translated(course):
 def test_text_in_chinese_code_and_outputs_to_the_byte(translated):
     english = nbformat.read(translated / "notebooks" / "01_one.ipynb", as_version=4)
     chinese = nbformat.read(translated / "notebooks" / "zh" / "01_one.ipynb", as_version=4)
-    assert chinese.cells[0].source == "# 一\n\n见[二](appendix/A_two.ipynb#part)和[词汇](../../GLOSSARY.md#token)。"
+    assert (
+        chinese.cells[0].source == "# 一\n\n见[二](appendix/A_two.ipynb#part)和[词汇](../../GLOSSARY.zh-CN.md#token)。"
+    )
     assert chinese.cells[1] == english.cells[1]
     assert (translated / "README.zh-CN.md").read_text(
         encoding="utf-8"
@@ -145,14 +169,14 @@ def test_pictures_of_one_run_find_each_other(translated):
     path = translated / "notebooks" / "01_one.ipynb"
     english = nbformat.read(path, as_version=4)
     metadata = {"image/png": {"alt": "One bar."}, edition.PICTURE: {"alt": "一根柱子。"}}
-    data = {"image/png": "RU5HTElTSA==", edition.PICTURE: "Q0hJTkVTRQ=="}
+    data = {"image/png": "RU5HTElTSA==", edition.PICTURE: PNG}
     english.cells[1].outputs = [new_output("display_data", data, metadata=metadata)]
     pictures = edition.take_pictures(english)
     assert english.cells[1].outputs[0].data == {"image/png": "RU5HTElTSA=="}
     nbformat.write(english, path)
-    edition.keep({path: pictures}, translated / "none.jsonl", translated)
+    edition.keep({path: pictures}, translated / "none", translated)
     shown = nbformat.read(edition.twin(path, translated), as_version=4).cells[1].outputs[0]
-    assert shown.data["image/png"] == "Q0hJTkVTRQ=="
+    assert b64decode(shown.data["image/png"]) == fewer_colours(b64decode(PNG))
     assert shown.metadata["image/png"]["alt"] == "一根柱子。"
     edition.write(path, project=translated)  # without a run: the picture stays while the English one is the same
     assert nbformat.read(edition.twin(path, translated), as_version=4).cells[1].outputs[0] == shown
@@ -160,6 +184,43 @@ def test_pictures_of_one_run_find_each_other(translated):
     nbformat.write(english, path)
     edition.write(path, project=translated)
     assert any("1 English pictures" in fault for fault in edition.faults(translated))
+
+
+def test_new_outputs_alone_do_not_fail_the_tests(translated):
+    path = translated / "notebooks" / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("kept\\n", "kept today\\n"), encoding="utf-8")
+    assert edition.faults(translated, with_outputs=False) == []
+    assert edition.faults(translated) == ["notebooks/zh/01_one.ipynb: not what its PO file gives"]
+
+
+def test_a_fault_names_the_file_and_the_message(translated):
+    path = translated / "notebooks" / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("print('kept')", "print('new')"), encoding="utf-8")
+    assert edition.faults(translated, with_outputs=False) == ["notebooks/zh/01_one.ipynb: not what its PO file gives"]
+    (translated / "README.md").write_text("# A course\n\nRead [one](notebooks/01_one.ipynb).\n", encoding="utf-8")
+    assert "locale/zh_CN/README.po: not in the PO file: # A course" in edition.faults(translated, with_outputs=False)
+
+
+def test_a_chinese_notebook_without_an_english_one_is_named(translated):
+    path = translated / "notebooks" / "zh" / "07_old.ipynb"
+    path.write_text("{}", encoding="utf-8")
+    assert edition.faults(translated) == ["notebooks/zh/07_old.ipynb: the English one is gone, remove it"]
+
+
+def test_the_glossary_in_chinese_is_its_own_half(translated):
+    text = (translated / "GLOSSARY.zh-CN.md").read_text(encoding="utf-8")
+    assert text.startswith("[English, 中英对照](GLOSSARY.md) · [README](README.zh-CN.md)\n\n# 术语表\n\n词。\n")
+    assert text.endswith('<a id="one"></a>\n\n**一** · one ([01](notebooks/zh/01_one.ipynb))<br>\n第一个。\n')
+
+
+def test_words_of_figures_go_with_the_last_notebook_that_shows_them(translated):
+    edition.meet({"01_one": ["peak", "limit {1}", "peak"], "A_two": ["peak"]}, translated)
+    edition.meet({"01_one": ["limit {1}"]}, translated)
+    catalog = edition.read_catalog(edition.catalog_path("figures", translated))
+    assert {one.id: one.auto_comments for one in catalog if one.id} == {"limit {1}": ["01_one"], "peak": ["A_two"]}
+    edition.meet({"A_two": []}, translated)
+    catalog = edition.read_catalog(edition.catalog_path("figures", translated))
+    assert [one.id for one in catalog if one.id] == ["limit {1}"]
 
 
 @given(st.text(st.sampled_from("ab 12.,{}")))

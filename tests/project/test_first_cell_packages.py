@@ -92,7 +92,10 @@ ERROR: No matching distribution found for nltk>=3.9
 @pytest.mark.parametrize(
     ("errors", "words"),
     [
-        (NO_NETWORK, "switch the internet on (Kaggle: Settings > Internet > On), then run this again"),
+        (
+            NO_NETWORK,
+            "switch the internet on (Kaggle: Settings > Internet > On) or name a mirror (%env PIP_INDEX_URL=https://...), then run this again",
+        ),
         ("ERROR: No space left on device\n", "(No space left on device): type !pip install nltk to see why"),
         ("", "no reason was given"),
     ],

@@ -29,6 +29,7 @@ PACKAGES = [*SETTINGS["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS[
 FOR_TESTS = EXTRAS["test"]
 AT_LOWER_BOUND = ("transformers", "peft", "accelerate", "ipywidgets")
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("**/*.ipynb"))
+ENGLISH = [path for path in NOTEBOOKS if "zh" not in path.parts]
 
 
 def committed_files():
@@ -260,15 +261,15 @@ def test_notebook_is_fit_for_readers(path):
     assert too_long == {}
     errors = [cell.source for cell in code for output in cell.outputs if output.output_type == "error"]
     assert errors == []
+    assert len(notebook.cells) <= 55 or path.stem == "solutions"  # it has a section for each of the others
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith("# ")
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[0] == "0"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in ENGLISH if path.stem[0] == "0"], ids=lambda path: path.stem)
 def test_notebook_has_the_shape_of_the_course(path):
     cells = nbformat.read(path, as_version=4).cells
     lines = [len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code"]
-    assert len(cells) <= 55
     assert max(lines) <= 25
     assert statistics.median(lines) <= 8
     assert "**You are here:**" in cells[0].source
@@ -284,10 +285,11 @@ def test_notebook_is_committed_as_make_notebooks_writes_it(path):
     counts = [cell.execution_count for cell in code]
     assert counts == list(range(1, len(code) + 1)), "run `make notebooks`: cells not executed, or not in order"
     assert any(cell.outputs for cell in code)
-    assert notebook.metadata.keys() == {"kernelspec", "language_info"}, "run `make notebooks`"
+    clouds = {"accelerator", "colab", "kaggle"}  # what they ask for: test_badges.py
+    assert notebook.metadata.keys() - clouds == {"kernelspec", "language_info"}, "run `make notebooks`"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ENGLISH, ids=lambda path: path.stem)
 def test_settings_can_be_given_to_papermill(path):
     """It puts its values behind the cell with the tag: nothing in that cell may use them yet."""
     cells = nbformat.read(path, as_version=4).cells

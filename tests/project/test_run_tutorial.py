@@ -100,6 +100,43 @@ def test_results_of_an_earlier_run_are_gone(course):
     assert course.command() == 0
 
 
+WAIT = """\
+import os, pathlib, time
+for _ in range(600):
+    if pathlib.Path({name!r}).exists(): break
+    time.sleep(0.1)
+else: raise TimeoutError({name!r})"""
+
+
+def test_two_at_a_time_run_beside_each_other_and_the_numbered_ones_in_order(course, capsys):
+    """Each waits for what another one writes: one at a time none of them would end."""
+    course("01_first", "open('first', 'w').close()", WAIT.format(name="solved"), "open('second_may', 'w').close()")
+    course(
+        "02_second", "import os\nassert os.path.exists('second_may')", REPORT.format(name="02_second", result={"n": 2})
+    )
+    course(
+        "solutions",
+        WAIT.format(name="first"),
+        "open('solved', 'w').close()",
+        "print(os.environ['GLM_OUTPUT'], not os.listdir(os.environ['GLM_OUTPUT']))",
+        REPORT.format(name="solutions", result={"n": 3}),
+    )
+    assert course.command("--jobs", "2") == 0
+    rows = re.findall(r"^(\w+) +\d+\.\d  (.*)$", capsys.readouterr().out, flags=re.M)
+    assert rows == [("01_first", "-"), ("02_second", "n=2"), ("solutions", "n=3")]
+    solved = nbformat.read(course.build / "solutions.ipynb", as_version=4)
+    assert solved.cells[3].outputs[0].text == "outputs True\n"
+
+
+def test_after_a_failure_nothing_more_is_started(course, capsys):
+    course("01_bad", "1 / 0")
+    course("02_never", "open('reached', 'w')")
+    course("solutions", "6 * 7")
+    assert course.command("--jobs", "2") == 1
+    assert "FAILED: 01_bad, cell 2 of 2" in capsys.readouterr().err
+    assert not (course.folder / "reached").exists()
+
+
 def test_failing_cell_is_named_and_nothing_is_written_back(course, capsys):
     good = course("01_good", "print('fine')")
     course("02_bad", "print('fine')", "a = 1\nb = 0\n\nprint(a)\na / b\n'sixth'\n'seventh'")

@@ -50,6 +50,7 @@ def test_rates_of_another_machine_are_not_believed_and_stay(monkeypatch):
         "[]",
         '{"x": 1',
         {"Tesla T4": {"matrix_share": -1}},
+        {"Tesla T4": {"memory_share": 1e6}},
         {"Tesla T4": {"memory": 5}},
         {"Tesla T4": {"link": "a"}},
         7,
@@ -94,10 +95,36 @@ def test_one_host_serves_all_cards():
     assert one_host([fast, fast]) == [fast, fast]
 
 
-def test_the_host_is_measured_by_a_real_step():
-    found = calibration.host_launches(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT), repeats=1)
-    assert set(found) == {"launch_forward", "launch_again", "launch_backward"}
+def test_the_host_is_measured_by_a_real_step(monkeypatch):
+    monkeypatch.setattr(calibration, "STEPS", 0.0)
+    found = calibration.host_launches(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT))
+    assert set(found) == {"launch_forward", "launch_again", "launch_backward", "launch_step"}
     assert all(0 < seconds < 1 for seconds in found.values())
+
+
+@pytest.mark.parametrize(("each", "times"), [(0.1, 9), (0.3, 3), (5.0, 2)])
+def test_a_measurement_ends_with_its_time_however_slow_it_is(monkeypatch, each, times):
+    """The first is left out, two are wanted at least."""
+    clock = [0.0]
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+
+    def measure():
+        clock[0] += each
+        return clock[0]
+
+    assert len(calibration.repeated(0.95, measure)) == times
+
+
+def test_every_block_runs_and_those_of_a_device_share_their_weights():
+    model = calibration.random_blocks(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT), 5)
+    ran = []
+    for layer, block in enumerate(model.get_base_model().transformer.layers):
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    calibration.run_step(model, calibration.random_batch(model.config, 2, 16), 2)
+    assert ran == 2 * [0, 1, 2, 3, 4]
+    frozen = {p.data_ptr() for name, p in model.named_parameters() if "dense_h_to_4h.weight" in name}
+    trained = {p.data_ptr() for name, p in model.named_parameters() if p.requires_grad}
+    assert (len(frozen), len(trained)) == (1, 2 * 5)
 
 
 @pytest.mark.parametrize(("attention", "memory"), [(0.1, 0.6), (0.25, 1.05), (0.03, 0.3)])
@@ -117,6 +144,11 @@ def test_passes_that_contradict_each_other_keep_their_sum():
     ahead, _, back = block_seconds(Shape.of(config), setting, replace(T4, **found))
     assert ahead + back == pytest.approx(2 * forward + 0.9 * backward)
     assert min(found.values()) > 0
+
+
+def test_passes_faster_than_their_products_are_not_believed():
+    found = calibration.shares_of(1e-5, 1e-5, T4, ChatGLMConfig())
+    assert found == pytest.approx({"attention_share": T4.attention_share, "memory_share": T4.memory_share})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -140,4 +172,5 @@ def test_a_gpu_is_measured_once_and_plans_count_with_it():
         assert 0.02 < gpu.matrix_share < 1.1
         assert 0.2 < gpu.memory_share < 1.2
         assert 1e-5 < gpu.launch_forward < 1e-2
+    assert first.notes == ()
     assert list(plan_device_map(ChatGLMConfig(), "here", 1, 64).gpus) == one_host(first.gpus)

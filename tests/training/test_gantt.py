@@ -55,3 +55,8 @@ def test_idle_shares_of_a_known_schedule():
 def test_cut_must_hold_all_blocks():
     with pytest.raises(ValueError, match=r"cut .* has 3 blocks, the model has 4"):
         StepRecorder(fresh_model(), cut=(1, 2))
+
+
+def test_without_a_step_there_is_no_share():
+    with pytest.raises(ValueError, match="no step has run"):
+        idle_shares([])

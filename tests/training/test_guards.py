@@ -254,6 +254,45 @@ def test_out_of_memory_in_training_is_explained_and_lets_go_of_its_tensors(tmp_p
     assert sys.getrefcount(error.value) > 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(ERROR),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_without_a_gpu_is_explained(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(trainer, "run_step", fail)
+    monkeypatch.setattr(fit, "card_states", list)
+    expected = (
+        r"^This machine's memory ran out in step 1, a batch of 4 x \d+ tokens in 2 micro-batches: [\d.]+ GiB are free "
+        r"now; predicted for this batch, with the weights, 0\.0\d GiB, for one row 0\.0\d\. .*fewer rows a batch"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=expected):
+        run(tmp_path)
+
+
+def test_what_torch_really_says_without_memory_is_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**15)
+    assert fit.out_of_memory(error.value)
+    assert not fit.out_of_memory(RuntimeError("shape '[2]' is invalid"))
+
+
+def test_another_error_of_a_step_stays_what_it_is(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(trainer, "run_step", fail)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        run(tmp_path)
+
+
 def test_a_training_stopped_by_hand_lets_go_of_its_tensors(tmp_path, monkeypatch):
     class Big:
         """Stands for the tensors of the step that was stopped."""

@@ -1,5 +1,7 @@
 """Training on a real GPU: the loss scale, the way back from a checkpoint, memory. Skipped without one."""
 
+import contextlib
+import gc
 import json
 
 import pytest
@@ -7,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.lora.attach import attach_lora
+from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.tokens.collate import RightPadCollator
-from glmhelpers.training import trainer
+from glmhelpers.training import finetune, trainer
 from glmhelpers.training.checkpoint_manager import checkpoints
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.progress import Watch
+from glmhelpers.utils.units import MIB
+from tests.helpers.graph_home import Never
 from tests.helpers.reference import fresh_model, tokenizer
 from tests.helpers.resumable_run import StopAt, rows
 
@@ -29,7 +33,7 @@ def halves():
     return {name: "cuda:0" if number < 3 else "cuda:1" for number, name in enumerate([*PARTS, "lm_head"])}
 
 
-def run(output, model, callbacks=(), watch=None, **changes):
+def run(output, model, callbacks=(), watch=None, cuda_graphs=False, **changes):
     how = {
         "max_steps": 12,
         "per_device_train_batch_size": 6,
@@ -48,6 +52,7 @@ def run(output, model, callbacks=(), watch=None, **changes):
         micro_batches=3,
         watch=watch or Watch(live=False),
         callbacks=callbacks,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -73,6 +78,56 @@ def test_a_stopped_training_goes_on_with_the_same_losses(split, tmp_path):
     mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (newest, other))
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=1e-2)
+
+
+SOME = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.mark.parametrize("layers", [(), range(4), (1, 2)])
+@pytest.mark.parametrize("split", [False, True])
+def test_cuda_graphs_change_no_bit_of_a_training_not_even_of_one_that_was_stopped(
+    split, layers, tmp_path, monkeypatch, capsys
+):
+    if split and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def trained(folder, callbacks=()):
+        model = half_model(split)
+        checkpoint_only(model, layers)
+        log = run(tmp_path / folder, model, callbacks, cuda_graphs=None, **SOME)
+        return log, {name: weight.cpu() for name, weight in adapter_weights(model).items()}
+
+    log, weights = trained("graphs")
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", [StopAt(6)])
+    gone_on = trained("stopped")
+    assert "without CUDA graphs" not in capsys.readouterr().out
+    monkeypatch.setattr(finetune, "Captured", Never)
+    for other, others in (gone_on, trained("without")):
+        assert [(e["step"], e.get("loss"), e.get("eval_loss")) for e in other] == [
+            (e["step"], e.get("loss"), e.get("eval_loss")) for e in log
+        ]
+        for name, weight in weights.items():
+            assert torch.equal(others[name], weight), name
+
+
+def test_graphs_that_find_no_room_leave_the_training_as_it_is(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "Captured", Never)
+        model = half_model(False)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        want = run(tmp_path / "without", model, max_steps=3)
+    total, peak = torch.cuda.get_device_properties(0).total_memory, torch.cuda.max_memory_reserved(0)
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((peak + 2**21) / total, 0)
+    try:
+        got = run(tmp_path / "graphs", half_model(False), cuda_graphs=None, max_steps=3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    print(capsys.readouterr().out)
+    assert [entry.get("loss") for entry in got] == [entry.get("loss") for entry in want]
 
 
 def test_labels_are_counted_before_they_leave_the_cpu(tmp_path, monkeypatch):
@@ -102,12 +157,19 @@ def test_evaluation_costs_no_more_memory_than_training(tmp_path):
 def test_a_real_out_of_memory_error_is_explained(tmp_path):
     model = half_model(False)
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(0) / total + 1e-6, 0)
+    filling = []
+    for size in (2 * MIB, 64 * 1024):  # what the allocator holds and nobody uses would do for such a small batch
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                filling.append(torch.empty(size, device="cuda", dtype=torch.uint8))
     try:
         with pytest.raises(torch.OutOfMemoryError, match=r"ran out of memory in step 1, a batch of 6 x") as error:
             run(tmp_path, model)
     finally:
+        filling.clear()
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert "GPU 0: measured peak of tensors" in str(error.value)
     assert "predicted" in str(error.value)
