@@ -25,13 +25,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
-from math import ceil
 from typing import Any
 
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpus
 from glmhelpers.cost_model.placement import Placement
-from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, with_prefix
+from glmhelpers.cost_model.sizes import (
+    BYTES_PER_WEIGHT,
+    LORA_TARGETS,
+    Setting,
+    Shape,
+    cast_bytes,
+    hidden_bytes,
+    mask_bytes,
+    prefix_bytes,
+    table_bytes,
+    with_prefix,
+)
 from glmhelpers.cost_model.stages import Stage, find_stages
 from glmhelpers.utils.units import GIB, MIB
 
@@ -90,15 +100,6 @@ def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
     return blocks * 4 * setting.lora_rank * sum(sum(shape.linear(name)) for name in setting.adapters)
 
 
-def prefix_bytes(shape: Shape, setting: Setting) -> int:
-    """What a prefix trains, in float32: keys and values of all blocks, P * 2 * layers * hidden; or the network that
-    makes them, P * hidden, hidden to its middle, and from there to 2 * layers * hidden. Beside block 0."""
-    length, middle, out = setting.prefix_length, setting.prefix_projection, 2 * shape.layers * shape.hidden
-    if not middle or not length:
-        return 4 * length * out
-    return 4 * (length * shape.hidden + (shape.hidden + 1) * middle + (middle + 1) * out)
-
-
 def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
     """What a step keeps of the prefix in float32 beside its parameters: on the other GPUs a copy for their blocks;
     beside a network all that it made, and its middle."""
@@ -109,50 +110,28 @@ def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
     return made if setting.prefix_projection else 0
 
 
-def cast_bytes(shape: Shape, setting: Setting) -> int:
-    """Keys and values of one block's prefix in the base's dtype; a checkpointed block keeps them as its input."""
-    return 2 * setting.prefix_length * shape.hidden * setting.element if setting.element == 2 else 0
+def target_rows(setting: Setting, smooth: bool = False) -> float:
+    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
+    never more than that, and of all micro-batches together the fewer the more there are."""
+    rows = setting.rows * (setting.seq_length - 1) * setting.label_share
+    return max(0.0, rows - 0.5) if smooth else round(rows)
 
 
-def mask_bytes(setting: Setting) -> int:
-    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads.
-
-    Every micro-batch keeps its own until its backward pass is over.
-    """
-    padded = ceil(setting.keys / 8) * 8
-    return setting.rows * setting.seq_length * padded * setting.element
-
-
-def table_bytes(shape: Shape, setting: Setting) -> int:
-    """cos and sin of one micro-batch: each rows * length * head width / 2."""
-    return setting.tokens * shape.hidden // shape.heads * setting.element
-
-
-def hidden_bytes(shape: Shape, setting: Setting) -> int:
-    """Hidden states of one micro-batch: rows * length * hidden. The unit U of the other terms."""
-    return setting.tokens * shape.hidden * setting.element
-
-
-def target_rows(setting: Setting) -> int:
-    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1)."""
-    return round(setting.rows * (setting.seq_length - 1) * setting.label_share)
-
-
-def loss_kept_bytes(shape: Shape, setting: Setting) -> int:
+def loss_kept_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
-    kept = target_rows(setting) * shape.hidden * setting.element
+    kept = int(target_rows(setting, smooth) * shape.hidden * setting.element)
     return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
-def loss_working_bytes(shape: Shape, setting: Setting) -> int:
+def loss_working_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """While a chunk is computed: its logits in the base dtype, their log-probabilities in float32, the normed states,
     the labelled rows with their labels (int64).
 
     Then the probabilities in the base dtype take the place of the logits: the same size.
     """
-    rows = target_rows(setting)
+    rows = target_rows(setting, smooth)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
-    return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
+    return hidden_bytes(shape, setting) + int(chunk + rows * (shape.hidden * setting.element + 8))
 
 
 def cache_bytes(shape: Shape, setting: Setting, tokens: int, blocks: int) -> int:
@@ -167,11 +146,13 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 @lru_cache(maxsize=200_000)
 def stage_terms(
-    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, copies: int = 1
+    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False
 ) -> tuple[str, dict[str, int]]:
     """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
-    `copies`: of the prefix, in each micro-batch; 0 where a bound must not grow with the number of micro-batches.
+    `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
+    copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
+    are gradients, while all other micro-batches are still there.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -187,15 +168,17 @@ def stage_terms(
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
     if setting.recorded and blocks:
         base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
-        moments = _with_graphs(shape, setting, stage, lora)
+        moments = _with_graphs(shape, setting, stage, lora, smooth)
     else:
         trained = setting.training
-        moments = _training(shape, setting, stage, lora, copies) if trained else _generation(shape, setting, stage)
+        moments = _training(shape, setting, stage, lora, smooth) if trained else _generation(shape, setting, stage)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
 
-def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: int) -> list[tuple[str, dict[str, int]]]:
+def _training(
+    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
+) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
@@ -214,13 +197,13 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
         return cost.saved * plain + (cost_of_first.saved - cost.saved) * (plain > 0 and not marks[0])
 
     masks = mask_bytes(setting) + table_bytes(shape, setting) if marks else 0
-    loss = loss_kept_bytes(shape, setting) if stage.head else 0
+    loss = loss_kept_bytes(shape, setting, smooth) if stage.head else 0
     transfer = 0 if stage.head else unit
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
     full["activations"] = saved(count) * batches
 
     # A prefix: copies kept for the whole step, and inputs of the checkpointed blocks of each micro-batch.
-    keys, cast = prefix_keys_bytes(shape, setting, stage), copies * cast_bytes(shape, setting)
+    keys, cast = prefix_keys_bytes(shape, setting, stage), 0 if smooth else cast_bytes(shape, setting)
     piece = 4 * 2 * setting.prefix_length * shape.hidden  # a block's gradient, until all are put together
     full["cache"] = keys + cast * sum(marks) * batches
 
@@ -230,7 +213,7 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
         last_of_all = {"adam": 2 * lora, "gradients": pieces + max(pieces, lora * (setting.prefix_projection > 0))}
         moments.append(("gradient of the prefix", {**last_of_all, "cache": keys}))
     if stage.head:
-        now = loss * batches + loss_working_bytes(shape, setting)
+        now = loss * batches + loss_working_bytes(shape, setting, smooth)
         moments.append(("loss of the last micro-batch", {**full, "loss": now}))
     if marks:
         last = cost_of_first if count == 1 else cost
@@ -245,7 +228,9 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
     }
     trained, marked = piece * count or lora, sum(marks)
     turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
-    for done, place in product(range(min(batches, 2)), turns):
+    if smooth:
+        turns = turns[:1]
+    for done, place in product(range(1 if smooth else min(batches, 2)), turns):
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
@@ -264,14 +249,15 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, copies: i
     return moments
 
 
-def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+def _with_graphs(
+    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
+) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
     of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
     are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
     recorded = setting.recorded or setting
-    # No prefix is recorded, so there are no copies of one.
-    inside = _training(shape, recorded, stage, lora, 0)
-    moments = inside if setting.replayed else _training(shape, setting, stage, lora, 0)
+    inside = _training(shape, recorded, stage, lora, smooth)
+    moments = inside if setting.replayed else _training(shape, setting, stage, lora, smooth)
     pools = ({name: moment.get(name, 0) for name in POOLED} for _, moment in inside[1:])
     pool = max(pools, key=lambda terms: sum(terms.values()))
     copies = recorded.micro_batches * (int(stage.first and not stage.blocks[0]) + int(not stage.head)) + 2

@@ -1,23 +1,38 @@
-"""What no plan can be better than: cheap bounds that spare the search whole settings. They never exclude a best plan.
+"""What stages cost, and what no plan can be better than: cheap bounds that spare the search whole settings.
 
-bytes      the least slack that the allocator leaves, no label rows rounded up, no copies of a prefix: with these out
-           of the way, more blocks need more and more micro-batches need less, so a bisection finds the limit
+costs      of a stage under one setting, computed once: GPUs differ by workspace, context and speed only
+
+bytes      the least slack that the allocator leaves, label rows not rounded up, no copies of a prefix: with these
+           out of the way, more blocks need more and more micro-batches need less, so a bisection finds the limit
 seconds    blocks spread over the GPUs as if their order did not matter, checkpointed only where memory is short
+
+Bounds never exclude a best plan.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import GPU
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import SLACK_AT_LEAST, hidden_bytes, stage_terms, weight_bytes
-from glmhelpers.cost_model.step_time import StageTime, block_seconds, head_seconds, pass_seconds
+from glmhelpers.cost_model.step_memory import (
+    SLACK_AT_LEAST,
+    cast_bytes,
+    hidden_bytes,
+    slack_bytes,
+    stage_terms,
+    weight_bytes,
+)
+from glmhelpers.cost_model.step_time import StageTime, block_seconds, head_seconds, pass_seconds, stage_seconds
 
 EMBEDDINGS = ("first", "tied", "cpu")
 """Places for the embedding, the preferred one first where plans are equal."""
+
+PASSING = ("block", "loss", "gradients", "transfer")
+"""Terms of what comes and goes in a step."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,67 @@ def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
     return here, head, here and head, first
 
 
+class Need(NamedTuple):
+    """A stage, and bytes that it needs beside the GPU's own workspaces and context."""
+
+    stage: Stage
+    peak: int
+    total: int
+    """With the allocator's slack."""
+    lasting: int
+    """Without what comes and goes."""
+
+
+class Costs:
+    """Bytes and seconds of stages under one setting, each computed once.
+
+    Args:
+        shape: of the model; setting: how it is run.
+        smooth: as for `stage_terms`.
+    """
+
+    def __init__(self, shape: Shape, setting: Setting, smooth: bool = False):
+        self.shape, self.setting, self.parts = shape, setting, setting.micro_batches
+        self.workspaces = 2 if setting.training else 1
+        self.block = weight_bytes(shape, setting, Stage.of(1))
+        self.options: dict[tuple, dict[int, Need]] = {}
+        self._smooth = smooth
+        self._needs: dict[tuple, Need] = {}
+        self._times: dict[tuple, StageTime] = {}
+        self._rates: dict[int, tuple[float, ...]] = {}
+
+    def need(self, count: int, kept: int, flags: tuple[bool, ...]) -> Need:
+        """Of `count` blocks, the last `kept` of them not checkpointed."""
+        key = count, kept, flags
+        if key not in self._needs:
+            stage = Stage.of(count, kept, *flags)
+            _, terms = stage_terms(self.shape, self.setting, stage, smooth=self._smooth)
+            lasting = sum(size for name, size in terms.items() if name not in PASSING)
+            peak = sum(terms.values())
+            self._needs[key] = Need(stage, peak, peak + slack_bytes(terms), lasting)
+        return self._needs[key]
+
+    def time(self, number: int, card: GPU, stage: Stage) -> StageTime:
+        """Seconds of a stage on a card; cards of one `number` are equally fast."""
+        key = number, len(stage.blocks), sum(stage.blocks), stage.head
+        if key not in self._times:
+            self._times[key] = stage_seconds(self.shape, self.setting, stage, card)
+        return self._times[key]
+
+    def rates(self, number: int, card: GPU) -> tuple[float, ...]:
+        """Seconds of a block forward, again, backward; the less of sending and of the head; the head."""
+        if number not in self._rates:
+            head = head_seconds(self.shape, self.setting, card)
+            least = min(head, hidden_bytes(self.shape, self.setting) / card.link)
+            self._rates[number] = *block_seconds(self.shape, self.setting, card), least, head
+        return self._rates[number]
+
+    @cached_property
+    def more(self) -> int:
+        """Bytes that one block more without checkpointing takes, all micro-batches together."""
+        return (block_cost(self.shape, self.setting).saved - cast_bytes(self.shape, self.setting)) * self.parts
+
+
 class Bounds:
     """Bounds for one room; `embeddings` are the places that the embedding may have."""
 
@@ -49,88 +125,109 @@ class Bounds:
         cards = list(zip(room.gpus, room.usable, strict=True))
         self.alike = [cards.index(card) for card in cards]
         """For each GPU, the first that is like it."""
-        keep = lru_cache(maxsize=None)
-        self._most, self._rates = keep(self._find_most), keep(self._find_rates)
-        self.least_time = keep(self._find_least_time)
+        speeds = [replace(gpu, name="", memory=0, context=0) for gpu in room.gpus]
+        self.speed = [speeds.index(speed) for speed in speeds]
+        """For each GPU, the first that is as fast."""
 
-    def that_may_fit(self, settings: list[Setting]) -> list[Setting]:
-        """Without those that surely do not: whatever is smaller than `_most` allows needs less in smaller parts."""
-        if not self._may_fit(settings[-1]):
+    def that_may_fit(self, settings: list[Setting], ceiling: int | None = None) -> list[Setting]:
+        """Without those that surely do not, or have a peak above `ceiling`: whatever is smaller than `_most` allows
+        needs less in smaller parts."""
+        layers, usable = self.room.shape.layers, sum(self.room.usable)
+        usable = usable if ceiling is None else min(usable, ceiling * len(self.room.gpus))
+        # Each micro-batch keeps a copy of its prefix for each block, or more where the block is not checkpointed.
+        training = bool(settings) and settings[0].training
+        copy = cast_bytes(self.room.shape, settings[0]) * (layers - 1) if training else 0
+        settings = [setting for setting in settings if setting.micro_batches * copy <= usable]
+
+        def may_fit(setting: Setting) -> bool:
+            return self._may_fit(setting, ceiling)
+
+        if not settings or not may_fit(settings[-1]):
             return []
-        return settings[bisect_left(settings, True, key=self._may_fit) :]
+        return settings[bisect_left(settings, True, key=may_fit) :]
 
-    def _may_fit(self, setting: Setting) -> bool:
-        layers = self.room.shape.layers
+    def _may_fit(self, setting: Setting, ceiling: int | None) -> bool:
+        layers, costs = self.room.shape.layers, Costs(self.room.shape, setting, smooth=True)
+        most = lru_cache(maxsize=None)(lambda gpu, flags: self._most(costs, gpu, flags, ceiling))
 
         def room(place: str, first: int) -> bool:
             total = 0
             for gpu in range(first, self.last + 1):
                 alike = self.alike[gpu]
-                if total + self._most(setting, alike, stage_flags(place, gpu == first, True)) >= layers:
+                if total + most(alike, stage_flags(place, gpu == first, True)) >= layers:
                     return True
-                total += self._most(setting, alike, stage_flags(place, gpu == first, False))
+                total += most(alike, stage_flags(place, gpu == first, False))
             return False
 
         return any(room(place, first) for place in self.embeddings for first in range(self.last + 1))
 
-    def _find_most(self, setting: Setting, gpu: int, flags: tuple[bool, ...]) -> int:
-        """Most blocks that this GPU could hold if the allocator left the least slack, no label rows were rounded up and
-        no micro-batch kept a copy of the prefix; less than -layers if not even the head. More blocks need more, more
-        micro-batches need less."""
-        card, usable, head = self.room.gpus[gpu], self.room.usable[gpu], flags[1]
-        smooth = setting if setting.label_share == 1 else replace(setting, label_share=0.0)
+    def _most(self, costs: Costs, gpu: int, flags: tuple[bool, ...], ceiling: int | None) -> int:
+        """Most blocks that this GPU could hold if the allocator left the least slack and costs were smooth; less than
+        -layers if not even the head. More blocks need more, more micro-batches need less."""
+        head, usable = flags[1], self.usable(costs, gpu) - SLACK_AT_LEAST
+        if ceiling is not None:
+            usable = min(usable, ceiling - costs.workspaces * self.room.gpus[gpu].gemm_workspace)
 
         def fits(count: int) -> bool:
             # The least of all numbers of checkpointed blocks is at one of these.
             kept = {"all": {0}, "none": {count}, "auto": {0, min(1, count), count}}[self.checkpointed]
-            stages = [Stage.of(count, number, *flags) for number in kept]
-            terms = [stage_terms(self.room.shape, smooth, each, card.gemm_workspace, copies=0)[1] for each in stages]
-            peaks = [sum(own.values()) for own in terms]
-            return min(peaks) + SLACK_AT_LEAST + card.context <= usable
+            return any(costs.need(count, number, flags).peak <= usable for number in kept)
 
         if not fits(1 - head):
             return -self.units if head else 0
         return bisect_left(range(1, self.units), True, key=lambda count: not fits(count))
 
-    def _find_least_time(self, setting: Setting, gpu: int, count: int) -> tuple[float, float]:
+    def usable(self, costs: Costs, gpu: int) -> int:
+        """Bytes for tensors and slack: without the card's own context and workspaces."""
+        card = self.room.gpus[gpu]
+        return self.room.usable[gpu] - card.context - costs.workspaces * card.gemm_workspace
+
+    def _least_time(self, costs: Costs, gpu: int, count: int) -> tuple[float, float]:
         """Seconds that no stage of `count` blocks beats: forward, backward; checkpointed is what has no room else."""
-        forward, again, backward, least, _ = self._rates(setting, gpu)
+        shape, setting, parts = costs.shape, costs.setting, costs.parts
+        forward, again, backward, least, _ = self._rates(costs, gpu)
         plain = count * (self.checkpointed != "all")
         if setting.training and self.checkpointed == "auto":
-            shape, parts = self.room.shape, setting.micro_batches
-            free = self.room.usable[gpu] - weight_bytes(shape, setting, Stage.of(count))
-            free -= (count - 1) * hidden_bytes(shape, setting) * parts
+            free = self.room.usable[gpu] - count * costs.block - (count - 1) * hidden_bytes(shape, setting) * parts
             saved, by_first = (block_cost(shape, setting, first).saved for first in (False, True))
             plain = max(0, min(count, (free // parts + saved - by_first) // saved))
         return count * forward + least, (count * backward + (count - plain) * again) * setting.training
 
-    def _find_rates(self, setting: Setting, gpu: int) -> tuple[float, ...]:
-        """Seconds of a block forward, again, backward; the less of sending and of the head; the head."""
-        shape, card = self.room.shape, self.room.gpus[gpu]
-        head = head_seconds(shape, setting, card)
-        return *block_seconds(shape, setting, card), min(head, hidden_bytes(shape, setting) / card.link), head
+    def _rates(self, costs: Costs, gpu: int) -> tuple[float, ...]:
+        return costs.rates(self.speed[gpu], self.room.gpus[gpu])
 
-    def least_seconds(self, setting: Setting) -> float:
-        """Seconds that no plan for this setting beats: all blocks and the head on the fastest GPU for the sums, blocks
-        spread evenly for the slowest stage."""
-        layers, again, slowest = self.room.shape.layers, self.checkpointed == "all", list[float]()
+    def quick_seconds(self, costs: Costs) -> float:
+        """Seconds that no plan for this setting beats: all blocks and the head on the fastest GPU for the sums, shared
+        out evenly for the slowest stage."""
+        return self._bound(costs, [0.0, 0.0])
+
+    def least_seconds(self, costs: Costs) -> float:
+        """As `quick_seconds`, but with whole blocks in the slowest stage, checkpointed where memory is short."""
+        slowest = [0.0, 0.0]
         for way in (0, 1):
-            counts, times = [0] * len(self.alike), [self.least_time(setting, alike, 1)[way] for alike in self.alike]
-            slowest.append(0.0)
-            for _ in range(layers):
+            counts, times = [0] * len(self.alike), [self._least_time(costs, alike, 1)[way] for alike in self.alike]
+            for _ in range(self.room.shape.layers):
                 gpu = times.index(min(times))
                 slowest[way] = max(slowest[way], times[gpu])
                 counts[gpu] += 1
-                times[gpu] = self.least_time(setting, self.alike[gpu], counts[gpu] + 1)[way]
-        rates = [self._rates(setting, alike) for alike in self.alike]
+                times[gpu] = self._least_time(costs, self.alike[gpu], counts[gpu] + 1)[way]
+        return self._bound(costs, slowest)
+
+    def _bound(self, costs: Costs, slowest: list[float]) -> float:
+        layers, again = self.room.shape.layers, self.checkpointed == "all"
+        rates = [self._rates(costs, gpu) for gpu in range(self.last + 1)]
         ahead = layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)
         even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
-        slowest[0] = max(slowest[0], even / sum(1 / rate[0] for rate in rates))
-        back = layers * min(rate[2] + rate[1] * again for rate in rates) * setting.training
-        host = self.room.host
-        launch = layers * (host.launch_backward + again * host.launch_again) * setting.training
-        if setting.replayed:
+        back = [(rate[2] + rate[1] * again) for rate in rates]
+        training, host = costs.setting.training, self.room.host
+        launch = layers * (host.launch_backward + again * host.launch_again) * training
+        launch_ahead = host.launch_forward * (layers + 1)
+        if costs.setting.replayed:
             launch = (layers if again else 1) * host.launch_graph
-        launch_ahead = host.launch_forward + (launch if setting.replayed else layers * host.launch_forward)
-        total = StageTime(ahead, back, launch_ahead, launch)
-        return pass_seconds(total, StageTime(*slowest), setting.micro_batches)
+            launch_ahead = host.launch_forward + launch
+        total = StageTime(ahead, layers * min(back) * training, launch_ahead, launch)
+        slow = StageTime(
+            max(slowest[0], even / sum(1 / rate[0] for rate in rates)),
+            max(slowest[1], layers / sum(1 / seconds for seconds in back) * training),
+        )
+        return pass_seconds(total, slow, costs.parts)

@@ -12,25 +12,21 @@ it is slower than the incumbent even with the best conceivable rest. Whole setti
 dropped by the same rule (`bounds`).
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.sizes import Setting, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import cast_bytes, slack_bytes, stage_terms, weight_bytes
-from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, pass_seconds, stage_seconds
-from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Room, stage_flags
+from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, pass_seconds
+from glmhelpers.devicemap.bounds import EMBEDDINGS, Bounds, Costs, Need, Room, stage_flags
 
 BEAM = 3
 """Partial plans a state in the first, quick pass, which gives the search its first incumbent."""
 
 SAME = 1e-9
 """Seconds within which two plans are equally fast: sums of floats differ in their last digits."""
-
-PASSING = ("block", "loss", "gradients", "transfer")
-"""Terms of what comes and goes in a step."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,6 @@ class Found:
         """What the best plan has least of. A GPU that makes nothing faster is left free."""
         used = sum(stage != Stage() for stage in self.stages)
         return round(self.seconds, 9), used, self.setting.micro_batches, EMBEDDINGS.index(self.embedding)
-
-
-class _Piece(NamedTuple):
-    """One stage on one GPU: what it holds and how long it works."""
-
-    stage: Stage
-    time: StageTime
-    peak: int
 
 
 class _Partial(NamedTuple):
@@ -92,7 +80,7 @@ class _Partial(NamedTuple):
         )
 
 
-NOTHING, ONE_BLOCK = _Partial(), Stage.of(1)
+NOTHING = _Partial()
 
 
 def variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
@@ -121,109 +109,150 @@ class Search:
         self.embeddings = (embedding,) if embedding else EMBEDDINGS
         self.bounds = Bounds(room, self.checkpointed, self.embeddings)
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
-        self._option = lru_cache(maxsize=None)(self._find_option)
+        self._costs = lru_cache(maxsize=None)(lambda setting: Costs(room.shape, setting))
 
     def best(self, settings: list[Setting]) -> Found | None:
         """The best plan over all settings and all places of the embedding, or None if nothing fits."""
-        ceiling: int | None = None
-        settings = self.bounds.that_may_fit(settings)
+        settings, ceiling = self.bounds.that_may_fit(settings), None
+        ways = [(self._costs(setting), place) for setting in settings for place in self.embeddings]
         if self.objective == "memory":
-            for setting in reversed(settings):  # the more parts, the less memory
-                peaks = [self._least_peak(setting, place, ceiling) for place in self.embeddings]
-                ceiling = min((peak for peak in [*peaks, ceiling] if peak is not None), default=None)
-            if ceiling is None:
-                return None
+            peaks: dict[tuple, int] = {}
+            while settings:  # the more parts, the less memory
+                *settings, setting = settings
+                before = ceiling
+                for way in [(self._costs(setting), place) for place in self.embeddings]:
+                    if (peak := self._least_peak(*way, ceiling)) is not None:
+                        ceiling = peaks[way] = peak
+                if ceiling != before:
+                    settings = self.bounds.that_may_fit(settings, ceiling)
+            ways = [way for way, peak in peaks.items() if peak == ceiling]
         best: Found | None = None
-        for least, setting in sorted(((self.bounds.least_seconds(s), s) for s in settings), key=lambda pair: pair[0]):
-            if best is not None and least > best.seconds + SAME:
-                break
-            for place in self.embeddings:
-                best = self._walk(setting, place, ceiling, best) or best
+        quick = {each: self.bounds.quick_seconds(each) for each in dict.fromkeys(each for each, _ in ways)}
+        for each, place in sorted(ways, key=lambda way: quick[way[0]]):
+            if best is not None:
+                limit = best.seconds + SAME
+                if quick[each] > limit:
+                    break
+                if self.bounds.least_seconds(each) > limit:
+                    continue
+            best = self._walk(each, place, ceiling, best) or best
         return best
 
     def fits(self, settings: list[Setting]) -> bool:
         """Does any plan with one of these settings fit?"""
         return any(
-            self._least_peak(setting, place, None) is not None
+            self._reaches(self._peaks(self._costs(setting), place), None)
             for setting in reversed(self.bounds.that_may_fit(settings))
             for place in self.embeddings
         )
 
     def shortage(self, setting: Setting) -> list[int]:
         """Bytes that each GPU lacks in the plan whose largest lack is smallest."""
-        return min((self._least_lack(setting, place) for place in self.embeddings), key=max)
+        costs = self._costs(setting)
+        return min((self._least_lack(costs, place) for place in self.embeddings), key=max)
 
-    def _total(self, setting: Setting, gpu: int, stage: Stage) -> int:
-        """Bytes that the stage needs of this GPU."""
-        card = self.room.gpus[gpu]
-        _, terms = stage_terms(self.room.shape, setting, stage, card.gemm_workspace)
-        return sum(terms.values()) + slack_bytes(terms) + card.context
+    def _options(self, costs: Costs, gpu: int, flags: tuple[bool, ...]) -> dict[int, Need]:
+        """Number of blocks -> the fastest stage of so many that fits."""
+        key = alike, _ = self.bounds.alike[gpu], flags
+        if key not in costs.options:
+            usable = self.bounds.usable(costs, alike)
+            most = min(self.room.shape.layers, max(0, usable) // costs.block)
+            least = self.room.shape.layers if flags[1] and flags[3] else 1 - flags[1]  # the only one has all blocks
+            found = ((count, self._fastest(costs, count, flags, usable)) for count in range(least, most + 1))
+            costs.options[key] = {count: need for count, need in found if need}
+        return costs.options[key]
 
-    def _find_option(self, setting: Setting, gpu: int, count: int, flags: tuple[bool, ...]) -> _Piece | None:
-        """The fastest stage of `count` blocks that fits: as few checkpointed blocks as there is memory for."""
-        shape, card = self.room.shape, self.room.gpus[gpu]
+    def _fastest(self, costs: Costs, count: int, flags: tuple[bool, ...], usable: int) -> Need | None:
+        """With as few checkpointed blocks as there is memory for; None where nothing fits."""
         kept = count if self.checkpointed == "none" else 0
-        if self.checkpointed == "auto" and setting.training:
-            _, terms = stage_terms(shape, setting, Stage.of(count, 0, *flags), card.gemm_workspace)
+        if self.checkpointed == "auto" and costs.setting.training:
             # Beside what comes and goes, each block more without checkpointing takes `more`; the first may take less.
-            rest = self.room.usable[gpu] - sum(terms[name] for name in terms if name not in PASSING)
-            more = (block_cost(shape, setting).saved - cast_bytes(shape, setting)) * setting.micro_batches
-            kept = max(0, min(count, rest // more + 2)) if more > 0 else count
+            rest = usable - costs.need(count, 0, flags).lasting
+            kept = max(0, min(count, rest // costs.more + 2)) if costs.more > 0 else count
         for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
-            stage = Stage.of(count, number, *flags)
-            if self._total(setting, gpu, stage) <= self.room.usable[gpu]:
-                peak = sum(stage_terms(shape, setting, stage, card.gemm_workspace)[1].values())
-                return _Piece(stage, stage_seconds(shape, setting, stage, card), peak)
+            if (need := costs.need(count, number, flags)).total <= usable:
+                return need
         return None
 
-    def _moves(self, setting: Setting, gpu: int, place: str, limit: float = float("inf")) -> dict[int, list]:
-        """Units placed so far -> (units placed behind it, piece) for every stage that this GPU can take.
+    def _tables(self, costs: Costs, gpu: int, place: str) -> list[dict[int, Need]]:
+        """Options of this GPU: as the first one, as the only one, in the middle, as the last one."""
+        kinds = [(True, False, gpu < self.last), (True, True, True), (False, False, 0 < gpu < self.last)]
+        kinds.append((False, True, gpu > 0))
+        return [self._options(costs, gpu, stage_flags(place, first, head)) if can else {} for first, head, can in kinds]
 
-        `limit`: seconds that a step may take; a stage that is too slow for that on its own is left out.
+    def _peaks(self, costs: Costs, place: str) -> list[list[dict[int, int]]]:
+        """For each GPU its tables, with the peak alone."""
+        peaks = []
+        for gpu, card in enumerate(self.room.gpus):
+            own = costs.workspaces * card.gemm_workspace
+            tables = self._tables(costs, gpu, place)
+            peaks.append([{count: need.peak + own for count, need in table.items()} for table in tables])
+        return peaks
+
+    def _reaches(self, peaks: list[list[dict[int, int]]], limit: int | None) -> bool:
+        """Is there a plan with no peak above `limit`? Numbers of blocks placed so far are bits of `placed`."""
+        layers, placed = self.room.shape.layers, 0
+        for tables in peaks:
+            first, only, middle, last = (
+                [count for count, peak in table.items() if limit is None or peak <= limit] for table in tables
+            )
+            if layers in only or any(placed >> layers - count & 1 for count in last):
+                return True
+            before = placed
+            for count in middle:
+                placed |= before << count
+            for count in first:
+                placed |= 1 << count
+            placed &= (2 << layers) - 1
+        return False
+
+    def _least_peak(self, costs: Costs, place: str, limit: int | None) -> int | None:
+        """The least largest peak of any plan, or None if none fits or all are above `limit`."""
+        if limit is not None:
+            # One of the GPUs has so many blocks at least, and more blocks need more.
+            count = -(-self.room.shape.layers // len(self.room.gpus))
+            kinds = {stage_flags(place, first, head) for first in (True, False) for head in (True, False)}
+            kept = count if self.checkpointed == "none" else 0
+            if min(costs.need(count, kept, flags).peak for flags in kinds) > limit:
+                return None
+        peaks = self._peaks(costs, place)
+        if not self._reaches(peaks, limit):
+            return None
+        values = {peak for tables in peaks for table in tables for peak in table.values()}
+        ascending = sorted(peak for peak in values if limit is None or peak <= limit)
+        return ascending[bisect_left(ascending, True, key=lambda peak: self._reaches(peaks, peak))]
+
+    def _moves(self, costs: Costs, gpu: int, place: str, ceiling: int | None, limit: float) -> dict[int, list]:
+        """Units placed so far -> (units placed behind it, stage, its seconds) for all that this GPU can take.
+
+        Left out is what has a peak above `ceiling`, or takes longer on its own than a step may take, `limit` seconds.
         """
-        alike, layers = self.bounds.alike[gpu], self.room.shape.layers
-        most = self.room.usable[gpu] // weight_bytes(self.room.shape, setting, ONE_BLOCK)
+        card, layers, speed = self.room.gpus[gpu], self.room.shape.layers, self.bounds.speed[gpu]
+        own = costs.workspaces * card.gemm_workspace
 
-        def pieces(first: bool, head: bool) -> dict[int, _Piece]:
+        def timed(table: dict[int, Need]) -> dict[int, tuple[Stage, StageTime]]:
             found = {}
-            for count in range(1 - head, min(most, layers) + 1):
-                if setting.micro_batches * sum(self.bounds.least_time(setting, alike, count)) > limit + SAME:
-                    break
-                if piece := self._option(setting, alike, count, stage_flags(place, first, head)):
-                    found[count] = piece
+            for count, need in table.items():
+                if ceiling is None or need.peak + own <= ceiling:
+                    time = costs.time(speed, card, need.stage)
+                    if costs.parts * (time.forward + time.backward) <= limit + SAME:
+                        found[count] = need.stage, time
             return found
 
-        def moves(done: int, inner: dict[int, _Piece], ends: dict[int, _Piece]) -> list[tuple[int, _Piece]]:
-            on = [(done + count, piece) for count, piece in inner.items() if done + count <= layers and gpu < self.last]
-            return [*on, (self.units, ends[layers - done])] if layers - done in ends else on
+        first, only, middle, last = map(timed, self._tables(costs, gpu, place))
 
-        inner, ends = pieces(False, False), pieces(False, True)
-        found = {done: moves(done, inner, ends) for done in range(1, self.units)}
-        return {0: moves(0, pieces(True, False), pieces(True, True)), **found}
+        def moves(done: int, on: dict, ends: dict) -> list[tuple[int, Stage, StageTime]]:
+            found = [(done + count, *piece) for count, piece in on.items() if done + count <= layers]
+            found = found if gpu < self.last else []
+            return [*found, (self.units, *ends[layers - done])] if layers - done in ends else found
 
-    def _least_peak(self, setting: Setting, place: str, limit: int | None) -> int | None:
-        """The least largest peak of any plan, or None if none fits or all are above `limit`."""
-        least = {0: 0}
-        for gpu in range(self.last + 1):
-            grown = dict(least)
-            moves = self._moves(setting, gpu, place)
-            for done, peak in least.items():
-                for end, piece in moves.get(done, []):
-                    new = max(peak, piece.peak)
-                    if (limit is None or new <= limit) and (end not in grown or new < grown[end]):
-                        grown[end] = new
-            least = grown
-        return least.get(self.units)
+        return {0: moves(0, first, only)} | {done: moves(done, middle, last) for done in range(1, self.units)}
 
-    def _walk(self, setting: Setting, place: str, ceiling: int | None, known: Found | None) -> Found | None:
+    def _walk(self, costs: Costs, place: str, ceiling: int | None, known: Found | None) -> Found | None:
         """The best plan with this setting and this place of the embedding, or None if `known` is as good."""
-        room, parts, gpus = self.room, setting.micro_batches, range(self.last + 1)
+        room, setting, parts, gpus = self.room, costs.setting, costs.parts, range(self.last + 1)
         limit = known.seconds if known else float("inf")
-        moves = [self._moves(setting, gpu, place, limit) for gpu in gpus]
-        if ceiling is not None:
-            moves = [
-                {done: [way for way in ways if way[1].peak <= ceiling] for done, ways in one.items()} for one in moves
-            ]
+        moves = [self._moves(costs, gpu, place, ceiling, limit) for gpu in gpus]
         rests = self._rests(moves)
         head, blocks = room.host.launch_forward, room.shape.layers * room.host.launch_forward
         lookup = {used: lookup_seconds(room.shape, setting, place, used, room.gpus[0]) for used in (1, 2)}
@@ -237,6 +266,13 @@ class Search:
             )
             return lookup[min(max(partial.used, 1), 2)] + pass_seconds(total, slow, parts)
 
+        def may_win(partial: _Partial, rest: _Partial) -> bool:
+            least = round(seconds(partial, rest) * (1 - 1e-12), 9)
+            return (least, partial.used + rest.used, parts, EMBEDDINGS.index(place)) < to_beat
+
+        def found(partials: list[_Partial]) -> list[Found]:
+            return [Found(setting, place, partial.stages, seconds(partial)) for partial in partials]
+
         def walk(beam: int | None) -> list[_Partial]:
             states: dict[int, list[_Partial]] = {0: [_Partial()]}
             for gpu in gpus:
@@ -247,11 +283,11 @@ class Search:
                     for partial in partials:
                         stay = partial._replace(stages=(*partial.stages, Stage()))
                         ends = [(done, stay)] if done in rests[gpu + 1] else []
-                        for end, piece in moves[gpu].get(done, []):
+                        for end, stage, time in moves[gpu].get(done, []):
                             if end in rests[gpu + 1]:
-                                ends.append((end, partial.with_stage(piece.stage, piece.time)))
+                                ends.append((end, partial.with_stage(stage, time)))
                         for end, new in ends:
-                            if seconds(new, rests[gpu + 1][end]) <= limit + SAME:
+                            if may_win(new, rests[gpu + 1][end]):
                                 _keep(grown.setdefault(end, []), new)
                 if beam:
                     for end, partials in grown.items():
@@ -262,10 +298,12 @@ class Search:
 
         if 0 not in rests[0]:
             return None
-        limit = min([limit, *map(seconds, walk(BEAM))])
-        found = [Found(setting, place, partial.stages, seconds(partial)) for partial in walk(None)]
-        best = min(found, key=lambda plan: plan.rank, default=None)
-        return best if best and (known is None or best.rank < known.rank) else None
+        incumbent = known
+        for beam in (BEAM, None):
+            to_beat = incumbent.rank if incumbent else (float("inf"),)
+            plans = [*found(walk(beam)), *([incumbent] if incumbent else [])]
+            incumbent = min(plans, key=lambda plan: plan.rank, default=None)
+        return None if incumbent is known else incumbent
 
     def _rests(self, moves: list[dict[int, list]]) -> list[dict[int, _Partial]]:
         """For each GPU and number of units placed before it: the least of each number from there to the end."""
@@ -276,34 +314,34 @@ class Search:
                 ends = [
                     (time.forward + rest.forward, time.backward + rest.backward,
                      max(time.forward, rest.slow_forward), max(time.backward, rest.slow_backward),
-                     time.launch_backward + rest.launch)
-                    for end, (_, time, _) in pieces if (rest := behind.get(end))
+                     time.launch_backward + rest.launch, rest.used + 1)
+                    for end, _, time in pieces if (rest := behind.get(end))
                 ]  # fmt: skip
                 if done in behind:
-                    ends.append(behind[done][:5])
+                    ends.append(behind[done][:6])
                 if ends:
                     here[done] = _Partial(*map(min, zip(*ends, strict=True)))
             rests.insert(0, here)
         return rests
 
-    def _least_lack(self, setting: Setting, place: str) -> list[int]:
+    def _least_lack(self, costs: Costs, place: str) -> list[int]:
         """Bytes short on each GPU, for the cuts whose largest shortage is smallest."""
-        room, none = self.room, self.checkpointed == "none"
-        states: dict[int, list[int]] = {0: []}
+        none = self.checkpointed == "none"
+        states: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
         for gpu in range(self.last + 1):
-            grown: dict[int, list[int]] = {}
-            for done, lacks in states.items():
+            usable = self.bounds.usable(costs, gpu)
+            grown: dict[int, tuple[int, tuple[int, ...]]] = {}
+            for done, (most, lacks) in states.items():
                 for end in range(done, self.units + 1):
                     lack, head = 0, end == self.units
                     if end > done:
                         count = end - done - head
-                        stage = Stage.of(count, count * none, *stage_flags(place, done == 0, head))
-                        lack = max(0, self._total(setting, gpu, stage) - room.usable[gpu])
-                    new = [*lacks, lack]
-                    if end not in grown or max(new) < max(grown[end]):
-                        grown[end] = new
+                        need = costs.need(count, count * none, stage_flags(place, done == 0, head))
+                        lack = max(0, need.total - usable)
+                    if end not in grown or max(most, lack) < grown[end][0]:
+                        grown[end] = max(most, lack), (*lacks, lack)
             states = grown
-        return states[self.units]
+        return [*states[self.units][1]]
 
 
 def _keep(partials: list[_Partial], new: _Partial) -> None:

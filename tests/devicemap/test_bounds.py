@@ -1,7 +1,7 @@
 """The search with its bounds on whole settings finds what it finds without them, whatever the settings are."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from glmhelpers.devicemap.bounds import Bounds
@@ -25,6 +25,23 @@ def found(gpus, how):
     return plan.seconds, plan.peak_bytes, plan.device_map, plan.micro_batches, plan.checkpointed_layers
 
 
+COMMON = {
+    "label_share": 0.0,
+    "lora_targets": ("query_key_value", "dense_h_to_4h", "dense"),
+    "training": True,
+}
+
+
+@example(  # copies of a prefix, in each of the micro-batches
+    ["1GiB"],
+    {"batch_size": 12, "seq_length": 1, "objective": "speed", "checkpointed": "auto", **COMMON},
+    {"prefix_length": 2000, "prefix_projection": 0},
+)
+@example(  # a large adapter: its gradients are there while the other micro-batches still are
+    ["700MiB"],
+    {"batch_size": 12, "seq_length": 512, "objective": "speed", "checkpointed": "none", **COMMON},
+    {"lora_rank": 256},
+)
 @given(
     st.lists(
         st.sampled_from(["380MiB", "450MiB", "520MiB", "700MiB", "1GiB", "2GiB", "T4", "L4"]), min_size=1, max_size=4
@@ -52,8 +69,8 @@ def test_bounds_exclude_no_best_plan(gpus, how, trained):
     how = {**how, **trained}
     with_bounds = found(gpus, how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bounds, "that_may_fit", lambda self, variants: variants)
-        patch.setattr(Bounds, "least_seconds", lambda self, setting: 0.0)
-        patch.setattr(Bounds, "_find_least_time", lambda self, setting, gpu, count: (0.0, 0.0))
+        patch.setattr(Bounds, "that_may_fit", lambda self, variants, ceiling=None: variants)
+        patch.setattr(Bounds, "quick_seconds", lambda self, costs: 0.0)
+        patch.setattr(Bounds, "least_seconds", lambda self, costs: 0.0)
         without = found(gpus, how)
     assert with_bounds == without
