@@ -152,7 +152,7 @@ def stage_terms(
 
     `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
     copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
-    are gradients, while all other micro-batches are still there.
+    are gradients, while all other micro-batches are still there. Nor is there a pool of CUDA graphs.
 
     Returns:
         Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
@@ -166,9 +166,9 @@ def stage_terms(
     if not blocks and not stage.head:
         return "idle", base
     base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    if setting.recorded and blocks:
+    if setting.recorded and blocks and not smooth:
         base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
-        moments = _with_graphs(shape, setting, stage, lora, smooth)
+        moments = _with_graphs(shape, setting, stage, lora)
     else:
         trained = setting.training
         moments = _training(shape, setting, stage, lora, smooth) if trained else _generation(shape, setting, stage)
@@ -249,15 +249,13 @@ def _training(
     return moments
 
 
-def _with_graphs(
-    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
-) -> list[tuple[str, dict[str, int]]]:
+def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
     of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
     are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
     recorded = setting.recorded or setting
-    inside = _training(shape, recorded, stage, lora, smooth)
-    moments = inside if setting.replayed else _training(shape, setting, stage, lora, smooth)
+    inside = _training(shape, recorded, stage, lora, False)
+    moments = inside if setting.replayed else _training(shape, setting, stage, lora, False)
     pools = ({name: moment.get(name, 0) for name in POOLED} for _, moment in inside[1:])
     pool = max(pools, key=lambda terms: sum(terms.values()))
     copies = recorded.micro_batches * (int(stage.first and not stage.blocks[0]) + int(not stage.head)) + 2

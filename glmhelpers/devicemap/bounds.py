@@ -24,6 +24,7 @@ from glmhelpers.cost_model.step_memory import (
     hidden_bytes,
     slack_bytes,
     stage_terms,
+    unpacked_matrix_bytes,
     weight_bytes,
 )
 from glmhelpers.cost_model.step_time import StageTime, block_seconds, head_seconds, pass_seconds, stage_seconds
@@ -56,7 +57,7 @@ def stage_flags(place: str, first: bool, head: bool) -> tuple[bool, ...]:
 
 
 class Need(NamedTuple):
-    """A stage, and bytes that it needs beside the GPU's own workspaces and context."""
+    """A stage, and bytes that it needs beside the GPU's own context and its workspaces."""
 
     stage: Stage
     peak: int
@@ -64,6 +65,16 @@ class Need(NamedTuple):
     """With the allocator's slack."""
     lasting: int
     """Without what comes and goes."""
+    workspaces: int
+    """How many."""
+
+    def on(self, card: GPU) -> int:
+        """The peak on this card."""
+        return self.peak + self.workspaces * card.gemm_workspace
+
+    def fits(self, card: GPU, usable: int) -> bool:
+        """Is so much enough on this card?"""
+        return self.total + self.workspaces * card.gemm_workspace + card.context <= usable
 
 
 class Costs:
@@ -76,7 +87,6 @@ class Costs:
 
     def __init__(self, shape: Shape, setting: Setting, smooth: bool = False):
         self.shape, self.setting, self.parts = shape, setting, setting.micro_batches
-        self.workspaces = 2 if setting.training else 1
         self.block = weight_bytes(shape, setting, Stage.of(1))
         self.options: dict[tuple, dict[int, Need]] = {}
         self._smooth = smooth
@@ -89,10 +99,12 @@ class Costs:
         key = count, kept, flags
         if key not in self._needs:
             stage = Stage.of(count, kept, *flags)
-            _, terms = stage_terms(self.shape, self.setting, stage, smooth=self._smooth)
-            lasting = sum(size for name, size in terms.items() if name not in PASSING)
-            peak = sum(terms.values())
-            self._needs[key] = Need(stage, peak, peak + slack_bytes(terms), lasting)
+            _, terms = stage_terms(self.shape, self.setting, stage, 1, smooth=self._smooth)
+            # Of one byte each, workspaces count themselves.
+            workspaces = terms["workspace"] - unpacked_matrix_bytes(self.shape, self.setting)
+            lasting = sum(size for name, size in terms.items() if name not in PASSING) - workspaces
+            peak = sum(terms.values()) - workspaces
+            self._needs[key] = Need(stage, peak, peak + slack_bytes(terms), lasting, workspaces)
         return self._needs[key]
 
     def time(self, number: int, card: GPU, stage: Stage) -> StageTime:
@@ -135,8 +147,9 @@ class Bounds:
         layers, usable = self.room.shape.layers, sum(self.room.usable)
         usable = usable if ceiling is None else min(usable, ceiling * len(self.room.gpus))
         # Each micro-batch keeps a copy of its prefix for each block, or more where the block is not checkpointed.
-        training = bool(settings) and settings[0].training
-        copy = cast_bytes(self.room.shape, settings[0]) * (layers - 1) if training else 0
+        copy = max((cast_bytes(self.room.shape, each) * each.training for each in settings[:1]), default=0) * (
+            layers - 1
+        )
         settings = [setting for setting in settings if setting.micro_batches * copy <= usable]
 
         def may_fit(setting: Setting) -> bool:
@@ -164,23 +177,18 @@ class Bounds:
     def _most(self, costs: Costs, gpu: int, flags: tuple[bool, ...], ceiling: int | None) -> int:
         """Most blocks that this GPU could hold if the allocator left the least slack and costs were smooth; less than
         -layers if not even the head. More blocks need more, more micro-batches need less."""
-        head, usable = flags[1], self.usable(costs, gpu) - SLACK_AT_LEAST
-        if ceiling is not None:
-            usable = min(usable, ceiling - costs.workspaces * self.room.gpus[gpu].gemm_workspace)
+        head, card = flags[1], self.room.gpus[gpu]
+        usable = self.room.usable[gpu] - SLACK_AT_LEAST - card.context
+        usable = usable if ceiling is None else min(usable, ceiling)
 
         def fits(count: int) -> bool:
             # The least of all numbers of checkpointed blocks is at one of these.
             kept = {"all": {0}, "none": {count}, "auto": {0, min(1, count), count}}[self.checkpointed]
-            return any(costs.need(count, number, flags).peak <= usable for number in kept)
+            return any(costs.need(count, number, flags).on(card) <= usable for number in kept)
 
         if not fits(1 - head):
             return -self.units if head else 0
         return bisect_left(range(1, self.units), True, key=lambda count: not fits(count))
-
-    def usable(self, costs: Costs, gpu: int) -> int:
-        """Bytes for tensors and slack: without the card's own context and workspaces."""
-        card = self.room.gpus[gpu]
-        return self.room.usable[gpu] - card.context - costs.workspaces * card.gemm_workspace
 
     def _least_time(self, costs: Costs, gpu: int, count: int) -> tuple[float, float]:
         """Seconds that no stage of `count` blocks beats: forward, backward; checkpointed is what has no room else."""
@@ -219,15 +227,14 @@ class Bounds:
         ahead = layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)
         even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
         back = [(rate[2] + rate[1] * again) for rate in rates]
-        training, host = costs.setting.training, self.room.host
-        launch = layers * (host.launch_backward + again * host.launch_again) * training
-        launch_ahead = host.launch_forward * (layers + 1)
-        if costs.setting.replayed:
+        setting, host = costs.setting, self.room.host
+        launch = layers * (host.launch_backward + again * host.launch_again) * setting.training
+        if setting.replayed:
             launch = (layers if again else 1) * host.launch_graph
-            launch_ahead = host.launch_forward + launch
-        total = StageTime(ahead, layers * min(back) * training, launch_ahead, launch)
+        launch_ahead = host.launch_forward + (launch if setting.replayed else layers * host.launch_forward)
+        total = StageTime(ahead, layers * min(back) * setting.training, launch_ahead, launch)
         slow = StageTime(
             max(slowest[0], even / sum(1 / rate[0] for rate in rates)),
-            max(slowest[1], layers / sum(1 / seconds for seconds in back) * training),
+            max(slowest[1], layers / sum(1 / seconds for seconds in back) * setting.training),
         )
         return pass_seconds(total, slow, costs.parts)

@@ -153,24 +153,24 @@ class Search:
 
     def _options(self, costs: Costs, gpu: int, flags: tuple[bool, ...]) -> dict[int, Need]:
         """Number of blocks -> the fastest stage of so many that fits."""
-        key = alike, _ = self.bounds.alike[gpu], flags
+        key = self.bounds.alike[gpu], flags
         if key not in costs.options:
-            usable = self.bounds.usable(costs, alike)
-            most = min(self.room.shape.layers, max(0, usable) // costs.block)
+            most = min(self.room.shape.layers, self.room.usable[gpu] // costs.block)
             least = self.room.shape.layers if flags[1] and flags[3] else 1 - flags[1]  # the only one has all blocks
-            found = ((count, self._fastest(costs, count, flags, usable)) for count in range(least, most + 1))
+            found = ((count, self._fastest(costs, gpu, count, flags)) for count in range(least, most + 1))
             costs.options[key] = {count: need for count, need in found if need}
         return costs.options[key]
 
-    def _fastest(self, costs: Costs, count: int, flags: tuple[bool, ...], usable: int) -> Need | None:
+    def _fastest(self, costs: Costs, gpu: int, count: int, flags: tuple[bool, ...]) -> Need | None:
         """With as few checkpointed blocks as there is memory for; None where nothing fits."""
+        card, usable = self.room.gpus[gpu], self.room.usable[gpu]
         kept = count if self.checkpointed == "none" else 0
         if self.checkpointed == "auto" and costs.setting.training:
             # Beside what comes and goes, each block more without checkpointing takes `more`; the first may take less.
             rest = usable - costs.need(count, 0, flags).lasting
             kept = max(0, min(count, rest // costs.more + 2)) if costs.more > 0 else count
         for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
-            if (need := costs.need(count, number, flags)).total <= usable:
+            if (need := costs.need(count, number, flags)).fits(card, usable):
                 return need
         return None
 
@@ -184,9 +184,8 @@ class Search:
         """For each GPU its tables, with the peak alone."""
         peaks = []
         for gpu, card in enumerate(self.room.gpus):
-            own = costs.workspaces * card.gemm_workspace
             tables = self._tables(costs, gpu, place)
-            peaks.append([{count: need.peak + own for count, need in table.items()} for table in tables])
+            peaks.append([{count: need.on(card) for count, need in table.items()} for table in tables])
         return peaks
 
     def _reaches(self, peaks: list[list[dict[int, int]]], limit: int | None) -> bool:
@@ -228,12 +227,11 @@ class Search:
         Left out is what has a peak above `ceiling`, or takes longer on its own than a step may take, `limit` seconds.
         """
         card, layers, speed = self.room.gpus[gpu], self.room.shape.layers, self.bounds.speed[gpu]
-        own = costs.workspaces * card.gemm_workspace
 
         def timed(table: dict[int, Need]) -> dict[int, tuple[Stage, StageTime]]:
             found = {}
             for count, need in table.items():
-                if ceiling is None or need.peak + own <= ceiling:
+                if ceiling is None or need.on(card) <= ceiling:
                     time = costs.time(speed, card, need.stage)
                     if costs.parts * (time.forward + time.backward) <= limit + SAME:
                         found[count] = need.stage, time
@@ -301,7 +299,7 @@ class Search:
         incumbent = known
         for beam in (BEAM, None):
             to_beat = incumbent.rank if incumbent else (float("inf"),)
-            plans = [*found(walk(beam)), *([incumbent] if incumbent else [])]
+            plans = found(walk(beam)) + ([incumbent] if incumbent else [])
             incumbent = min(plans, key=lambda plan: plan.rank, default=None)
         return None if incumbent is known else incumbent
 
@@ -329,7 +327,7 @@ class Search:
         none = self.checkpointed == "none"
         states: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
         for gpu in range(self.last + 1):
-            usable = self.bounds.usable(costs, gpu)
+            card, usable = self.room.gpus[gpu], self.room.usable[gpu]
             grown: dict[int, tuple[int, tuple[int, ...]]] = {}
             for done, (most, lacks) in states.items():
                 for end in range(done, self.units + 1):
@@ -337,7 +335,7 @@ class Search:
                     if end > done:
                         count = end - done - head
                         need = costs.need(count, count * none, stage_flags(place, done == 0, head))
-                        lack = max(0, need.total - usable)
+                        lack = max(0, need.total + need.on(card) - need.peak + card.context - usable)
                     if end not in grown or max(most, lack) < grown[end][0]:
                         grown[end] = max(most, lack), (*lacks, lack)
             states = grown

@@ -89,6 +89,7 @@ NO_NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20).
 CELLS = st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t"), max_size=12)
 
 
+@pytest.mark.once
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.lists(NO_NAMES, max_size=8), st.lists(st.tuples(CELLS, CELLS), max_size=5), st.sampled_from(",;\t|"))
 def test_what_stands_above_the_names_changes_no_row(above, rows, delimiter):
