@@ -110,7 +110,7 @@ def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
     return made if setting.prefix_projection else 0
 
 
-def target_rows(setting: Setting, smooth: bool = False) -> float:
+def target_rows(setting: Setting, smooth: bool = False) -> Any:
     """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
     never more than that, and of all micro-batches together the fewer the more there are."""
     rows = setting.rows * (setting.seq_length - 1) * setting.label_share
@@ -119,7 +119,7 @@ def target_rows(setting: Setting, smooth: bool = False) -> float:
 
 def loss_kept_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
-    kept = int(target_rows(setting, smooth) * shape.hidden * setting.element)
+    kept = target_rows(setting, smooth) * shape.hidden * setting.element
     return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
@@ -131,7 +131,7 @@ def loss_working_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> 
     """
     rows = target_rows(setting, smooth)
     chunk = min(setting.loss_chunk, rows) * shape.vocab * (4 + setting.element)
-    return hidden_bytes(shape, setting) + int(chunk + rows * (shape.hidden * setting.element + 8))
+    return chunk + hidden_bytes(shape, setting) + rows * (shape.hidden * setting.element + 8)
 
 
 def cache_bytes(shape: Shape, setting: Setting, tokens: int, blocks: int) -> int:
