@@ -56,6 +56,7 @@ OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
 """What a card holds beyond the tensors; not in `peak_bytes`."""
 POOLED = ("masks", "inputs", "activations", "block", "transfer")
 """Terms that are in the memory pool of CUDA graphs."""
+_Moment = tuple[str, dict[str, int]]
 SLACK_AT_LEAST = 40 * MIB
 """Bytes of slack on every GPU: two of the allocator's 20 MiB buffers."""
 
@@ -115,10 +116,8 @@ def cast_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def mask_bytes(setting: Setting) -> int:
-    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads.
-
-    Every micro-batch keeps its own until its backward pass is over.
-    """
+    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads. Every
+    micro-batch keeps its own until its backward pass is over."""
     padded = ceil(setting.keys / 8) * 8
     return setting.rows * setting.seq_length * padded * setting.element
 
@@ -134,8 +133,7 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def target_rows(setting: Setting, smooth: bool = False) -> Any:
-    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
-    never more than that, and of all micro-batches together the fewer the more there are."""
+    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1); `smooth`: never more."""
     rows = setting.rows * (setting.seq_length - 1) * setting.label_share
     return max(0.0, rows - 0.5) if smooth else round(rows)
 
@@ -143,7 +141,7 @@ def target_rows(setting: Setting, smooth: bool = False) -> Any:
 def loss_kept_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
     kept = target_rows(setting, smooth) * shape.hidden * setting.element
-    return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
+    return kept + hidden_bytes(shape, setting) + 8 * setting.tokens
 
 
 def loss_working_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
@@ -168,18 +166,13 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 
 @lru_cache(maxsize=200_000)
-def stage_terms(
-    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False
-) -> tuple[str, dict[str, int]]:
+def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False) -> _Moment:
     """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
-    `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
-    copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
-    are gradients, while all other micro-batches are still there. Nor is there a pool of CUDA graphs.
+    `smooth`: for bounds, less: what never grows with more micro-batches. No copies of a prefix, no pool of CUDA graphs,
+    label rows rounded down, and of the backward pass only its beginning, before there are gradients.
 
-    Returns:
-        Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
-    """
+    Returns the name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared."""
     blocks = len(stage.blocks)
     lora = lora_bytes(shape, setting, blocks) + (prefix_bytes(shape, setting) if stage.first else 0)
     base = dict.fromkeys(TERMS, 0)
@@ -188,22 +181,17 @@ def stage_terms(
     base["lora"] = lora
     if not blocks and not stage.head:
         return "idle", base
-    base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
-    if setting.recorded and blocks:
-        base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
-    if not setting.training:
-        moments = _generation(shape, setting, stage)
-    elif setting.recorded and blocks and not smooth:
+    graphs = setting.recorded is not None and blocks > 0 and not smooth
+    handles = (2 if setting.training else 1) + 2 * (graphs and stage.first and stage.head)  # a stream of their own
+    base["workspace"] = workspace * handles + unpacked_matrix_bytes(shape, setting)
+    moments = _training(shape, setting, stage, lora, smooth) if setting.training else _generation(shape, setting, stage)
+    if graphs:
         moments = _with_graphs(shape, setting, stage, lora)
-    else:
-        moments = _training(shape, setting, stage, lora, smooth)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
 
-def _training(
-    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
-) -> list[tuple[str, dict[str, int]]]:
+def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool) -> list[_Moment]:
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
@@ -248,14 +236,11 @@ def _training(
         running += stage.first * (pairs + positions + unit * spared) + cast * (not marks[-1])
         moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
     # From one block to the next of its kind every term grows or shrinks by the same bytes: the worst is at an end.
-    ends = {0, 1, count - 1} | {
-        p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)
-    }
+    ends = {0, 1, count - 1}
+    ends |= {p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)}
     trained, marked = piece * count or lora, sum(marks)
     turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
-    if smooth:
-        turns = turns[:1]
-    for done, place in product(range(1 if smooth else min(batches, 2)), turns):
+    for done, place in product(range(1 if smooth else min(batches, 2)), turns[:1] if smooth else turns):
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
@@ -274,7 +259,7 @@ def _training(
     return moments
 
 
-def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
+def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[_Moment]:
     """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
     of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
     are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
@@ -292,7 +277,7 @@ def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> lis
     return moments
 
 
-def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str, dict[str, int]]]:
+def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[_Moment]:
     """Reading the prompt, and the last token of the answer, when one layer's cache is copied to grow by a token."""
     unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
     tokens = max(setting.kv_length, setting.seq_length) + setting.prefix_length
