@@ -58,7 +58,7 @@ test: .venv/.installed
 	$(SUITE) .venv/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 # What is marked "once" tests our own programs and files at length, not what packages changed: killed savers, launched
-# processes, benchmarks, the clouds.
+# processes, benchmarks, the clouds, long searches for faults of readers and planner.
 test-oldest: .venv-oldest/.installed .venv-lab3/.installed
 	$(SUITE) GLM_LAB3=.venv-lab3 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) -m "not once" $(TESTS)
 

@@ -9,7 +9,7 @@ Both are small frozen records, so that results can be cached on them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any
 
 from glmhelpers.utils.units import shown
@@ -201,7 +201,7 @@ class Setting:
     @cached_property
     def replayed(self) -> bool:
         """Are the longest micro-batches themselves replayed?"""
-        return self.recorded is not None and self.recorded.seq_length >= self.seq_length
+        return self.recorded is not None and padded_length(self.seq_length) * self.rows <= GRAPH_TOKENS
 
     @property
     def fused(self) -> bool:
@@ -224,6 +224,39 @@ def with_prefix(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         if known.get("prefix_projection"):
             found = {"prefix_projection": known["hidden_size"], **found}
     return {"lora_rank": 0, **found} if found.get("prefix_length") else found
+
+
+def prefix_bytes(shape: Shape, setting: Setting) -> int:
+    """What a prefix trains, in float32: keys and values of all blocks, P * 2 * layers * hidden; or the network that
+    makes them, P * hidden, hidden to its middle, and from there to 2 * layers * hidden. Beside block 0."""
+    length, middle, out = setting.prefix_length, setting.prefix_projection, 2 * shape.layers * shape.hidden
+    if not middle or not length:
+        return 4 * length * out
+    return 4 * (length * shape.hidden + (shape.hidden + 1) * middle + (middle + 1) * out)
+
+
+def cast_bytes(shape: Shape, setting: Setting) -> int:
+    """Keys and values of one block's prefix in the base's dtype; a checkpointed block keeps them as its input."""
+    return 2 * setting.prefix_length * shape.hidden * setting.element if setting.element == 2 else 0
+
+
+def mask_bytes(setting: Setting) -> int:
+    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads.
+
+    Every micro-batch keeps its own until its backward pass is over.
+    """
+    padded = ceil(setting.keys / 8) * 8
+    return setting.rows * setting.seq_length * padded * setting.element
+
+
+def table_bytes(shape: Shape, setting: Setting) -> int:
+    """cos and sin of one micro-batch: each rows * length * head width / 2."""
+    return setting.tokens * shape.hidden // shape.heads * setting.element
+
+
+def hidden_bytes(shape: Shape, setting: Setting) -> int:
+    """Hidden states of one micro-batch: rows * length * hidden. The unit U of the other terms."""
+    return setting.tokens * shape.hidden * setting.element
 
 
 def padded_length(length: int) -> int:

@@ -25,13 +25,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
-from math import ceil
 from typing import Any
 
 from glmhelpers.cost_model.block_memory import block_cost
 from glmhelpers.cost_model.gpus import CATALOGUE, GPU, find_gpus
 from glmhelpers.cost_model.placement import Placement
-from glmhelpers.cost_model.sizes import BYTES_PER_WEIGHT, LORA_TARGETS, Setting, Shape, with_prefix
+from glmhelpers.cost_model.sizes import (
+    BYTES_PER_WEIGHT,
+    LORA_TARGETS,
+    Setting,
+    Shape,
+    cast_bytes,
+    hidden_bytes,
+    mask_bytes,
+    prefix_bytes,
+    table_bytes,
+    with_prefix,
+)
 from glmhelpers.cost_model.stages import Stage, find_stages
 from glmhelpers.utils.units import GIB, MIB
 
@@ -56,7 +66,6 @@ OUTSIDE = {"slack": "allocator slack", "context": "CUDA context"}
 """What a card holds beyond the tensors; not in `peak_bytes`."""
 POOLED = ("masks", "inputs", "activations", "block", "transfer")
 """Terms that are in the memory pool of CUDA graphs."""
-_Moment = tuple[str, dict[str, int]]
 SLACK_AT_LEAST = 40 * MIB
 """Bytes of slack on every GPU: two of the allocator's 20 MiB buffers."""
 
@@ -91,15 +100,6 @@ def lora_bytes(shape: Shape, setting: Setting, blocks: int) -> int:
     return blocks * 4 * setting.lora_rank * sum(sum(shape.linear(name)) for name in setting.adapters)
 
 
-def prefix_bytes(shape: Shape, setting: Setting) -> int:
-    """What a prefix trains, in float32: keys and values of all blocks, P * 2 * layers * hidden; or the network that
-    makes them, P * hidden, hidden to its middle, and from there to 2 * layers * hidden. Beside block 0."""
-    length, middle, out = setting.prefix_length, setting.prefix_projection, 2 * shape.layers * shape.hidden
-    if not middle or not length:
-        return 4 * length * out
-    return 4 * (length * shape.hidden + (shape.hidden + 1) * middle + (middle + 1) * out)
-
-
 def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
     """What a step keeps of the prefix in float32 beside its parameters: on the other GPUs a copy for their blocks;
     beside a network all that it made, and its middle."""
@@ -110,30 +110,9 @@ def prefix_keys_bytes(shape: Shape, setting: Setting, stage: Stage) -> int:
     return made if setting.prefix_projection else 0
 
 
-def cast_bytes(shape: Shape, setting: Setting) -> int:
-    """Keys and values of one block's prefix in the base's dtype; a checkpointed block keeps them as its input."""
-    return 2 * setting.prefix_length * shape.hidden * setting.element if setting.element == 2 else 0
-
-
-def mask_bytes(setting: Setting) -> int:
-    """Additive mask of one micro-batch, rows * length * keys (each row padded to 8), shared by all heads. Every
-    micro-batch keeps its own until its backward pass is over."""
-    padded = ceil(setting.keys / 8) * 8
-    return setting.rows * setting.seq_length * padded * setting.element
-
-
-def table_bytes(shape: Shape, setting: Setting) -> int:
-    """cos and sin of one micro-batch: each rows * length * head width / 2."""
-    return setting.tokens * shape.hidden // shape.heads * setting.element
-
-
-def hidden_bytes(shape: Shape, setting: Setting) -> int:
-    """Hidden states of one micro-batch: rows * length * hidden. The unit U of the other terms."""
-    return setting.tokens * shape.hidden * setting.element
-
-
 def target_rows(setting: Setting, smooth: bool = False) -> Any:
-    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1); `smooth`: never more."""
+    """Rows of one micro-batch that become logits: the labelled ones of rows * (length - 1). `smooth`: not rounded, but
+    never more than that, and of all micro-batches together the fewer the more there are."""
     rows = setting.rows * (setting.seq_length - 1) * setting.label_share
     return max(0.0, rows - 0.5) if smooth else round(rows)
 
@@ -141,7 +120,7 @@ def target_rows(setting: Setting, smooth: bool = False) -> Any:
 def loss_kept_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
     """What one micro-batch's loss keeps: the final norm's input and statistics, the gradient of the labelled rows."""
     kept = target_rows(setting, smooth) * shape.hidden * setting.element
-    return kept + hidden_bytes(shape, setting) + 8 * setting.tokens
+    return hidden_bytes(shape, setting) + 2 * 4 * setting.tokens + kept
 
 
 def loss_working_bytes(shape: Shape, setting: Setting, smooth: bool = False) -> int:
@@ -166,13 +145,18 @@ def unpacked_matrix_bytes(shape: Shape, setting: Setting) -> int:
 
 
 @lru_cache(maxsize=200_000)
-def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False) -> _Moment:
+def stage_terms(
+    shape: Shape, setting: Setting, stage: Stage, workspace: int = 0, smooth: bool = False
+) -> tuple[str, dict[str, int]]:
     """The worst moment of one GPU and its terms; `workspace`: bytes of one cuBLAS workspace on this GPU.
 
-    `smooth`: for bounds, less: what never grows with more micro-batches. No copies of a prefix, no pool of CUDA graphs,
-    label rows rounded down, and of the backward pass only its beginning, before there are gradients.
+    `smooth`: for bounds, less than that: what never grows when the batch is cut into more micro-batches. They keep no
+    copies of a prefix, label rows are rounded down, and of the backward pass only its beginning counts: later there
+    are gradients, while all other micro-batches are still there. Nor is there a pool of CUDA graphs.
 
-    Returns the name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared."""
+    Returns:
+        Name of the moment, and bytes for every key of TERMS; do not change the dict, it is shared.
+    """
     blocks = len(stage.blocks)
     lora = lora_bytes(shape, setting, blocks) + (prefix_bytes(shape, setting) if stage.first else 0)
     base = dict.fromkeys(TERMS, 0)
@@ -181,17 +165,20 @@ def stage_terms(shape: Shape, setting: Setting, stage: Stage, workspace: int = 0
     base["lora"] = lora
     if not blocks and not stage.head:
         return "idle", base
-    graphs = setting.recorded is not None and blocks > 0 and not smooth
-    handles = (2 if setting.training else 1) + 2 * (graphs and stage.first and stage.head)  # a stream of their own
-    base["workspace"] = workspace * handles + unpacked_matrix_bytes(shape, setting)
-    moments = _training(shape, setting, stage, lora, smooth) if setting.training else _generation(shape, setting, stage)
-    if graphs:
+    base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
+    if setting.recorded and blocks and not smooth:
+        base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
         moments = _with_graphs(shape, setting, stage, lora)
+    else:
+        trained = setting.training
+        moments = _training(shape, setting, stage, lora, smooth) if trained else _generation(shape, setting, stage)
     moment, extra = max(moments, key=lambda item: sum(item[1].values()))
     return moment, {**base, **extra}
 
 
-def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool) -> list[_Moment]:
+def _training(
+    shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: bool
+) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a training step at which the peak can be.
 
     All micro-batches run forward, then one backward pass undoes them, the last micro-batch first. When that begins,
@@ -236,11 +223,14 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: b
         running += stage.first * (pairs + positions + unit * spared) + cast * (not marks[-1])
         moments.append(("forward of its last block", {**full, "block": running, "loss": loss * (batches - 1)}))
     # From one block to the next of its kind every term grows or shrinks by the same bytes: the worst is at an end.
-    ends = {0, 1, count - 1}
-    ends |= {p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)}
+    ends = {0, 1, count - 1} | {
+        p + side for p, pair in enumerate(pairwise(marks)) if pair[0] != pair[1] for side in (0, 1)
+    }
     trained, marked = piece * count or lora, sum(marks)
     turns = sorted((place for place in ends if place < count), reverse=True) if marks else []
-    for done, place in product(range(1 if smooth else min(batches, 2)), turns[:1] if smooth else turns):
+    if smooth:
+        turns = turns[:1]
+    for done, place in product(range(1 if smooth else min(batches, 2)), turns):
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
@@ -259,7 +249,7 @@ def _training(shape: Shape, setting: Setting, stage: Stage, lora: int, smooth: b
     return moments
 
 
-def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[_Moment]:
+def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> list[tuple[str, dict[str, int]]]:
     """Every moment of a step beside the pool of the CUDA graphs, which always holds what its worst moment needs: that
     of the largest micro-batches that are recorded, copies at both ends of the stage, gradients in one piece. If these
     are the step's own, nothing else of theirs lies beside the pool but the loss and the optimizer's step."""
@@ -277,7 +267,7 @@ def _with_graphs(shape: Shape, setting: Setting, stage: Stage, lora: int) -> lis
     return moments
 
 
-def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[_Moment]:
+def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str, dict[str, int]]]:
     """Reading the prompt, and the last token of the answer, when one layer's cache is copied to grow by a token."""
     unit, blocks = hidden_bytes(shape, setting), len(stage.blocks)
     tokens = max(setting.kv_length, setting.seq_length) + setting.prefix_length

@@ -25,6 +25,8 @@ all launches together, whichever is longer, and more micro-batches are not alway
 
     host   |FfFfFfFf|bBbBbBbB|      F, B: launches for GPU 0, f, b: for GPU 1. Both GPUs are idle most of the time.
 
+What the host does once a step (cutting the batch, clipping, Adam) is added where it was measured.
+
 Rates come from `gpus`. On one H100 (batch 4 x 1024, checkpointed, LoRA rank 8) matrix products take 183 ms of a
 step, attention 81 ms and everything else 62 ms; the shares below and in `gpus` are set from that. A test lays the model
 beside every step measured there with a 16-bit base (what it costs to unpack 8 bits is not counted). Seconds for other

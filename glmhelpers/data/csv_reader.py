@@ -13,6 +13,7 @@ import csv
 import io
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from glmhelpers.data.cleaning import find_columns, holds_rows, missing_columns
 from glmhelpers.data.json_recovery import Found, Notes
@@ -77,15 +78,15 @@ def read_csv(text: io.TextIOWrapper, notes: Notes, columns: Mapping[str, str]) -
     lines = _Lines(text)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
-        names, delimiter = _find_names(lines, notes, columns)
+        names, style = _find_names(lines, notes, columns)
         if names:
-            yield from _records(lines, names, delimiter)
+            yield from _records(lines, names, style, notes)
     finally:
         csv.field_size_limit(limit)
 
 
-def _find_names(lines: _Lines, notes: Notes, columns: Mapping[str, str]) -> tuple[list[str], str]:
-    """(names, delimiter), and the lines moved behind them; no names if there are none, and then `notes` says why."""
+def _find_names(lines: _Lines, notes: Notes, columns: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """(names, style for the csv module), and the lines moved behind them; if there are none, `notes` says why."""
     delimiters, first, titles = DELIMITERS, "", 0
     while titles < MOST_TITLES and (line := next(lines, None)) is not None:
         said = line.strip(' "\r\n\ufeff')
@@ -105,21 +106,24 @@ def _find_names(lines: _Lines, notes: Notes, columns: Mapping[str, str]) -> tupl
             f"{missing_columns(_widest(first, delimiters))}; if its first line is a row already, "
             "write a line with the names above it"
         )
-    return [], ","
+    return [], {}
 
 
-def _names_here(lines: _Lines, delimiters: str, columns: Mapping[str, str]) -> tuple[list[str], str] | None:
-    """(names, delimiter) if the next record names our columns, with the lines moved behind it; else they stay."""
-    for delimiter in delimiters:
+def _names_here(lines: _Lines, delimiters: str, columns: Mapping[str, str]) -> tuple[list[str], dict[str, Any]] | None:
+    """(names, style) if the next record names our columns, with the lines moved behind it; else they stay."""
+    styles: list[dict[str, Any]] = [{"delimiter": delimiter} for delimiter in delimiters]
+    # "a", "b": the blank is of no field.
+    styles += [{**style, "skipinitialspace": True} for style in styles if f'{style["delimiter"]} "' in lines.back[0]]
+    for style in styles:
         try:
-            names = [name.strip(" \t\r\n\ufeff") for name in next(csv.reader(lines, delimiter=delimiter))]
+            names = [name.strip(" \t\r\n\ufeff") for name in next(csv.reader(lines, **style))]
         except csv.Error:
             names = []
         # Some programs write the names as a comment.
         for choice in (names, [name.lstrip("# ") for name in names[:1]] + names[1:]):
             if holds_rows(find_columns(choice, columns)):
                 lines.done()
-                return choice, delimiter
+                return choice, style
         lines.again()
     return None
 
@@ -130,8 +134,8 @@ def _widest(line: str, delimiters: str) -> list[str]:
     return [name.strip(' "\ufeff') for name in max(fields, key=len)]
 
 
-def _records(lines: _Lines, names: list[str], delimiter: str) -> Iterator[Found]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+def _records(lines: _Lines, names: list[str], style: dict[str, Any], notes: Notes) -> Iterator[Found]:
+    reader = csv.reader(lines, strict=True, **style)
     while True:
         try:
             fields = next(reader)
@@ -140,7 +144,7 @@ def _records(lines: _Lines, names: list[str], delimiter: str) -> Iterator[Found]
         except csv.Error as error:
             yield Found(lines.only_first(), None, str(error))
             lines.cut = False
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            reader = csv.reader(lines, strict=True, **style)
             continue
         line = lines.done()
         if lines.cut:
@@ -148,6 +152,8 @@ def _records(lines: _Lines, names: list[str], delimiter: str) -> Iterator[Found]
             yield Found(line, None, f"a line longer than {LONGEST_LINE:,} characters")
         elif any(field.strip() for field in fields[len(names) :]):
             yield Found(line, None, f"{len(fields)} fields under {len(names)} column names")
+        elif [field.strip(" \t\r\n\ufeff") for field in fields] == names:  # files that were put together
+            notes.repairs["line with the names of the columns once more"] += 1
         elif any(fields):
             # A name may stand above two columns: as in other tables, the first one counts.
             yield Found(line, dict(reversed(list(zip(names, fields, strict=False)))))

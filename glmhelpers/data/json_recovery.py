@@ -23,7 +23,7 @@ LONGEST_ROW = 2**24
 KEYS = ("instruction", "input", "output", "prompt", "response", "history", "system", "messages", "conversations")
 """Names with which a row can start."""
 
-_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff\x1e]*")  # the last stands before each value of a JSON text sequence
 _ANY_KEY = re.compile(r'\{\s*+"((?:[^"\\\n]|\\u[0-9a-fA-F]{4}){1,60}+)"\s*+:')
 
 

@@ -80,7 +80,7 @@ def read_rows(
         yield Found(1, None, "a pointer of Git LFS, the file itself is elsewhere (git lfs pull brings it)")
         return
     if encoding is None:
-        encoding = next((known for mark, known in _BOMS.items() if head.startswith(mark)), "utf-8")
+        encoding = next((known for mark, known in _BOMS.items() if head.startswith(mark)), _by_zeros(head))
     # Bytes that are not in the encoding become lone surrogates, so that one of them costs one row, not the file.
     text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
     if name.lower().endswith((".csv", ".tsv")):
@@ -90,6 +90,14 @@ def read_rows(
         yield from _read_lines(text, notes)
     else:
         yield from read_json(text, notes)
+
+
+def _by_zeros(head: bytes) -> str:
+    """The encoding of a text without a mark: letters of ASCII, which every format has, leave zeros in UTF-16."""
+    odd, even = head[1::2].count(0), head[::2].count(0)
+    if odd + even > len(head) / 8 and not (odd and even):
+        return "utf-16-le" if odd else "utf-16-be"
+    return "utf-8"
 
 
 def _has_object_lines(head: str) -> bool:
@@ -208,14 +216,14 @@ def _batch_rows(facts: pyarrow.parquet.FileMetaData, file: BinaryIO, wanted: set
     )
     for chunk in chunks:
         name = chunk.path_in_schema.split(".")[0]
-        if name not in wanted:
+        if name not in wanted or not chunk.num_values:
             continue
         at = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
         end = at + chunk.total_compressed_size
         while at < end:
             file.seek(at)
             header, length = _page_header(file.read(HEAD))
-            size, at = header[2], at + length + header[3]
+            size, at = header[2], at + length + max(0, header[3])
             if size > PAGE_BYTES:
                 raise ValueError(
                     f"its column {name} holds a value, or a page of values, of {size:,} bytes, unpacked; at most "
@@ -276,9 +284,12 @@ def _page_header(data: bytes) -> tuple[dict[int, Any], int]:
         return fields
 
     try:
-        return struct(), at
-    except IndexError:
-        raise ValueError("a header of a page does not end: the file is damaged") from None
+        fields = struct()
+    except (IndexError, RecursionError):
+        fields = {}
+    if not all(isinstance(fields.get(number), int) for number in (2, 3)):
+        raise ValueError("a header of a page says no sizes, or does not end: the file is damaged")
+    return fields, at
 
 
 def _value(column: pa.Array, place: int, name: str, long: bool) -> Any:

@@ -146,9 +146,8 @@ class Segment(nn.Module):
     def let_go(self) -> None:
         """Everything is recorded: leave the rest of the memory to the next shape."""
         for passes in self.passes:
-            passes.others = tuple(self.home.borrow(x) for x in passes.others)
-            if passes.to_input is not None:
-                passes.to_input = self.home.borrow(passes.to_input)
+            passes.others = tuple(map(self.home.borrow, passes.others))
+            passes.to_input = None if self.first else self.home.borrow(passes.to_input)
 
     def forward(self, hidden_states: Tensor, *others: Tensor, past_key_values: Any = None) -> tuple[Tensor, None]:
         """As a block: [B, L, H] -> [B, L, H] and no weights. Each call is the next micro-batch of the step."""
@@ -186,7 +185,7 @@ class _Replay(torch.autograd.Function):
             generator.set_offset(passes.began)
         passes.backward.run()
         generator.set_offset(now)
-        # A copy: `.grad` would else be the graph's own memory, which others write to.
+        # A copy, as others write to that memory.
         parts = passes.flat.clone().split([p.numel() for p in segment.trained])
         grads = [part.view_as(p) for part, p in zip(parts, segment.trained, strict=True)]
         return None, None, passes.to_input, None, *grads
@@ -214,20 +213,20 @@ class Captured:
         self.homes: dict[torch.device, Any] = {}
         self.state: tuple = ()
         self.said: set[str] = set()
+        self.trained: list[Tensor] = []
         self.no_room = False
 
     def look(self) -> tuple[str, tuple]:
-        """Why the blocks cannot be recorded as they are now ("" if they can), and what recordings of them depend on.
-
-        Before each step, so in one walk over their modules.
-        """
+        """Why the blocks cannot be recorded as they are now ("" if they can), and what recordings of them depend on; in
+        one walk over their modules, since it is done before each step."""
         if getattr(self.transformer.config, "pre_seq_len", None) or getattr(self.model, "prompt_encoder", None):
             return "a learnt prefix", ()
         if self.transformer.config._attn_implementation != "sdpa":
             return "attention is not sdpa", ()
+        self.trained, trained = [], list[Tensor]()
         state: list[Any] = [torch.is_autocast_enabled("cuda")]
         for block in self.transformer.layers:
-            trained = False
+            before = len(trained)
             state.append(bool(block.gradient_checkpointing))
             for module in block.modules():
                 kept = vars(module)
@@ -247,25 +246,26 @@ class Captured:
                         return ON_CPU, ()
                     state.append(weight.data_ptr())
                     if weight.requires_grad:
-                        trained = True
+                        trained.append(weight)
                         state.append(id(weight))
-            if not trained:
+            if len(trained) == before:
                 return "a block without anything to train", ()
+        self.trained = trained
         return "", tuple(state)
 
     @contextmanager
-    def step(self, shapes: Sequence[Shape]) -> Iterator[bool]:
-        """For the length of one step over micro-batches of these shapes [B, L], the blocks are graphs. Yields whether
-        they are; why not is said once."""
+    def step(self, shapes: Sequence[Shape]) -> Iterator[Callable[[], None]]:
+        """For the length of one step over micro-batches of these shapes [B, L], the blocks are graphs; why not is said
+        once. Yields what takes back a step that ran out of memory half way."""
         layers = self.layers_for(tuple(shapes))
         if layers is None:
-            yield False
+            yield self.remember()
             return
         for segment in cast(Any, layers):
             segment.number = 0
         before, self.transformer.layers = self.transformer.layers, layers
         try:
-            yield True
+            yield self.remember()
         finally:
             self.transformer.layers = before
 
@@ -323,8 +323,10 @@ class Captured:
         return True
 
     def remember(self) -> Callable[[], None]:
-        """What takes back a step that ran out of memory half way: random states and gradients as they are now."""
-        weights = [p for p in self.model.parameters() if p.requires_grad]
+        """What brings back random states and gradients as they are now."""
+        ends = (self.transformer.word_embeddings, self.transformer.final_layernorm, self.model.get_output_embeddings())
+        rest = ends if self.trained else [self.model]
+        weights = self.trained + [p for part in rest for p in part.parameters() if p.requires_grad]
         kept = [None if p.grad is None else p.grad.clone() for p in weights]
         places = {p.device.index for p in weights if p.is_cuda}
         offsets = [(g, g.get_offset()) for g in (torch.cuda.default_generators[index] for index in places)]

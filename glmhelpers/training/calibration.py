@@ -233,7 +233,7 @@ def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
     batch = {name: ids.to(device) for name, ids in random_batch(model.config, ROWS, LENGTH).items()}
 
     def behind_sleep(work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds of GPU time of what `work` starts, all of it before the GPU wakes up: else it sleeps longer."""
+        """Seconds of GPU time of what `work` starts, all of it before the GPU wakes up."""
         nonlocal cycles
         begin, awake, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize(device)
@@ -246,8 +246,8 @@ def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
         end.record()
         torch.cuda.synchronize(device)
         slept = begin.elapsed_time(awake) / 1e3
-        if host > 0.9 * slept:
-            cycles = min(int(1.5 * cycles * host / slept), 16 * SLEEP)
+        # Next time as long as this host needs; the first call loads kernels and needs much longer than any other.
+        cycles = int(min(max(1.5 * cycles * host / slept, SLEEP), 4 * SLEEP))
         return awake.elapsed_time(end) / 1e3 / GPU_BLOCKS, result
 
     def passes() -> tuple[float, float]:

@@ -124,9 +124,8 @@ def run_step(
     if captured is None or not fits_graphs(shapes):
         return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
     parts = [pad_part(part, length) for part, (_, length) in zip(parts, shapes, strict=True)]
-    take_back = captured.remember()
     try:
-        with captured.step(shapes):
+        with captured.step(shapes) as take_back:
             return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)

@@ -118,7 +118,7 @@ def _convert(path: Path, names: list[str], target: Path) -> None:
 def _write_index_and_manifest(folder: Path, output: Path, replace: bool) -> None:
     for name in SMALL_FILES:
         if (folder / name).is_file() and not (output / name).exists():
-            shutil.copy(folder / name, output / name)
+            shutil.copyfile(folder / name, output / name)  # with the permissions of a new file
     shards = sorted(output.glob("model*.safetensors"))
     facts = {path.name: read_facts(path) for path in [*shards, output / "ice_text.model"] if path.is_file()}
     remember(output, facts)

@@ -212,7 +212,7 @@ def _link_all(folder: Path, origin: Path, facts: dict[str, Any], wanted: dict[st
     files, again = facts["files"], "choose another source, such as source='huggingface'"
     faults = [fault for name in wanted if (fault := check_size(origin, name, files[name]))]
     if faults:
-        deeper = find_folders(faults[0].file, [origin])
+        deeper = [place for place in find_folders(faults[0].file, [origin]) if place != origin]
         hint = f" (there is one in {deeper[0]}: give that as source)" if deeper else ""
         text = "; ".join(f"{fault}. Mend: {again}" for fault in faults)
         raise FileNotFoundError(f"the source folder {origin} is not complete{hint}: {text}")

@@ -12,7 +12,9 @@ def test_reduced_run_gives_every_figure(tmp_path, reduced):
     by_figure = {}
     for line in lines:
         by_figure.setdefault(line["figure"], []).append(line)
-    assert {"machine", "placement", "equality", "overlap", "parts", "trainer", "adapter", "decode"} <= set(by_figure)
+    assert {"machine", "placement", "equality", "overlap", "graphs", "parts", "trainer", "adapter", "decode"} <= set(
+        by_figure
+    )
 
     recomputed, split = by_figure["equality"]
     assert recomputed["distance"] < 1e-5 < recomputed["another_seed"]

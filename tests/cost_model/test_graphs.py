@@ -1,6 +1,7 @@
 """What CUDA graphs cost in memory and save in time, by the planner's formulas."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from glmhelpers.cost_model.gpus import find_gpu
 from glmhelpers.cost_model.sizes import GRAPH_TOKENS, Setting, Shape, padded_length
 from glmhelpers.cost_model.stages import Stage
 from glmhelpers.cost_model.step_memory import POOLED, hidden_bytes, stage_terms
-from glmhelpers.cost_model.step_time import stage_seconds
+from glmhelpers.cost_model.step_time import stage_seconds, step_seconds
 from glmhelpers.devicemap.plan import plan_device_map
 
 SMALL = Shape(layers=8, hidden=256, heads=8, inner=1024, vocab=4000, max_length=2048)
@@ -80,6 +81,21 @@ def test_a_slow_host_gets_graphs_where_they_make_a_step_faster(checkpointed):
     assert chosen.fits
     fast = replace(SLOW, launch_forward=1e-9, launch_again=1e-9, launch_backward=1e-9)
     assert not plan_device_map(SMALL, [fast], cuda_graphs=None, **how).setting.cuda_graphs
+
+
+@pytest.mark.parametrize("checkpointed", ["all", "none"])
+@pytest.mark.parametrize("length", [64, 512, 2048])
+def test_the_plan_with_graphs_is_the_fastest_of_all_cuts_and_parts(checkpointed, length):
+    best = float("inf")
+    for parts, cut in product((1, 2, 4, 8), range(9)):
+        setting = Setting(8, length, parts, cuda_graphs=True)
+        kept = checkpointed == "none"
+        ends = [Stage.of(cut, cut * kept, True, first=True)] if cut else []
+        ends.append(Stage.of(8 - cut, (8 - cut) * kept, not cut, True, first=not cut))
+        times = [stage_seconds(SMALL, setting, stage, SLOW) for stage in ends]
+        best = min(best, step_seconds(times, parts))
+    how = {"embedding": "first", "checkpointed": checkpointed, "cuda_graphs": True}
+    assert plan_device_map(SMALL, [SLOW, SLOW], 8, length, **how).seconds == pytest.approx(best)
 
 
 def test_where_there_is_no_room_for_graphs_the_plan_says_so():

@@ -314,6 +314,7 @@ def test_a_row_longer_than_the_window(tmp_path):
     assert written == [row(0), long, row(2)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("form", ["array", "lines", "csv"])
 def test_memory_stays_flat(tmp_path, form):
     def peak(rows: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glmhelpers.data import convert_alpaca
 from tests.helpers.alpaca_rows import convert
 
 TABLE = "instruction,input,output\n天空是什么颜色？,,蓝色。\n草呢？,,绿色。\n"
@@ -88,6 +89,7 @@ NO_NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20).
 CELLS = st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t"), max_size=12)
 
 
+@pytest.mark.once
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.lists(NO_NAMES, max_size=8), st.lists(st.tuples(CELLS, CELLS), max_size=5), st.sampled_from(",;\t|"))
 def test_what_stands_above_the_names_changes_no_row(above, rows, delimiter):
@@ -98,3 +100,33 @@ def test_what_stands_above_the_names_changes_no_row(above, rows, delimiter):
         second, again = convert(Path(below), "".join(line + "\r\n" for line in above) + table.getvalue(), "a.csv")
     assert again == written
     assert (second.rows, second.rejected) == (first.rows, first.rejected)
+
+
+@pytest.mark.parametrize(
+    "again", ["instruction,input,output\n", "\ufeffinstruction,input,output\n", '"instruction",input,output\n']
+)
+def test_files_that_were_put_together_have_their_names_no_row_of_their_own(tmp_path, again):
+    file, rows = convert(tmp_path, TABLE + again + TABLE.partition("\n")[2], "a.csv")
+    assert [row["output"] for row in rows] == ANSWERS * 2
+    assert file.repairs["line with the names of the columns once more"] == 1
+
+
+def test_blanks_between_quoted_fields_belong_to_none(tmp_path):
+    _, rows = convert(tmp_path, '"instruction", "input", "output"\n"a, b", "", "  c"\n', "a.csv")
+    assert [(row["instruction"], row["output"]) for row in rows] == [("a, b", "  c")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_utf_16_without_a_mark_is_seen_by_its_zeros(tmp_path, encoding, name):
+    lines = '{"instruction": "天空？", "output": "蓝色。"}\n{"instruction": "草呢？", "output": "绿色。"}\n'
+    text = TABLE if name == "a.csv" else lines
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    report = convert_alpaca(tmp_path / name, tmp_path / "out.jsonl")
+    assert report.rows_valid == 2
+    assert report.files[0].status == "ok"
+
+
+def test_one_zero_is_no_encoding(tmp_path):
+    (tmp_path / "a.csv").write_bytes((TABLE + "a,b,c\0d\n").encode())
+    assert convert_alpaca(tmp_path / "a.csv", tmp_path / "out.jsonl").rows_valid == 3

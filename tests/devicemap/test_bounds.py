@@ -32,6 +32,7 @@ COMMON = {
 }
 
 
+@pytest.mark.once
 @example(  # copies of a prefix, in each of the micro-batches
     ["1GiB"],
     {"batch_size": 12, "seq_length": 1, "objective": "speed", "checkpointed": "auto", **COMMON},

@@ -75,6 +75,7 @@ MAPS = st.one_of(
 )
 
 
+@pytest.mark.once
 @given(MAPS)
 @settings(max_examples=150, deadline=None)
 def test_every_door_gives_the_same_verdict(device_map):
@@ -118,6 +119,7 @@ def any_map(dice: random.Random) -> dict:
     return {**(whole if dice.random() < 0.8 else {}), **dict(more)}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(4))
 def test_any_map_is_a_placement_of_every_part_or_refused_in_words(seed):
     """2,000 maps."""

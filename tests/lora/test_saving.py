@@ -239,6 +239,20 @@ def test_a_folder_of_the_users_beside_an_export_stays(tmp_path):
         convert_to_safetensors(base)
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_a_copy_has_the_permissions_of_new_files_whatever_its_original_has(tmp_path, mask):
+    (tmp_path / "base").mkdir()
+    for path in [*CHECKPOINT.iterdir(), *(CHECKPOINT.parent / "tokenizer").iterdir()]:
+        (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "base" / path.name).chmod(0o600)
+    before = os.umask(mask)
+    try:
+        copied = convert_to_safetensors(tmp_path / "base", tmp_path / "copy")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in copied.iterdir()} == {0o666 & ~mask}
+
+
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     nobody = next(pid for pid in range(4_000_000, 0, -1) if not psutil.pid_exists(pid))
     dead, alive, other = (

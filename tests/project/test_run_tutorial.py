@@ -32,7 +32,7 @@ def course(tmp_path):
 
     def command(*arguments):
         return run_tutorial.main(
-            ["--notebooks", str(folder), "--build", str(tmp_path / "course" / "build"), *arguments]
+            ["--notebooks", str(folder), "--build", str(tmp_path / "course" / "build"), "--jobs", "1", *arguments]
         )
 
     add.folder, add.build, add.command = folder, tmp_path / "course" / "build", command

@@ -89,6 +89,16 @@ def test_a_slow_host_makes_fewer_parts_and_then_one_gpu():
     assert counts[0] > counts[-1] == 1
 
 
+def test_what_a_step_needs_once_is_added_once_and_changes_no_plan():
+    config, plans = ChatGLMConfig(num_layers=4), []
+    for once in (0.0, 0.01):
+        plans.append(plan_device_map(config, [replace(T4, launch_step=once)] * 2, 4, 256))
+    free, added = plans
+    assert (added.device_map, added.micro_batches) == (free.device_map, free.micro_batches)
+    assert added.seconds == pytest.approx(free.seconds + 0.01)
+    assert max(task.end for task in added.schedule) == pytest.approx(added.seconds)
+
+
 def test_one_host_serves_all_cards():
     fast, slow = T4, replace(CATALOGUE["L4"], launch_backward=1e-3)
     assert {card.launch_backward for card in one_host([fast, slow])} == {1e-3}
