@@ -2,7 +2,9 @@
 
     python benchmarks/convert.py                    both ways on the made-up corpus of full size (about 2 minutes)
     python benchmarks/convert.py --rows 5000        a smaller corpus
-    python benchmarks/convert.py --source FOLDER    the real files, where they are at hand
+    python benchmarks/convert.py --source FOLDER    other files
+    python benchmarks/convert.py --real             the real files, where they are at hand (`real_files.py`); ids and
+                                                    calls of the tokenizer beside the published encoder's
 
 Each way runs in a process of its own with the same tokenizer and prints one JSON line; a last line compares them.
 `peak_rss_bytes` counts everything, the imports of torch, transformers and datasets included. `cpu_s` is the time the
@@ -33,12 +35,19 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=82_561)
     options.add_argument("--source", type=Path, help="folder with the data set; made up if left out")
     options.add_argument("--tokenizer", type=Path, default=ROOT / "tests" / "reference" / "tokenizer")
+    options.add_argument("--real", action="store_true", help="the real files, from the folder in GLM_REAL_DATA")
+    options.add_argument("--published", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--way", choices=["ours", "2023"], help="one way only, in this process")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as work:
         if chosen.way:
-            print(json.dumps(measure(chosen.way, chosen.source, chosen.tokenizer, Path(work))), flush=True)
+            print(json.dumps(measure(chosen, Path(work))), flush=True)
             return
+        if chosen.real:
+            from benchmarks.real_files import real_files
+
+            chosen.published = True
+            chosen.source, chosen.tokenizer = real_files(Path(work))
         if chosen.source is None:
             from benchmarks.corpus import write_corpus
 
@@ -53,24 +62,42 @@ def main() -> None:
             "rows_that_only_ours_kept": ours["rows"] - old["rows"],
         }
         print(json.dumps(compared), flush=True)
+        if chosen.real:
+            print(json.dumps(against_published(chosen, Path(work))), flush=True)
 
 
 def _in_process(way: str, chosen: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--way", way, "--source", chosen.source, "--tokenizer", chosen.tokenizer]
+    command += ["--published"] * chosen.published
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     line = done.stdout.splitlines()[-1]
     print(line, flush=True)
     return json.loads(line)
 
 
-def measure(way: str, source: Path, tokenizer_folder: Path, work: Path) -> dict:
+def against_published(chosen: argparse.Namespace, work: Path) -> dict:
+    """The real rows once more: ids and calls of our tokenizer beside those of the published encoder."""
+    from benchmarks.real_files import compare_calls, compare_ids
+    from glmhelpers.data.convert import convert_alpaca
+    from thuglm import ChatGLMTokenizer
+
+    tokenizer = ChatGLMTokenizer.from_pretrained(chosen.tokenizer)
+    rows = convert_alpaca(chosen.source, work / "rows.jsonl").output
+    return {**compare_ids(rows, tokenizer), **compare_calls(rows, tokenizer)}
+
+
+def measure(chosen: argparse.Namespace, work: Path) -> dict:
     """Time one way, imports left out, and its peak memory, imports counted."""
     from thuglm import ChatGLMTokenizer
 
-    tokenizer = ChatGLMTokenizer.from_pretrained(tokenizer_folder)
+    way, tokenizer = chosen.way, ChatGLMTokenizer.from_pretrained(chosen.tokenizer)
     run = ours if way == "ours" else way_of_2023
+    if way == "2023" and chosen.published:
+        from benchmarks.real_files import Published
+
+        tokenizer = Published(tokenizer)
     started, cpu = time.perf_counter(), time.process_time()
-    result = run(source, tokenizer, work)
+    result = run(chosen.source, tokenizer, work)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {
         "way": way,
