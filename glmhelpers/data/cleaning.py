@@ -192,7 +192,7 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
     own = values.get("system")
     if own is not None and not isinstance(own, str):
         raise Refused("system is not text")
-    if system := _clean("\n".join(filter(None, (own, system))), changes):
+    if (own or system) and (system := _clean("\n".join(filter(None, (own, system))), changes)):
         cleaned["system"] = system
     return cleaned
 
@@ -200,13 +200,15 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
 def is_untranslated(row: Mapping[str, Any]) -> bool:
     """Neither question (with its input) nor answer has a Chinese character, and there are words in Latin letters."""
     text = f"{row['instruction']}\n{row['input']}\n{row['output']}"
-    return not _CHINESE.search(text) and bool(_LATIN.search(text))
+    return (text.isascii() or not _CHINESE.search(text)) and bool(_LATIN.search(text))
 
 
 def _plain(value: Any) -> Any:
     """A value without what numpy, pandas and Arrow put around it; None where it is missing."""
-    if value is None or isinstance(value, str):
-        return None if value is None else str(value)
+    if value is None or type(value) is str:
+        return value
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     elif hasattr(value, "as_py"):
@@ -224,7 +226,7 @@ def _plain(value: Any) -> Any:
 
 def _clean(text: str, changes: Counter, indent: bool = False) -> str:
     """`clean_text`, but bytes that could not be decoded are refused."""
-    if _LOST_BYTE.search(text):
+    if not text.isascii() and _LOST_BYTE.search(text):
         raise Refused(UNDECODABLE)
     return texts.clean_text(text, changes, indent)
 

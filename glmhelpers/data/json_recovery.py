@@ -24,6 +24,7 @@ KEYS = ("instruction", "input", "output", "prompt", "response", "history", "syst
 """Names with which a row can start."""
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff\x1e]*")  # the last stands before each value of a JSON text sequence
+_COMMA = re.compile(_SPACE.pattern + ",")
 _ANY_KEY = re.compile(r'\{\s*+"((?:[^"\\\n]|\\u[0-9a-fA-F]{4}){1,60}+)"\s*+:')
 
 
@@ -134,6 +135,9 @@ def read_json(file: TextIO, notes: Notes) -> Iterator[Found]:
             if name not in starts:
                 # As it stands in the file: with its characters, or with escapes for them.
                 starts |= {name, json.dumps(name)[1:-1]}
+        # What mostly follows needs no look of its own.
+        if in_array and not broken and (comma := _COMMA.match(window.text, window.pos)):
+            window.pos, before = comma.end(), "comma"
         yield Found(line, value, broken)
     if in_array:
         notes.repairs["no ] at the end"] += 1

@@ -21,10 +21,11 @@ import errno
 import hashlib
 import json
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from glmhelpers.utils.folders import expanded
 from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
 from thuglm.prompt import as_turns
 
-CHUNK = 512
+CHUNK = 2048
 """Rows that are in memory at one time."""
 
 SCHEMA = pa.schema(
@@ -288,25 +289,55 @@ def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
     rows = _rows(source)
     with whole_file(target) as unfinished:
         with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
-            while chunk := list(islice(rows, CHUNK)):
-                stream.write_batch(_encode_chunk(encoder, chunk, report))
+            for chunk, ids in _with_ids(encoder.tokenizer, _chunks(rows, encoder.settings, report)):
+                stream.write_batch(_joined(encoder, chunk, ids, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
         values = json.loads(json.dumps(vars(report)))
         write_json(target.with_suffix(".json"), values | {"sha256": _checksum(unfinished, values)})
 
 
-def _encode_chunk(encoder: _Encoder, rows: Iterable[dict[str, Any]], report: TokenReport) -> pa.RecordBatch:
-    pairs, keys = [], []
-    for row in rows:
-        report.rows += 1
-        of_row = list(examples_of(row, encoder.settings))
-        pairs += of_row
-        keys += [split_key(row)] * len(of_row)
-    ids = text_ids(encoder.tokenizer, [text for pair in pairs for text in pair])
+@dataclass
+class _Chunk:
+    """Examples whose ids are made in one call."""
+
+    texts: list[str]
+    """Prompt, answer, prompt, answer, ..."""
+    keys: list[float]
+    """`split_key` of each example."""
+
+
+def _with_ids(tokenizer: Any, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, list[list[int]]]]:
+    """Each chunk with its ids. SentencePiece works in a thread: meanwhile Python reads the next rows, and puts the last
+    ones together. Of other tokenizers nobody knows whether they may be asked from two threads."""
+    ahead = 1 if hasattr(tokenizer, "text_ids") else 0
+    with ThreadPoolExecutor(1) as behind:
+        waiting: deque[tuple[_Chunk, Future]] = deque()
+        for chunk in chunks:
+            waiting.append((chunk, behind.submit(text_ids, tokenizer, chunk.texts)))
+            if len(waiting) > ahead:
+                done, ids = waiting.popleft()
+                yield done, ids.result()
+        for done, ids in waiting:
+            yield done, ids.result()
+
+
+def _chunks(rows: Iterator[dict[str, Any]], settings: Settings, report: TokenReport) -> Iterator[_Chunk]:
+    while some := list(islice(rows, CHUNK)):
+        report.rows += len(some)
+        chunk = _Chunk([], [])
+        for row in some:
+            of_row = list(examples_of(row, settings))
+            chunk.texts += chain.from_iterable(of_row)
+            chunk.keys += [split_key(row)] * len(of_row)
+        yield chunk
+
+
+def _joined(encoder: _Encoder, chunk: _Chunk, ids: list[list[int]], report: TokenReport) -> pa.RecordBatch:
+    """The examples of a chunk as they are learnt; `ids` are those of its texts."""
     flat, sizes, starts, kept_keys = [], [], [], []
     learnt: list[tuple[str, list[int]]] = []
-    for (_, text), key, prompt, answer in zip(pairs, keys, ids[::2], ids[1::2], strict=True):
+    for text, key, prompt, answer in zip(chunk.texts[1::2], chunk.keys, ids[::2], ids[1::2], strict=True):
         report.examples += 1
         whole = len(prompt) + len(encoder.middle) + len(answer) + 1
         report.lengths[whole] += 1

@@ -8,39 +8,32 @@ or nobody sees them. Decoding every text would take longer than encoding it: so 
 and only texts with one that is changed, or that acts on its neighbours, are decoded.
 """
 
+import os
+import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 # Full-width and half-width forms -> the usual ones.
 _WIDTH = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
 # Combining marks and joiners, which act on what stands before them; so do Korean letters, and half-width voice marks.
 _ACTS = ("Mn", "Mc", "Me", "Cf", "Lm")
+BETWEEN = "\n"
+"""Stands between texts in one string; a line end comes back as it was."""
 _KOREAN_LETTERS = range(0x1100, 0x1200)
+THREADS = min(4, os.cpu_count() or 1)
+"""For the encoding of many texts."""
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts without special tokens: `tokenizer.encode(text, add_special_tokens=False)` of each, but faster.
-
-    ChatGLM's tokenizer hands a text to SentencePiece as a whole if no special token is written in it, and most of its
-    time goes into preparing the call. So such texts go to SentencePiece directly, many in one call.
+    """Ids of texts without special tokens: `tokenizer.encode(text, add_special_tokens=False)` of each, but faster where
+    it is ChatGLM's own tokenizer, which takes many texts in one call and shares them out among the processor's cores.
     """
-    if not hasattr(tokenizer, "sp_model"):
-        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-    starts = {token[0] for token in special}
-    plain = [not (any(x in text for x in starts) and any(token in text for token in special)) for text in texts]
-    spaced = [
-        # Most texts have no run of spaces, and looking for 79 kinds of them takes longer than the encoding.
-        tokenizer.encode_whitespace(text) if "  " in text else text.replace("\n", "<n>").replace("\t", "<|tab|>")
-        for text, is_plain in zip(texts, plain, strict=True)
-        if is_plain
-    ]
-    fast = iter(tokenizer.sp_model.encode(spaced) if spaced else [])
-    return [
-        next(fast) if is_plain else tokenizer.encode(text, add_special_tokens=False)
-        for text, is_plain in zip(texts, plain, strict=True)
-    ]
+    if hasattr(tokenizer, "text_ids"):
+        return tokenizer.text_ids(texts, THREADS)
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
 class RoundTrip:
@@ -48,8 +41,9 @@ class RoundTrip:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.tried: set[str] = set()
-        self.safe: set[str] = set()
+        # By code point: 0 not tried yet, 1 changed or acting on its neighbours, 2 safe.
+        self.known = np.zeros(sys.maxunicode + 1, np.uint8)
+        self.known[ord(BETWEEN)] = 2
 
     def changed(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[tuple[str, str]]:
         """(text, what comes back) of those that change, beyond width and blanks.
@@ -62,24 +56,25 @@ class RoundTrip:
         """
         if not hasattr(self.tokenizer, "decode"):
             return []
-        self._try({character for text in texts if not self.tried.issuperset(text) for character in text} - self.tried)
+        # All texts as one row of code points: to ask each character in a loop takes longer than to encode it.
+        points = np.frombuffer(BETWEEN.join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+        self._try(np.unique(points[self.known[points] == 0]))
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        marked = {int(place) for place in np.searchsorted(ends, np.flatnonzero(self.known[points] == 1), "right")}
         doubtful = [
             (text, own)
-            for text, own in zip(texts, ids, strict=True)
-            if ("<" in text and ">" in text) or not self.safe.issuperset(text)
+            for place, (text, own) in enumerate(zip(texts, ids, strict=True))
+            if place in marked or ("<" in text and ">" in text)
         ]
         back = self._texts([own for _, own in doubtful])
         return [(text, other) for (text, _), other in zip(doubtful, back, strict=True) if _same(text) != _same(other)]
 
-    def _try(self, characters: set[str]) -> None:
-        new = sorted(characters)
-        self.tried |= characters
-        between = [f"x{character}x" for character in new]
+    def _try(self, points: np.ndarray) -> None:
+        between = [f"x{chr(point)}x" for point in points]
         back = self._texts(text_ids(self.tokenizer, between))
-        for character, text, other in zip(new, between, back, strict=True):
-            alone = unicodedata.category(character) not in _ACTS and ord(character) not in _KOREAN_LETTERS
-            if alone and _same(text) == _same(other):
-                self.safe.add(character)
+        for point, text, other in zip(points, between, back, strict=True):
+            alone = unicodedata.category(chr(point)) not in _ACTS and point not in _KOREAN_LETTERS
+            self.known[point] = 2 if alone and _same(text) == _same(other) else 1
 
     def _texts(self, ids: Sequence[list[int]]) -> list[str]:
         model = getattr(self.tokenizer, "sp_model", None)

@@ -28,16 +28,16 @@ def clean_text(text: str, changes: Counter | None = None, indent: bool = False) 
         indent: for answers and inputs, which may be code: the blanks before the first line stay if they may be an
             indentation (more than one, a tab, or more lines follow).
     """
-    changes = Counter() if changes is None else changes
     if _TROUBLE.search(text):
-        text = _without_trouble(text, changes)
+        text = _without_trouble(text, Counter() if changes is None else changes)
     body = text.strip()
     if len(body) == len(text):
         return text
     before = text[: text.find(body)] if body else ""
     blanks = _NO_INDENT.split(before)[-1] if indent else ""
     cleaned = blanks + body if len(blanks) > 1 or blanks == "\t" or "\n" in body else body
-    changes[AROUND] += cleaned != text
+    if changes is not None:
+        changes[AROUND] += cleaned != text
     return cleaned
 
 

@@ -125,7 +125,7 @@ def test_an_error_of_writing_is_none_of_a_file(folder, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "_to_json", no_space)
+    monkeypatch.setattr(convert, "_line", no_space)
     with pytest.raises(OSError, match="No space left"):
         read(folder)
 

@@ -146,7 +146,8 @@ def test_text_ids_equal_the_tokenizer_one_by_one(texts):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_gives_what_its_rows_give(file):
+def test_a_file_gives_what_its_rows_give(file, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 512)
     tok = tokenizer()
     dataset = encode_file(file, tok)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
