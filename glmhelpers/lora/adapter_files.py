@@ -271,9 +271,13 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
                 refuse(key, other)
     start = config.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in HARMLESS_STARTS:
-        refuse("init_lora_weights", "the base was changed before training, so that the adapter fits no plain base")
+        refuse(
+            "init_lora_weights",
+            "the base was changed before training, so that the adapter fits no plain base; where it was made, peft's "
+            "save_pretrained with path_initial_model_for_weight_conversion makes plain LoRA of it",
+        )
     if config.get("bias", "none") != "none":
-        refuse("bias", "trained biases are not handled here")
+        refuse("bias", "trained biases are not handled here; load it with peft itself")
     if not isinstance(config.get("r"), int) or not is_number(config["r"]):
         refuse("r", "the rank must be a whole number from 1 on")
     if not is_number(config.get("lora_alpha")):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from glmhelpers.lora import load_adapter
@@ -71,3 +71,28 @@ def test_any_adapter_is_loaded_with_finite_numbers_or_refused_and_leaves_the_bas
     else:
         ids = tokenizer()(["你好"], return_tensors="pt")["input_ids"]
         assert model(input_ids=ids).logits.isfinite().all() or changes.keys() & {"lora_alpha", "alpha_pattern"}
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_changed_its_base_can_be_made_plain_as_the_refusal_says(start, tmp_path):
+    model = get_peft_model(
+        fresh_model(),
+        LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=start, task_type="CAUSAL_LM"),
+    )
+    config = model.peft_config["default"]
+    config.init_lora_weights = True  # as peft's guide has it: the untrained start, to be taken off again
+    model.save_pretrained(tmp_path / "start")
+    config.init_lora_weights = start
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.05 * torch.randn_like(weight)
+    ids = torch.tensor([[5, 6, 7, *tokenizer()("")["input_ids"]]])
+    want = model.eval()(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        load_adapter(fresh_model(), tmp_path / "as it is", template="chatglm")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    plain = load_adapter(fresh_model(), tmp_path / "plain", template="chatglm")
+    torch.testing.assert_close(plain.eval()(input_ids=ids).logits, want, atol=1e-4, rtol=0)
