@@ -4,10 +4,14 @@ prompts.py  -->  encode.py  -->  collate.py                      lengths.py
 the template     ids, labels     rows of one length              what a limit costs
 """
 
-from glmhelpers.tokens.collate import SAMPLING, RightPadCollator
+from typing import TYPE_CHECKING, Any
+
 from glmhelpers.tokens.encode import encode_example, encode_file, split_by_prompt, split_key, token_report
 from glmhelpers.tokens.lengths import limit_costs, padding_share, quantile
 from glmhelpers.tokens.prompts import build_prompt
+
+if TYPE_CHECKING:
+    from glmhelpers.tokens.collate import SAMPLING, RightPadCollator
 
 __all__ = [
     "SAMPLING",
@@ -22,3 +26,12 @@ __all__ = [
     "split_key",
     "token_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Older versions of transformers load torch for their collators, which conversion and encoding do not need.
+    if name in ("SAMPLING", "RightPadCollator"):
+        from glmhelpers.tokens import collate
+
+        return getattr(collate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
