@@ -13,22 +13,24 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 PROJECT = Path(__file__).resolve().parents[1]
+QUICK = ("tests/project/test_api_drift.py", "tests/thuglm/test_model_behaviour.py")
+"""Looks up every name of other packages that we use."""
 
 
 def newer_than_pinned(project: Path = PROJECT) -> list[str]:
     """The packages of pyproject.toml whose installed version is another than the pinned one, as "name old -> new"."""
-    pins = dict(
-        line.split("==")
-        for line in (project / "constraints.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    )
+    lines = (project / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines) if version
+    }
     settings = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     extras = settings["optional-dependencies"]
     needs = [*settings["dependencies"], *extras["notebooks"], *extras["scores"]]
-    names = [Requirement(need).name for need in needs]
+    names = [canonicalize_name(Requirement(need).name) for need in needs]
     found = {name: (Version(pins[name]), Version(metadata.version(name))) for name in names if name != "torch"}
     return [f"{name} {old} -> {new}" for name, (old, new) in found.items() if old != new]
 
@@ -40,4 +42,4 @@ if __name__ == "__main__":
         print(" ".join(sys.argv[1:]) or "tests")
     else:
         print("Nothing of pyproject.toml is newer than constraints.txt: `make test` was this run.", file=sys.stderr)
-        print(" ".join(sys.argv[1:]) or "tests/test_api_drift.py tests/test_model_behaviour.py")
+        print(" ".join(sys.argv[1:] or QUICK))
