@@ -38,7 +38,6 @@ def main() -> None:
     options.add_argument("--tokenizer", type=Path, default=ROOT / "tests" / "reference" / "tokenizer")
     options.add_argument("--real", action="store_true", help="the real files, from the folder in GLM_REAL_DATA")
     options.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the fastest are compared")
-    options.add_argument("--published", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--way", choices=["ours", "2023"], help="one way only, in this process")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -48,7 +47,6 @@ def main() -> None:
         if chosen.real:
             from benchmarks.real_files import real_files
 
-            chosen.published = True
             chosen.source, chosen.tokenizer = real_files(Path(work))
         if chosen.source is None:
             from benchmarks.corpus import write_corpus
@@ -73,7 +71,7 @@ def main() -> None:
 
 def _in_process(way: str, chosen: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--way", way, "--source", chosen.source, "--tokenizer", chosen.tokenizer]
-    command += ["--published"] * chosen.published
+    command += ["--real"] * chosen.real
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     line = done.stdout.splitlines()[-1]
     print(line, flush=True)
@@ -97,7 +95,7 @@ def measure(chosen: argparse.Namespace, work: Path) -> dict:
 
     way, tokenizer = chosen.way, ChatGLMTokenizer.from_pretrained(chosen.tokenizer)
     run = ours if way == "ours" else way_of_2023
-    if way == "2023" and chosen.published:
+    if way == "2023" and chosen.real:
         from benchmarks.real_files import Published
 
         tokenizer = Published(tokenizer)

@@ -6,20 +6,14 @@ from hypothesis import strategies as st
 
 from glmhelpers.devicemap.bounds import Bounds
 from glmhelpers.devicemap.plan import DoesNotFit, plan_device_map
+from tests.helpers.tiny_models import SMALL_SIZES
 
-SMALL = {
-    "num_layers": 5,
-    "hidden_size": 1024,
-    "num_attention_heads": 8,
-    "inner_hidden_size": 4096,
-    "vocab_size": 32000,
-}
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def found(gpus, how):
     try:
-        plan = plan_device_map(SMALL, gpus, **how)
+        plan = plan_device_map(SMALL_SIZES, gpus, **how)
     except DoesNotFit as refusal:
         return refusal.changes
     return plan.seconds, plan.peak_bytes, plan.device_map, plan.micro_batches, plan.checkpointed_layers

@@ -3,14 +3,8 @@
 import pytest
 
 from glmhelpers.devicemap.plan import DoesNotFit, plan_device_map
+from tests.helpers.tiny_models import SMALL_SIZES
 
-SMALL = {
-    "num_layers": 5,
-    "hidden_size": 1024,
-    "num_attention_heads": 8,
-    "inner_hidden_size": 4096,
-    "vocab_size": 32000,
-}
 ABSURD = (float("inf"), float("-inf"), float("nan"), 10**30, -1, 2.5, "4", None, True)
 
 
@@ -18,7 +12,7 @@ ABSURD = (float("inf"), float("-inf"), float("nan"), 10**30, -1, 2.5, "4", None,
 @pytest.mark.parametrize("value", ABSURD, ids=repr)
 def test_absurd_sizes_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name) as refusal:
-        plan_device_map(SMALL, ["T4", "T4"], **{name: value})
+        plan_device_map(SMALL_SIZES, ["T4", "T4"], **{name: value})
     assert not isinstance(refusal.value, DoesNotFit)
 
 
@@ -26,7 +20,7 @@ def test_absurd_sizes_are_refused_by_name(name, value):
 def test_absurd_memory_is_refused(value):
     for gpus, reserve, name in ((["T4", value], 0, "gpus"), (["T4", "T4"], value, "reserve")):
         with pytest.raises((ValueError, TypeError), match=name):
-            plan_device_map(SMALL, gpus, reserve=reserve)
+            plan_device_map(SMALL_SIZES, gpus, reserve=reserve)
 
 
 @pytest.mark.parametrize("objective", ["speed", "memory"])
@@ -34,6 +28,6 @@ def test_the_largest_batch_on_16_unlike_gpus(objective):
     """735,134,400 has the most divisors of all batches that may be asked for: 1,344."""
     gpus = [f"{2 + place / 8}GiB" for place in range(16)]
     with pytest.raises(DoesNotFit) as refusal:
-        plan_device_map(SMALL, gpus, 735_134_400, 1, objective)
-    plan = plan_device_map(SMALL, gpus, refusal.value.changes["batch_size"], 1, objective)
+        plan_device_map(SMALL_SIZES, gpus, 735_134_400, 1, objective)
+    plan = plan_device_map(SMALL_SIZES, gpus, refusal.value.changes["batch_size"], 1, objective)
     assert plan.fits

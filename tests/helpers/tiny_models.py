@@ -6,6 +6,15 @@ from peft import LoraConfig, get_peft_model
 from tests.helpers.reference import model, tokenizer
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
+SMALL_SIZES = {
+    "num_layers": 5,
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "inner_hidden_size": 4096,
+    "vocab_size": 32000,
+}
+"""Sizes for which a plan is searched quickly; no model of them is made."""
+
 PROMPTS = ["你好", "晚上睡不着应该怎么办", "What is the capital of France?"]
 
 
