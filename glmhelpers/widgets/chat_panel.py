@@ -61,6 +61,7 @@ class ChatPanel:
         self._growing: Answer | None = None
         self._worker: threading.Thread | None = None
         self._expected, self._stopping = threading.Event(), threading.Event()
+        self._sending = threading.Lock()  # the late timer of Enter and the browser's message may both come to send
         self.window, self.message = ui.HTML(), ui.HTML()
         self.text = ui.Text(
             placeholder="Ask something, then Enter",
@@ -153,31 +154,31 @@ class ChatPanel:
         self._say("")
         self._show()
 
-    def _send_late(self) -> None:
-        if self._expected.is_set():
-            self._send()
-
     def _entered(self) -> None:
         """Enter was pressed. The browser says so before it sends the text, unless that has not changed since."""
         self._expected.set()
-        late = threading.Timer(LATE_SECONDS, self._send_late)
+        late = threading.Timer(LATE_SECONDS, self._send, kwargs={"if_expected": True})
         late.daemon = True
         late.start()
 
     def _typed(self, _: dict[str, Any]) -> None:
-        if self._expected.is_set() and self.text.value:
-            self._send()
+        if self.text.value:
+            self._send(if_expected=True)
 
-    def _send(self) -> None:
-        self._expected.clear()
-        question = self.text.value
-        if not question.strip():
-            self._say("Write a question first.")
-        elif self._worker is None or not self._worker.is_alive():
-            self.text.value = ""
-            self._stopping.clear()
-            self._worker = threading.Thread(target=self._follow_and_report, args=(question,), daemon=True)
-            self._worker.start()
+    def _send(self, if_expected: bool = False) -> None:
+        with self._sending:
+            if if_expected and not self._expected.is_set():  # the other one came first
+                return
+            self._expected.clear()
+            question = self.text.value
+            if not question.strip():
+                self._say("Write a question first.")
+            elif self._worker is None or not self._worker.is_alive():
+                self.text.value = ""
+                self._stopping.clear()
+                worker = threading.Thread(target=self._follow_and_report, args=(question,), daemon=True)
+                worker.start()
+                self._worker = worker  # only now: who waits for it may not meet a thread that has not begun
 
     def _switched(self, change: dict[str, Any]) -> None:
         self.session.adapter = change["new"] == "tuned"

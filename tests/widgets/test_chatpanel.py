@@ -61,6 +61,30 @@ def test_typing_and_enter_gives_an_answer_with_figures(order):
     assert (panel.send_button.disabled, panel.stop_button.disabled) == (False, True)
 
 
+@pytest.mark.parametrize("order", ["first Enter", "first text"])
+def test_an_answer_can_be_waited_for_while_its_thread_is_being_started(monkeypatch, order):
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (time.sleep(0.1), start(thread)))
+    panel = panel_of()
+    enter(panel, "你好", order)
+    assert len(panel.answers) == 1
+
+
+def test_two_that_send_at_once_send_one_question(monkeypatch):
+    """The timer of Enter and the text that came behind it."""
+    panel, both = panel_of(), threading.Barrier(2)
+    panel.text.value = "你好"
+    panel._expected.set()
+    senders = [threading.Thread(target=lambda: (both.wait(60), panel._send(if_expected=True))) for _ in range(2)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(60)
+    panel.wait(60)
+    assert [answer.question for answer in panel.answers] == ["你好"]
+    assert "Write a question first" not in panel.message.value
+
+
 def test_leaving_the_box_sends_nothing():
     panel = panel_of()
     panel.text.value = "half a que"  # what comes when the box loses the focus
