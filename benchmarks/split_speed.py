@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.split_machine import CAP, SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.devicemap.captured import Captured
+from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
@@ -182,10 +182,13 @@ def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
                 times[parts].append(timed(parts))
         one = statistics.median(times[1][1:])
         say(times, one, checkpointed=checkpointed, graphs=False)
-    for parts in numbers[1:]:
+    for parts in numbers:
+        if not fits_graphs([(-(-rows // parts), machine.length)]):
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         captured = Captured(model)
-        say({parts: [timed(parts, captured) for _ in range(rounds + 1)]}, one, checkpointed="none", graphs=True)
-        del captured
+        times = {parts: [timed(parts, captured) for _ in range(rounds + 1)]}
+        say(times, one, checkpointed="none", graphs=True, recorded=len(captured.known), said=sorted(captured.said))
+        captured.forget()
     net.place(machine.device_map())

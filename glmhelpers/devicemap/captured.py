@@ -33,7 +33,7 @@ from glmhelpers.cost_model.sizes import GRAPH_TOKENS
 from glmhelpers.devicemap.devices import OnDevice, parameters_of, walk
 from glmhelpers.utils.types import Model
 
-SHAPES = 24
+SHAPES = 32
 """Shapes that are recorded at most; further ones run without graphs."""
 
 ON_CPU = "a block is on the CPU"
