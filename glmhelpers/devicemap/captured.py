@@ -294,8 +294,8 @@ class Captured:
                     no_room, cause = no_room or isinstance(cause, torch.OutOfMemoryError), cause.__context__
                 if no_room:
                     self.give_up()
-                else:
-                    self.say_without(str(error).splitlines()[0])
+                self.no_room = no_room
+                self.say_without("no room for them" if no_room else str(error).splitlines()[0])
         return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:

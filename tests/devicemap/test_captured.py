@@ -165,6 +165,18 @@ def test_no_room_while_recording_frees_all_and_says_so_once(room, masked, monkey
     assert capsys.readouterr().out == "[NOTE] steps run without CUDA graphs: no room for them\n"
 
 
+def test_no_room_for_the_first_thing_of_a_gpu_is_said_once_and_not_tried_again(capsys):
+    def home(device):
+        tried.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried, model = [], lora(fresh_model(), 0.2).train()
+    want = trained_on(model, lengths(), Never(model))
+    assert_same(trained_on(model, lengths(), Captured(model, home)), want)
+    assert len(tried) == 1
+    assert capsys.readouterr().out == "[NOTE] steps run without CUDA graphs: no room for them\n"
+
+
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_a_step_that_runs_out_of_memory_is_done_again_without(when, capsys):
     model = lora(fresh_model(), 0.2).train()
