@@ -57,7 +57,8 @@ class Published:
 
 def compare_ids(rows: Path, tokenizer: Any) -> dict[str, Any]:
     """Is each row that `encode_file` makes of these what the published encoder makes of it?"""
-    from glmhelpers.tokens.encode import Settings, encode_file, examples_of
+    from glmhelpers.tokens.encode import Settings, encode_file
+    from glmhelpers.tokens.examples import examples_of
 
     published, settings = Published(tokenizer), Settings()
     with open(rows, encoding="utf-8") as lines:

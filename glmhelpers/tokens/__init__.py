@@ -1,12 +1,13 @@
 """Tokens: from a row of text to ids and labels, and from rows to a batch.
 
-prompts.py  -->  encode.py  -->  collate.py                      lengths.py
-the template     ids, labels     rows of one length              what a limit costs
+prompts.py  -->  examples.py  -->  encode.py  -->  collate.py                      lengths.py
+the template     rows to texts     ids, labels     rows of one length              what a limit costs
 """
 
 from typing import TYPE_CHECKING, Any
 
-from glmhelpers.tokens.encode import encode_example, encode_file, split_by_prompt, split_key, token_report
+from glmhelpers.tokens.encode import encode_example, encode_file, split_by_prompt, token_report
+from glmhelpers.tokens.examples import split_key
 from glmhelpers.tokens.lengths import limit_costs, padding_share, quantile
 from glmhelpers.tokens.prompts import build_prompt
 

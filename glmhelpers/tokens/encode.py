@@ -20,12 +20,11 @@ settings and this code. Change any of them, and the old file is not found any mo
 import errno
 import hashlib
 import json
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,15 @@ import numpy as np
 import pyarrow as pa
 
 import thuglm.prompt
+from glmhelpers.tokens import examples, round_trip, texts
 from glmhelpers.tokens import prompts as templates
-from glmhelpers.tokens import round_trip, texts
-from glmhelpers.tokens.prompts import build_prompt, with_input
+from glmhelpers.tokens.examples import Chunk, chunks, examples_of
 from glmhelpers.tokens.report import Settings, TokenReport
-from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
+from glmhelpers.tokens.round_trip import RoundTrip, around_difference, id_arrays, text_ids
 from glmhelpers.utils.environment import output_folder
 from glmhelpers.utils.files import current, read_json, whole_file, write_json
 from glmhelpers.utils.folders import expanded
 from thuglm.constants import IGNORE_INDEX, MAX_LENGTH
-from thuglm.prompt import as_turns
-
-CHUNK = 2048
-"""Rows that are in memory at one time."""
 
 SCHEMA = pa.schema(
     {
@@ -56,22 +51,8 @@ SCHEMA = pa.schema(
         "split_key": pa.float64(),
     }
 )
+_NOTHING = np.empty(0, np.int32)
 PROBES = ("你好，世界！", "a\n\tb  c", "<sop> [MASK] [gMASK] <eop>", "１２３ é 👋")
-
-
-def examples_of(row: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) of a row: one pair, or one for each answer of its conversation.
-
-    Args:
-        row: `instruction`, `output` and, if there are any, `input`, `history` ([[question, answer], ...]), `system`.
-    """
-    history = as_turns(row.get("history") or [])
-    system = row.get("system") or ""
-    if settings.answers == "all":
-        for turn, (question, answer) in enumerate(history):
-            yield build_prompt(question, history[:turn], settings.template, system=system), answer
-    query, about = row["instruction"], row.get("input") or ""
-    yield build_prompt(query, history, settings.template, about, system), row["output"]
 
 
 class _Encoder:
@@ -103,8 +84,8 @@ class _Encoder:
                 return f"prompt alone fills {limit} tokens"
         return prompt + self.middle + answer + self.end, start
 
-    def targets_from(self, start: int) -> int:
-        """Place of the first target."""
+    def targets_from(self, start: Any) -> Any:
+        """Place of the first target, or many of them."""
         return start - 1 if self.settings.train_sop else start
 
 
@@ -229,20 +210,10 @@ def cache_key(path: Path, tokenizer: Any, settings: Settings) -> str:
     # Two tokenizers can share a model file and still differ in what they do before and after it.
     probes = [tokenizer.encode(probe, probe) for probe in PROBES]
     key.update(json.dumps([asdict(settings), model_length(tokenizer), probes], sort_keys=True).encode())
-    for module in (__file__, templates.__file__, texts.__file__, round_trip.__file__, thuglm.prompt.__file__):
-        key.update(Path(module).read_bytes())
+    for module in (examples, templates, texts, round_trip, thuglm.prompt):
+        key.update(Path(str(module.__file__)).read_bytes())
+    key.update(Path(__file__).read_bytes())
     return key.hexdigest()
-
-
-def split_key(row: Mapping[str, Any]) -> float:
-    """A number from 0 to 1 that depends on the row's first question alone, not on case, width or spaces.
-
-    Rows of one conversation, and a question that occurs twice with different answers, get the same number.
-    """
-    history = row.get("history") or []
-    first = history[0][0] if history else with_input(row["instruction"], row.get("input") or "")
-    plain = " ".join(unicodedata.normalize("NFKC", first).casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_by_prompt(
@@ -265,31 +236,11 @@ def split_by_prompt(
     return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                texts = row["instruction"], row["output"]
-                row["history"] = as_turns(row.get("history") or [])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is no row with instruction and output ({type(error).__name__}: {error}); "
-                    "let glmhelpers.data.convert.convert_alpaca write this file"
-                ) from error
-            if not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError(f"{path}, line {number}: instruction or output is empty; run convert_alpaca first")
-            yield row
-
-
 def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
     report = TokenReport(path.name, asdict(encoder.settings))
-    rows = _rows(source)
     with whole_file(target) as unfinished:
         with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
-            for chunk, ids in _with_ids(encoder.tokenizer, _chunks(rows, encoder.settings, report)):
+            for chunk, ids in _with_ids(encoder.tokenizer, chunks(source, encoder.settings, report)):
                 stream.write_batch(_joined(encoder, chunk, ids, report))
         if not report.kept:
             raise ValueError(f"{path}: not one example is left. {report}")
@@ -297,24 +248,14 @@ def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
         write_json(target.with_suffix(".json"), values | {"sha256": _checksum(unfinished, values)})
 
 
-@dataclass
-class _Chunk:
-    """Examples whose ids are made in one call."""
-
-    texts: list[str]
-    """Prompt, answer, prompt, answer, ..."""
-    keys: list[float]
-    """`split_key` of each example."""
-
-
-def _with_ids(tokenizer: Any, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, list[list[int]]]]:
+def _with_ids(tokenizer: Any, some: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
     """Each chunk with its ids. SentencePiece works in a thread: meanwhile Python reads the next rows, and puts the last
     ones together. Of other tokenizers nobody knows whether they may be asked from two threads."""
     ahead = 1 if hasattr(tokenizer, "text_ids") else 0
     with ThreadPoolExecutor(1) as behind:
-        waiting: deque[tuple[_Chunk, Future]] = deque()
-        for chunk in chunks:
-            waiting.append((chunk, behind.submit(text_ids, tokenizer, chunk.texts)))
+        waiting: deque[tuple[Chunk, Future]] = deque()
+        for chunk in some:
+            waiting.append((chunk, behind.submit(id_arrays, tokenizer, chunk.texts)))
             if len(waiting) > ahead:
                 done, ids = waiting.popleft()
                 yield done, ids.result()
@@ -322,50 +263,55 @@ def _with_ids(tokenizer: Any, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk
             yield done, ids.result()
 
 
-def _chunks(rows: Iterator[dict[str, Any]], settings: Settings, report: TokenReport) -> Iterator[_Chunk]:
-    while some := list(islice(rows, CHUNK)):
-        report.rows += len(some)
-        chunk = _Chunk([], [])
-        for row in some:
-            of_row = list(examples_of(row, settings))
-            chunk.texts += chain.from_iterable(of_row)
-            chunk.keys += [split_key(row)] * len(of_row)
-        yield chunk
-
-
-def _joined(encoder: _Encoder, chunk: _Chunk, ids: list[list[int]], report: TokenReport) -> pa.RecordBatch:
+def _joined(encoder: _Encoder, chunk: Chunk, ids: list[np.ndarray], report: TokenReport) -> pa.RecordBatch:
     """The examples of a chunk as they are learnt; `ids` are those of its texts."""
-    flat, sizes, starts, kept_keys = [], [], [], []
-    learnt: list[tuple[str, list[int]]] = []
-    for text, key, prompt, answer in zip(chunk.texts[1::2], chunk.keys, ids[::2], ids[1::2], strict=True):
-        report.examples += 1
-        whole = len(prompt) + len(encoder.middle) + len(answer) + 1
-        report.lengths[whole] += 1
-        joined = encoder.join(prompt, answer)
+    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+    prompts, answers = sizes[::2], sizes[1::2]
+    starts = prompts + len(encoder.middle)
+    lengths = starts + answers + 1
+    report.examples += len(lengths)
+    report.lengths.update(lengths.tolist())
+    # Which examples are not simply put together: one that is too long, has no answer, or a special token in a text.
+    odd = (answers == 0) | (lengths > encoder.limit)
+    special = np.flatnonzero(np.isin(np.concatenate([_NOTHING, *ids]), list(encoder.reserved)))
+    odd[np.searchsorted(np.cumsum(prompts + answers), special, "right")] = True
+    middle, end = np.array(encoder.middle, np.int32), np.array(encoder.end, np.int32)
+    parts = list(chain.from_iterable(zip(ids[::2], repeat(middle), ids[1::2], repeat(end))))
+    kept = np.ones(len(lengths), bool)
+    for place in np.flatnonzero(odd).tolist():
+        joined = encoder.join(*(own.tolist() for own in ids[2 * place : 2 * place + 2]))
+        learnt: list[int] = []
         if isinstance(joined, str):
             report.dropped[joined] += 1
-            continue
-        report.cut += len(joined[0]) < whole
-        learnt.append((text, answer))
-        flat += joined[0]
-        sizes.append(len(joined[0]))
-        starts.append(encoder.targets_from(joined[1]))
-        kept_keys.append(key)
-    changed = encoder.round_trip.changed([text for text, _ in learnt], [own for _, own in learnt])
+            kept[place] = False
+        else:
+            learnt = joined[0]
+            report.cut += len(learnt) < int(lengths[place])
+        lengths[place] = len(learnt)
+        parts[4 * place : 4 * place + 4] = [np.array(learnt, np.int32), _NOTHING, _NOTHING, _NOTHING]
+    places = 2 * np.flatnonzero(kept) + 1
+    changed = encoder.round_trip.changed([chunk.texts[place] for place in places], [ids[place] for place in places])
     report.changed += len(changed)
     report.changed_shown += [around_difference(*pair) for pair in changed[: 3 - len(report.changed_shown)]]
-    report.kept += len(sizes)
-    report.tokens += len(flat)
-    return _batch(flat, sizes, starts, kept_keys, report)
+    report.kept += len(places)
+    return _batch(np.concatenate([_NOTHING, *parts]), lengths[kept], starts[kept], chunk.keys[kept], encoder, report)
 
 
 def _batch(
-    flat: list[int], sizes: list[int], starts: list[int], keys: list[float], report: TokenReport
+    values: np.ndarray,
+    lengths: np.ndarray,
+    starts: np.ndarray,
+    keys: np.ndarray,
+    encoder: _Encoder,
+    report: TokenReport,
 ) -> pa.RecordBatch:
-    values, lengths = np.array(flat, dtype=np.int32), np.array(sizes, dtype=np.int32)
+    """Examples, their ids one behind the other; `starts` are the places of their first answer tokens."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    place = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
-    labels = np.where(place < np.repeat(np.array(starts, dtype=np.int32), lengths), IGNORE_INDEX, values)
-    report.targets += int((labels != IGNORE_INDEX).sum())
+    # Runs of prompt and answer in turn.
+    untaught = encoder.targets_from(starts)
+    runs = np.stack([untaught, lengths - untaught], 1).ravel()
+    labels = np.where(np.repeat(np.arange(len(runs)) % 2 == 1, runs), values, np.int32(IGNORE_INDEX))
+    report.tokens += len(values)
+    report.targets += int((lengths - untaught).sum())
     lists = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in (values, labels)]
-    return pa.record_batch([*lists, pa.array(lengths), pa.array(keys, pa.float64())], schema=SCHEMA)
+    return pa.record_batch([*lists, pa.array(lengths, pa.int32()), pa.array(keys, pa.float64())], schema=SCHEMA)

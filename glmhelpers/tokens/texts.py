@@ -7,6 +7,7 @@ a question   ──► build_prompt ───┘                    " Paris. "  
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 LINE_END, AROUND = "texts with other line ends", "texts with blanks around them"
 SURROGATE, CONTROL = "lone surrogate", "control character"
@@ -39,6 +40,14 @@ def clean_text(text: str, changes: Counter | None = None, indent: bool = False) 
     if changes is not None:
         changes[AROUND] += cleaned != text
     return cleaned
+
+
+def unclean(texts: Sequence[str]) -> set[int]:
+    """Places of the texts that `clean_text` may change; quicker than to ask it about each."""
+    places = {place for place, bare in enumerate(map(str.strip, texts)) if len(bare) != len(texts[place])}
+    if _TROUBLE.search("\n".join(texts)):
+        places |= {place for place, text in enumerate(texts) if _TROUBLE.search(text)}
+    return places
 
 
 def _without_trouble(text: str, changes: Counter) -> str:

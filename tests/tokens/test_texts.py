@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from glmhelpers.data.convert import convert_alpaca
 from glmhelpers.inference.batch import _prompts
 from glmhelpers.inference.chat import plain_text
-from glmhelpers.tokens.encode import encode_example, encode_file, examples_of, token_report
+from glmhelpers.tokens.encode import encode_example, encode_file, token_report
+from glmhelpers.tokens.examples import examples_of
 from glmhelpers.tokens.prompts import TEMPLATES, with_input
 from glmhelpers.tokens.report import Settings
 from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import thuglm.prompt
 from glmhelpers.tokens import encode as tokens
+from glmhelpers.tokens import examples
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.encode import (
     Settings,
@@ -17,10 +18,10 @@ from glmhelpers.tokens.encode import (
     encode_example,
     encode_file,
     split_by_prompt,
-    split_key,
     text_ids,
     token_report,
 )
+from glmhelpers.tokens.examples import split_key
 from glmhelpers.tokens.prompts import build_prompt
 from tests.helpers.reference import generation_cases, logit_cases, tensors, tokenizer, tokenizer_cases
 from thuglm.chunked_loss import IGNORE_INDEX
@@ -147,12 +148,12 @@ def test_text_ids_equal_the_tokenizer_one_by_one(texts):
 
 
 def test_a_file_gives_what_its_rows_give(file, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 512)
+    monkeypatch.setattr(examples, "CHUNK", 512)
     tok = tokenizer()
     dataset = encode_file(file, tok)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    assert len(dataset) == len(rows) > 2 * tokens.CHUNK
-    for place in (0, 1, 39, tokens.CHUNK - 1, tokens.CHUNK, len(rows) - 1):
+    assert len(dataset) == len(rows) > 2 * examples.CHUNK
+    for place in (0, 1, 39, examples.CHUNK - 1, examples.CHUNK, len(rows) - 1):
         example = encode_example(tok, rows[place])
         assert {name: dataset[place][name] for name in example} == example
         assert dataset[place]["length"] == len(example["input_ids"])
