@@ -7,8 +7,12 @@ attention       the memory-efficient kernel (no flash attention, no cuDNN)
 It also writes, after each cell, what the kernel held: peak of each GPU as its own allocator counts, peak of the
 process, and the peaks that the notebook predicted last. Speed, float16 rounding and the link between two GPUs stay
 those of the machine.
+
+A kernel that has not ended when its seconds are over writes where each of its threads is, and ends: C code that hangs
+with the interpreter's lock cannot keep it from that.
 """
 
+import faulthandler
 import json
 import os
 from pathlib import Path
@@ -16,10 +20,16 @@ from typing import Any
 
 EXTENSION = "as_t4"
 FILE_VARIABLE = "GLM_REHEARSAL_PEAKS"
+LIMIT_VARIABLE = "GLM_REHEARSAL_SECONDS"
 SHARED_VARIABLE = "GLM_REHEARSAL_SHARED"  # set: what other processes hold of the same GPU is not seen
 CONTEXT = 2**29  # bytes that a process takes beside its allocator, where the GPU cannot be asked for one process
 CAP = int(14.75 * 2**30)
 PREDICTIONS = ("predicted", "plan")  # variables of the notebooks that have `peak_bytes`, the surest first
+
+
+def stacks_file(peaks: Path) -> Path:
+    """Where a kernel whose time is over writes its stacks; empty if it ends before."""
+    return peaks.with_name(peaks.name.replace(".peaks.json", ".stacks.txt"))
 
 
 class _Properties:
@@ -61,10 +71,13 @@ def disguise() -> None:
 
 def load_ipython_extension(shell: Any) -> None:
     """Disguise the GPUs, and keep the peaks; called by IPython."""
+    path = Path(os.environ[FILE_VARIABLE])
+    if seconds := os.environ.get(LIMIT_VARIABLE):
+        faulthandler.dump_traceback_later(float(seconds), file=stacks_file(path).open("w"), exit=True)
     import torch
 
     disguise()
-    path, peaks = Path(os.environ[FILE_VARIABLE]), [0] * torch.cuda.device_count()
+    peaks = [0] * torch.cuda.device_count()
 
     def write(_: Any) -> None:
         for device, peak in enumerate(peaks):

@@ -8,14 +8,17 @@
 
 Weights are random, float16 and made on the GPUs; adapters are float32 with a GradScaler; attention runs on the kernel
 that a T4 has. First the machine is calibrated, so that the plans are made for it. Every result is printed and appended
-to OUT/processes.jsonl as it comes; a case that fails or hangs becomes a line and the next one starts in new processes.
+to OUT/processes.jsonl as it comes; a case that fails or hangs becomes a line, and the next one starts in new processes.
+What the ranks of such a case wrote on stderr is in OUT/processes.stderr.txt; if it hangs, where all their threads are.
 The last lines compare: how much faster than one part, and than the best way in one process.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -81,6 +84,11 @@ class Book:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
+    def keep(self, text: str) -> None:
+        """What is too long for a line goes to a file of its own beside the lines."""
+        with self.path.with_suffix(".stderr.txt").open("a", encoding="utf-8") as file:
+            file.write(f"==== {json.dumps(self.lines[-1], ensure_ascii=False)[:200]}\n{text}\n")
+
 
 class Group:
     """Some processes of `roads.py` that run cases together; `messages` yields what the first one says.
@@ -106,6 +114,7 @@ class Group:
         count = cases[0].processes
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         own = {ORDER: json.dumps(order), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "4"}
+        own |= {"PYTHONFAULTHANDLER": "1"}  # for `abort`
         self.processes: list[subprocess.Popen[str]] = []
         with ExitStack() as files:
             for rank in range(count):
@@ -141,20 +150,41 @@ class Group:
             try:
                 text = self.said.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
             except queue.Empty:
+                self.abort()
                 yield {"ended": "time is up" if time.monotonic() >= until else "it hung"}
                 return
             if text is None:
                 codes = [process.poll() for process in self.processes]
-                yield {"ended": "" if codes[0] == 0 else f"exit codes {codes}: {self.last_words()}"}
+                if codes[0] != 0:
+                    self.abort()  # those that wait for the one that has failed
+                yield {"ended": "" if codes[0] == 0 else f"exit codes {codes}"}
                 return
             line = json.loads(text)
             if "begins" in line:
                 limit = time.monotonic() + CASE * self.slower
             yield line
 
+    def texts(self) -> list[str]:
+        """What each rank wrote on stderr."""
+        return [self.errors(rank).read_text(errors="replace") for rank in range(len(self.processes))]
+
     def last_words(self) -> str:
-        """The end of what each rank wrote on stderr."""
-        return " | ".join(self.errors(rank).read_text()[-700:].strip() for rank in range(len(self.processes)))
+        """The end of what each rank wrote on stderr; of one that was aborted, where its main thread was."""
+        texts = self.texts()
+        places = [text.rpartition("Current thread")[2][:700] if "Current thread" in text else "" for text in texts]
+        return " | ".join(place or text[-700:].strip() for place, text in zip(places, texts, strict=True))
+
+    def abort(self) -> None:
+        """Let ranks that hang write on stderr where each of their threads is, and end."""
+        for process in self.processes:
+            process.send_signal(signal.SIGABRT)
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+
+    def all_words(self) -> str:
+        """All of it, rank by rank."""
+        return "\n".join(f"---- rank {rank}\n{text}" for rank, text in enumerate(self.texts()))
 
     def end(self) -> None:
         """Let nothing stay behind."""
@@ -178,7 +208,8 @@ def run_cases(cases: list[Case], tiny: bool, book: Book, until: float, keep: Pat
                         book.write(**message)
                     elif message.get("ended"):
                         case = asdict(cases[begun]) if begun >= 0 else {}
-                        book.write(**case, error=f"{message['ended']} {group.last_words()}"[:1500])
+                        book.write(**case, error=f"{message['ended']}: {group.last_words()}"[:2000])
+                        book.keep(group.all_words())
                     elif "ended" in message:
                         return
             finally:

@@ -15,6 +15,9 @@
 The host's memory is limited by a control group where one can be made; where not, the table says so. Exit status 1 if a
 cell failed. After each notebook, what it showed and its row of the table are in --out, and all of that in --zip: a run
 that is cut off loses the notebook at hand only. The weights, 13.4 GB, and the copies are removed at the end.
+
+A notebook that hangs is ended after --limit seconds; NN_name.stacks.txt beside it says where its threads were. The road
+goes on with the next one, unless it was 01, and begins none when --seconds are over: one hang never costs a whole call.
 """
 
 import argparse
@@ -42,6 +45,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts"), str(PROJECT / "benchmark
 
 import as_t4  # noqa: E402
 import nbformat  # noqa: E402
+import psutil  # noqa: E402
 import run_tutorial  # noqa: E402
 from clean_notebook import clean  # noqa: E402
 from grow_checkpoint import TINY, grow  # noqa: E402
@@ -52,6 +56,7 @@ COPIED = ("thuglm", "glmhelpers", "notebooks", "data", "benchmarks", "pyproject.
 PLACE = {"repo_id": "rehearsal/chatglm-6b", "revision": "0" * 40}
 TRAINING = ("03", "04")  # notebooks that train, and predict it for the machine at hand
 HOST_GB = 12.7  # what a free Colab session has
+LEAST_SECONDS = 30  # with fewer left, no notebook is begun
 SMALL = {"hidden_size": 512, "heads": 8, "layers": 12, "inner_hidden_size": 512, "vocab_size": 2528}
 
 
@@ -159,8 +164,10 @@ def walk(project: Path, gpus: int, hub: str, options: argparse.Namespace) -> Non
         HF_ENDPOINT=hub,
         HF_DATASETS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
-        # As on Kaggle. With a thread for each of 32 cores, two kernels at once wait for one another for minutes.
+        # As on Kaggle. Threads that spin while they wait for one another keep those of the other road from working:
+        # with two kernels on two cores, a step of the tiny model took 22 s instead of 0.13.
         OMP_NUM_THREADS="4",
+        OMP_WAIT_POLICY="passive",
         PYTHONPATH=os.pathsep.join(filter(None, (str(PROJECT / "benchmarks"), os.environ.get("PYTHONPATH")))),
     )
     rows: list[dict[str, Any]] = []
@@ -170,26 +177,50 @@ def walk(project: Path, gpus: int, hub: str, options: argparse.Namespace) -> Non
             continue
         if options.small:  # fewer bytes than real weights have are not found without being named
             os.environ["GLM_WEIGHTS"] = "real" if path.stem[:2] == "01" else str(project / "thuglm")
-        peaks = out / f"{path.stem}.peaks.json"
-        os.environ[as_t4.FILE_VARIABLE] = str(peaks)
-        notebook, started, error = nbformat.read(path, as_version=4), time.perf_counter(), ""
-        try:
-            run_tutorial.execute(notebook, path.stem, path.parent, extension=as_t4.EXTENSION)
-        except run_tutorial.CellFailedError as failure:
-            error = str(failure)
-            print(error, file=sys.stderr, flush=True)
-        clean(notebook, project, project / "outputs")
-        held = json.loads(peaks.read_text()) if peaks.is_file() else {}
-        if path.stem[:2] not in TRAINING:  # their plans are for machines that are only talked about
-            held["predicted_peak_bytes"] = []
-        row = {"gpus": gpus, "notebook": path.stem, "seconds": round(time.perf_counter() - started, 1), **held}
-        rows.append(row | {"host": host, "ok": not error})
+        row = {"gpus": gpus, "notebook": path.stem, "host": host, "seconds": 0.0, "ok": False}
+        left = min(options.limit, options.until - time.monotonic())
+        if left < LEAST_SECONDS:
+            rows.append(row | {"why": "no time was left"})
+        else:
+            rows.append(row | run_one(path, out, project, left))
         with kept(options.out, options.zip):
-            nbformat.write(notebook, out / path.name)
             (options.out / f"{gpus}_gpus.json").write_text(json.dumps(rows), encoding="utf-8")
         print(json.dumps(rows[-1]), flush=True)
-        if error:
+        if path.stem[:2] == "01" and not rows[-1]["ok"]:
             break
+
+
+def run_one(path: Path, out: Path, project: Path, seconds: float) -> dict[str, Any]:
+    """Run one notebook, at most so many seconds; it goes to `out` as far as it came. Returns its part of the row."""
+    peaks = out / f"{path.stem}.peaks.json"
+    os.environ |= {as_t4.FILE_VARIABLE: str(peaks), as_t4.LIMIT_VARIABLE: f"{seconds:.0f}"}
+    notebook, started, found = nbformat.read(path, as_version=4), time.perf_counter(), {"ok": True}
+    try:
+        run_tutorial.execute(notebook, path.stem, path.parent, round(seconds + 30), as_t4.EXTENSION)
+    except (run_tutorial.CellFailedError, RuntimeError) as failure:  # RuntimeError: the kernel did not start
+        found = {"ok": False}
+        print(failure, file=sys.stderr, flush=True)
+    end_leftovers(peaks)
+    stacks = as_t4.stacks_file(peaks)
+    if stacks.is_file() and stacks.stat().st_size:
+        found["why"] = f"stopped after {seconds:.0f} s, its stacks are kept"
+    else:
+        stacks.unlink(missing_ok=True)
+    clean(notebook, project, project / "outputs")
+    nbformat.write(notebook, out / path.name)
+    found |= json.loads(peaks.read_text()) if peaks.is_file() else {}
+    if path.stem[:2] not in TRAINING:  # their plans are for machines that are only talked about
+        found["predicted_peak_bytes"] = []
+    return found | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def end_leftovers(place: Path) -> None:
+    """End the kernel of a notebook, or of a road (by the place of its peaks), and all that it has left behind, such as
+    ranks that hold a GPU: they have its variables."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(as_t4.FILE_VARIABLE, "").startswith(str(place)):
+                process.kill()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -207,7 +238,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 "peak predicted, GiB": gib(row.get("predicted_peak_bytes", [])),
                 "measured, GiB": gib(row.get("peak_bytes", [])),
                 "host peak, GB": f"{row.get('host_bytes', 0) / 1e9:.1f}, {row['host']}",
-                "result": "passed" if row["ok"] else "FAILED",
+                "result": "passed" if row["ok"] else "FAILED" + (f": {row['why']}" if "why" in row else ""),
             }
             for row in rows
         ]
@@ -241,20 +272,28 @@ def road(options: argparse.Namespace, work: Path, hub: str, gpus: int) -> None:
                 continue
             copy.unlink(missing_ok=True)
             os.link(path, copy)
+    until = options.until + (0 if options.together else options.seconds * options.roads.index(gpus))
     first = max(options.roads) - gpus if options.together else 0
     settings = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + gpus)))}
     if options.together:
         settings[as_t4.SHARED_VARIABLE] = "1"
+    inner = ["--walk", str(project), "--hub", hub, "--roads", str(gpus), "--until", str(until)]
     process = subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], "--walk", str(project), "--hub", hub, "--roads", str(gpus)],
+        [sys.executable, __file__, *sys.argv[1:], *inner],
         env={**os.environ, **settings},
     )
-    killed = process.wait() != 0
+    try:
+        killed = process.wait(max(1.0, until + 20 - time.monotonic())) != 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        killed = bool(process.wait())
+        end_leftovers(options.out / f"{gpus}_gpus")
     with contextlib.suppress(OSError):  # the group that it may have made, empty now
         control_group(process.pid)[0].rmdir()
-    shutil.rmtree(project)
+    shutil.rmtree(project, ignore_errors=True)  # --work is emptied at the end
     if killed:
-        row = {"gpus": gpus, "notebook": "the rest", "seconds": 0.0, "host": "its process was killed", "ok": False}
+        row = {"gpus": gpus, "notebook": "the rest", "seconds": 0.0, "host": "not known", "ok": False}
+        row["why"] = "its process was killed"
         with kept(options.out, options.zip):
             rows = [row for row in read_rows(options.out) if row["gpus"] == gpus]
             (options.out / f"{gpus}_gpus.json").write_text(json.dumps([*rows, row]), encoding="utf-8")
@@ -267,12 +306,16 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="all roads at once")
     parser.add_argument("--notebooks", nargs="+", default=[], metavar="[ROAD=]01,04", help="default: all of them")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--limit", type=float, default=160, help="seconds for a notebook")
+    parser.add_argument("--seconds", type=float, default=500, help="for all roads at once, or for each road")
     parser.add_argument("--out", type=Path, default=PROJECT / "build" / "rehearsal")
     parser.add_argument("--zip", type=Path, help="default: beside --out")
     parser.add_argument("--work", type=Path, default=PROJECT / "build", help="where 45 GB are free for a while")
     for inner in ("--walk", "--hub"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.until = options.until or time.monotonic() + options.seconds
     options.out, options.zip = options.out.resolve(), (options.zip or options.out.with_suffix(".zip")).resolve()
     if options.walk:
         walk(Path(options.walk), options.roads[0], options.hub, options)
@@ -292,7 +335,7 @@ def main() -> None:
         old.unlink()
     seconds = "The roads ran beside each other: their seconds are not to be compared." if options.together else ""
     (options.out / "machine.json").write_text(json.dumps({"text": machine_text(), "seconds": seconds}))
-    with tempfile.TemporaryDirectory(dir=options.work) as work:
+    with tempfile.TemporaryDirectory(dir=options.work, ignore_cleanup_errors=True) as work:
         started = time.perf_counter()
         weights = grow(TINY, Path(work) / "weights", **(SMALL if options.small else {}))
         print(f"grown in {time.perf_counter() - started:.1f} s", flush=True)

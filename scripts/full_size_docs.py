@@ -104,7 +104,8 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
 
     Raises:
         FileNotFoundError: there is no executed notebook in `folder`.
-        ValueError: a cell with a tag failed or was not run, or no cell has one.
+        ValueError: a cell with a tag failed or was not run, or no cell has one. Notebooks whose row in the table says
+            that they failed are left out.
     """
     roads = sorted(folder.glob("[0-9]_gpus"), reverse=True)
     stems = sorted({path.stem for road in roads for path in road.glob("[0-9][0-9]_*.ipynb")})
@@ -126,8 +127,12 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
         (folder / "table.md").read_text(encoding="utf-8").strip(),
         "",
     ]
-    ran = {row["notebook"] for path in sorted(folder.glob("[0-9]_gpus.json")) for row in json.loads(path.read_text())}
-    if missing := sorted(ran - set(stems)):
+    rows = [row for path in sorted(folder.glob("[0-9]_gpus.json")) for row in json.loads(path.read_text())]
+    failed = {(row["gpus"], row["notebook"]) for row in rows if not row.get("ok", True)}
+    kept = {
+        path.stem for road in roads for path in road.glob("*.ipynb") if (int(road.name[0]), path.stem) not in failed
+    }
+    if missing := sorted({row["notebook"] for row in rows} - kept):
         lines += [f"What {', '.join(missing)} showed was not kept: the next rehearsal brings it.", ""]
     page.parent.mkdir(parents=True, exist_ok=True)
     for old in page.parent.glob("[0-9][0-9]_*.png"):
@@ -136,10 +141,9 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
     for stem in stems:
         found: dict[str, dict[str, NotebookNode]] = {}
         for road in roads:
-            path = road / f"{stem}.ipynb"
-            if not path.is_file():
+            path, gpus = road / f"{stem}.ipynb", int(road.name[0])
+            if not path.is_file() or (gpus, stem) in failed:
                 continue
-            gpus = int(road.name[0])
             for name, cell in tagged(nbformat.read(path, as_version=4)).items():
                 if not cell.outputs or any(output.output_type == "error" for output in cell.outputs):
                     raise ValueError(

@@ -29,7 +29,9 @@ import pyarrow.parquet
 
 from glmhelpers.data.cleaning import UNDECODABLE, find_columns, holds_rows, missing_columns
 from glmhelpers.data.csv_reader import read_csv
+from glmhelpers.data.files import LIKELY_RATIO, MOST_UNPACKED
 from glmhelpers.data.json_recovery import DECODER, LONGEST_ROW, Found, Notes, read_json
+from glmhelpers.utils.packed_sizes import FEATHER, messages, page_header, unpacked_bytes
 
 HEAD = 2**16
 """Bytes that are looked at to tell the format."""
@@ -41,10 +43,13 @@ BATCH_BYTES = 2**26
 PAGE_BYTES = 2**27
 """Bytes of a page of a parquet file, unpacked: no writer makes larger ones, unless one value is that large."""
 TABLE_BYTES = 2**28
-"""Bytes of a table in a zip, or packed by gzip and the like: it is read out of order, so it is unpacked as a whole."""
+"""Bytes of a table in a zip, or packed by gzip and the like: it is read out of order, so it is unpacked as a whole.
+Also of a packed batch of an Arrow file, and of all its dictionaries, for the same reason."""
+ROW_BYTES = 64
+"""What a row counts beside its texts, when a table is judged by what came out of it: about what is written of it."""
 
-FEATHER, STREAM = b"ARROW1", b"\xff\xff\xff\xff"
-"""First bytes of Arrow's two formats."""
+STREAM = b"\xff\xff\xff\xff"
+"""First bytes of Arrow's form without a footer."""
 
 TABLES = {"iterrows": "to_dict('records')", "to_pylist": "to_pylist()", "to_dicts": "to_dicts()"}
 """What tells a table of another library -> how it gives its rows."""
@@ -185,31 +190,54 @@ def _read_parquet(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> I
         return
     wanted = list(dict.fromkeys(found.values()))
     rows = _batch_rows(table.metadata, file, set(wanted))
-    yield from _table_rows(table.iter_batches(rows, columns=wanted), wanted)
+    yield from _table_rows(table.iter_batches(rows, columns=wanted), wanted, file.seek(0, io.SEEK_END))
 
 
 def _read_arrow(file: BinaryIO, notes: Notes, columns: Mapping[str, str]) -> Iterator[Found]:
     """As `_read_parquet`, for Arrow's own two formats: of `save_to_disk`, and of Feather."""
     notes.unit = "row"
     # Mapped into memory where that can be: then only what is looked at is read.
-    source = pa.memory_map(file.name) if _on_disk(file) else file
-    if file.read(len(FEATHER)) == FEATHER:
+    source = pa.memory_map(file.name) if _on_disk(file) else pa.BufferReader(file.read())
+    _refuse_large_batches(source)
+    source.seek(0)
+    if source.read(len(FEATHER)) == FEATHER:
         reader = pa.ipc.open_file(source)
         batches = (reader.get_batch(place) for place in range(reader.num_record_batches))
     else:
-        file.seek(0)
+        source.seek(0)
         reader = batches = pa.ipc.open_stream(source)
     names = reader.schema.names
     found = find_columns(names, columns)
     if not holds_rows(found):
         notes.not_data = missing_columns(names)
         return
-    yield from _table_rows(batches, list(dict.fromkeys(found.values())), check=True)
+    yield from _table_rows(batches, list(dict.fromkeys(found.values())), source.size(), check=True)
 
 
-def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str], check: bool = False) -> Iterator[Found]:
+def _refuse_large_batches(source: Any) -> None:
+    """Look at each message of an Arrow file, and unpack none.
+
+    Raises:
+        ValueError: a batch, or all dictionaries together, unpack to more than `TABLE_BYTES`.
+    """
+    dictionaries = 0
+    for message in messages(source):
+        size = unpacked_bytes(message)
+        if message.type == "dictionary":
+            size = dictionaries = dictionaries + size
+        if size > TABLE_BYTES:
+            raise ValueError(
+                f"it is packed, and a {message.type} in it has {size:,} bytes; at most {TABLE_BYTES:,} are unpacked at "
+                "a time: write it with fewer rows a batch, or as parquet"
+            )
+
+
+def _table_rows(
+    batches: Iterable[pa.RecordBatch], wanted: list[str], size: int, check: bool = False
+) -> Iterator[Found]:
+    """Rows of a table whose file has `size` bytes."""
     # Arrow files are taken as they lie there: to read a place that a damaged one points to would end the process.
-    number = 0
+    number, read, most = 0, 0, max(MOST_UNPACKED, LIKELY_RATIO * size)
     for batch in batches:
         # A name may stand in the file twice: as with our names, the first one counts.
         of_name = {name: batch.column(batch.schema.names.index(name)) for name in wanted}
@@ -219,9 +247,17 @@ def _table_rows(batches: Iterable[pa.RecordBatch], wanted: list[str], check: boo
         for place in range(len(batch)):
             number += 1
             try:
-                yield Found(number, {name: _value(column, place, name, long) for name, column in of_name.items()})
+                row = {name: _value(column, place, name, long) for name, column in of_name.items()}
+                read += ROW_BYTES + sum(len(value) for value in row.values() if isinstance(value, str))
+                yield Found(number, row)
             except _NoValue as reason:
+                read += ROW_BYTES
                 yield Found(number, None, str(reason))
+            if read > most:
+                raise ValueError(
+                    f"its first {number:,} rows are over {most:,} bytes, over {LIKELY_RATIO} times its size, as no "
+                    "rows are: it may be made to fill memory or disk"
+                )
 
 
 def _batch_rows(facts: pyarrow.parquet.FileMetaData, file: BinaryIO, wanted: set[str]) -> int:
@@ -244,7 +280,7 @@ def _batch_rows(facts: pyarrow.parquet.FileMetaData, file: BinaryIO, wanted: set
         end = at + chunk.total_compressed_size
         while at < end:
             file.seek(at)
-            header, length = _page_header(file.read(HEAD))
+            header, length = page_header(file.read(HEAD))
             size, at = header[2], at + length + max(0, header[3])
             if size > PAGE_BYTES:
                 raise ValueError(
@@ -264,63 +300,43 @@ _PLAIN, _INDICES = (0, 6), (2, 8)
 """Encodings of a page: values one after the other (PLAIN, DELTA_LENGTH_BYTE_ARRAY); their places in a dictionary."""
 
 
-def _page_header(data: bytes) -> tuple[dict[int, Any], int]:
-    """Numbers of a page's header by field number (2: bytes unpacked, 3: bytes in the file), and the header's length.
-
-    It is a struct of Thrift's compact protocol; its fields stand in parquet.thrift, of the Parquet format.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value
-
-    def item(kind: int) -> Any:
-        nonlocal at
-        if kind in (1, 2):  # in the kind itself
-            return kind == 1
-        if kind in (3, 7, 8):
-            size = {3: 1, 7: 8}.get(kind) or varint()
-            at += size
-            return None
-        if kind in (4, 5, 6):
-            return (number := varint()) >> 1 ^ -(number & 1)
-        if kind == 12:
-            return struct()
-        raise ValueError(f"a header of a page has a field of kind {kind}: the file is damaged")
-
-    def struct() -> dict[int, Any]:
-        nonlocal at
-        fields: dict[int, Any] = {}
-        number = 0
-        while head := data[at]:
-            at += 1
-            number = number + (head >> 4) if head >> 4 else item(4)
-            fields[number] = item(head & 15)
-        at += 1
-        return fields
-
-    try:
-        fields = struct()
-    except (IndexError, RecursionError):
-        fields = {}
-    if not all(isinstance(fields.get(number), int) for number in (2, 3)):
-        raise ValueError("a header of a page says no sizes, or does not end: the file is damaged")
-    return fields, at
-
-
 def _value(column: pa.Array, place: int, name: str, long: bool) -> Any:
     if long and (size := column.slice(place, 1).nbytes) > LONGEST_ROW:
         raise _NoValue(f"its {name} is longer than {LONGEST_ROW:,} bytes ({size:,})")
     try:
-        value = column[place].as_py()
+        value = _counted(column[place], [LONGEST_ROW], name) if _may_repeat(column.type) else column[place].as_py()
         return value.decode() if isinstance(value, bytes) else value  # some programs write texts as bytes
     except UnicodeDecodeError:
         raise _NoValue(UNDECODABLE) from None
+    except _NoValue:
+        raise
     except Exception as error:  # dates beyond the year 9999, zones nobody knows, a name twice: as many errors
         raise _NoValue(f"its {name} cannot be read: {error}") from None
+
+
+_SHARED = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view)
+_SHARED += (pa.types.is_string_view, pa.types.is_binary_view)
+"""Types whose values may lie in the file once, and stand in a list a million times."""
+
+
+def _may_repeat(kind: pa.DataType) -> bool:
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    inner += [kind.value_type] if pa.types.is_dictionary(kind) else []
+    return any(is_shared(each) for each in inner for is_shared in _SHARED) or any(map(_may_repeat, inner))
+
+
+def _counted(value: pa.Scalar, left: list[int], name: str) -> Any:
+    """`as_py`, until there is more than `left` letters and values."""
+    if not value.is_valid:
+        return None
+    if isinstance(value, pa.DictionaryScalar | pa.RunEndEncodedScalar):
+        return _counted(value.value, left, name)
+    if isinstance(value, pa.StructScalar):
+        return {key: _counted(each, left, name) for key, each in value.items()}
+    if hasattr(value, "values"):
+        return [_counted(each, left, name) for each in value.values]
+    size = value.as_buffer().size if hasattr(value, "as_buffer") else 0
+    left[0] -= 1 + size
+    if left[0] < 0:
+        raise _NoValue(f"its {name} is longer than {LONGEST_ROW:,} bytes")
+    return value.as_py()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from glmhelpers.cost_model.sizes import GRAPH_TOKENS
-from glmhelpers.devicemap.devices import OnDevice
+from glmhelpers.devicemap.devices import OnDevice, parameters_of, walk
 from glmhelpers.utils.types import Model
 
 SHAPES = 24
@@ -228,7 +228,7 @@ class Captured:
         for block in self.transformer.layers:
             before = len(trained)
             state.append(bool(block.gradient_checkpointing))
-            for module in block.modules():
+            for module in walk(block):
                 kept = vars(module)
                 if kept["_forward_hooks"] or kept["_forward_pre_hooks"] or "_hf_hook" in kept:
                     return f"a hook on {_name_in(block, module) or 'a block'}", ()
@@ -288,11 +288,11 @@ class Captured:
                 self.known[shapes] = self.record(shapes)
             except (RuntimeError, NotImplementedError) as error:
                 self.known[shapes] = None
-                # Where the memory ends while kernels are recorded, the end of the recording fails, too.
-                chain = [each for each in (error, error.__context__) if each is not None]
-                for each in chain:
-                    traceback.clear_frames(each.__traceback__)  # they hold what has been recorded so far
-                if any(isinstance(each, torch.OutOfMemoryError) for each in chain):
+                no_room, cause = False, cast(BaseException | None, error)
+                while cause is not None:
+                    traceback.clear_frames(cause.__traceback__)  # with what has been recorded so far
+                    no_room, cause = no_room or isinstance(cause, torch.OutOfMemoryError), cause.__context__
+                if no_room:
                     self.give_up()
                 else:
                     self.say_without(str(error).splitlines()[0])
@@ -311,7 +311,7 @@ class Captured:
         if homes:
             gc.collect()
         for home in homes:
-            home.settle()
+            home.close()
 
     def give_up(self) -> bool:
         """The memory ran out: no graphs from now on. False if there was nothing to free."""
@@ -326,7 +326,7 @@ class Captured:
         """What brings back random states and gradients as they are now."""
         ends = (self.transformer.word_embeddings, self.transformer.final_layernorm, self.model.get_output_embeddings())
         rest = ends if self.trained else [self.model]
-        weights = self.trained + [p for part in rest for p in part.parameters() if p.requires_grad]
+        weights = self.trained + [p for part in rest for p in parameters_of(part) if p.requires_grad]
         kept = [None if p.grad is None else p.grad.clone() for p in weights]
         places = {p.device.index for p in weights if p.is_cuda}
         offsets = [(g, g.get_offset()) for g in (torch.cuda.default_generators[index] for index in places)]

@@ -5,14 +5,28 @@ default stream    --own_streams()-> one side stream a GPU                 so tha
 the same kernels  --record()-----> a CUDA graph                           over memory that all graphs of a GPU share
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def walk(module: nn.Module) -> Iterator[nn.Module]:
+    """Every module in it, as `modules()` in a fifth of the time, since each step does it; one in two places comes twice."""
+    found = [module]
+    for each in found:
+        found.extend(child for child in each._modules.values() if child is not None)
+    return iter(found)
+
+
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The same for `parameters()`."""
+    return (weight for each in walk(module) for weight in each._parameters.values() if weight is not None)
 
 
 @cache
@@ -25,7 +39,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 def own_streams(model: nn.Module) -> Iterator[None]:
     """On a model that is split over several GPUs, queue work in a stream of its own on each; before and behind it, the
     default streams wait as usual. See the module for why."""
-    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=lambda device: device.index)
+    devices = sorted({p.device for p in parameters_of(model) if p.is_cuda}, key=lambda device: device.index)
     if len(devices) < 2:
         yield
         return
@@ -71,10 +85,11 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 class Recorded:
     """Work on a GPU that `run()` starts again; `make(*fixed())` must use fixed tensors only and return what is kept."""
 
-    def __init__(self, home: "OnDevice", make: Callable[..., Any], fixed: Callable[[], tuple[Tensor, ...]]):
+    def __init__(self, home: "OnDevice", make: Callable[..., Any], fixed: Callable[[], tuple[Tensor, ...]] = tuple):
         self.device, self.graph = home.device, torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.stream(home.stream):
-            self.graph.capture_begin(pool=home.pool)
+            # Not "global", where another thread that pins memory for the next batch would end the recording.
+            self.graph.capture_begin(pool=home.pool, capture_error_mode="thread_local")
             try:
                 self.fixed = fixed()
                 self.result = make(*self.fixed)
@@ -93,10 +108,43 @@ class OnDevice:
     def __init__(self, device: torch.device):
         self.device, self.pool, self.stream = device, torch.cuda.graph_pool_handle(), side_stream(device)
         self.generator = torch.cuda.default_generators[device.index]
+        self.rehearse(self.nothing)
+        self.open_pool()
+
+    def open_pool(self) -> None:
+        """A pool that lost its last graph cannot be recorded into again: one graph of nothing stays."""
+        self.keeper: Recorded | None = Recorded(self, self.nothing)
+
+    def nothing(self) -> None:
+        """Some work."""
+        torch.zeros(1, device=self.device)
 
     def record(self, make: Callable[..., Any], fixed: Callable[[], tuple[Tensor, ...]] = tuple) -> Recorded:
         """Record what `make` starts; `fixed` makes tensors in the pool for what will come from outside."""
-        return Recorded(self, make, fixed)
+        collecting = gc.isenabled()
+        gc.disable()  # what it finds may be a graph, and none may go while another is recorded
+        try:
+            return Recorded(self, make, fixed)
+        except BaseException:
+            self.mend()
+            raise
+        finally:
+            if collecting:
+                gc.enable()
+
+    def mend(self) -> None:
+        """Where a recording could not be ended, torch goes on as if it lasted: its allocator would never again give
+        memory back, and (up to 2.11) its generator refuse to draw. End it; another recording sets the generator right.
+        """
+        with suppress(RuntimeError):  # it was ended
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
+        self.open_pool()
+
+    def close(self) -> None:
+        """Give the pool's memory back, once all its graphs are gone."""
+        self.keeper = None
+        self.settle()
 
     def rehearse(self, make: Callable[[], Any]) -> None:
         """Run it once without recording: libraries set themselves up at a first call."""

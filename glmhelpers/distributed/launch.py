@@ -44,7 +44,8 @@ def torchrun_command(
         meet: host:port of one of the machines, the same on all; only for several.
         program: what each process runs.
     """
-    place = ["--standalone"]
+    # Or torchrun would look up this machine's own name, which nobody knows on some, and wait for ever.
+    place = ["--standalone", "--local-addr", "127.0.0.1"]
     if meet:
         place = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "glm"]
     counts = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]

@@ -107,7 +107,7 @@ def check_start(ranks: int, on_gpu: bool, environment: Mapping[str, str] | None 
 
 @contextmanager
 def joined(ranks: int, on_gpu: bool, timeout: float) -> Iterator[Processes]:
-    """Join the other processes; leave them at the end of the block.
+    """Join the other processes; leave them at the end of the block, or behind an error with the end of this process.
 
     Args:
         ranks: processes of one pipeline; 0: all of them.
@@ -133,7 +133,8 @@ def joined(ranks: int, on_gpu: bool, timeout: float) -> Iterator[Processes]:
         yield Processes(make_mesh(ranks or world, device.type, patience), device, local, places)
     finally:
         places.stop()
-        dist.destroy_process_group()
+    # Not behind an error: NCCL would wait for kernels whose other rank never comes, and nobody would read the error.
+    dist.destroy_process_group()
 
 
 def make_mesh(ranks: int, device_type: str, timeout: timedelta) -> DeviceMesh:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from glmhelpers.devicemap.devices import parameters_of
 from glmhelpers.utils.types import Told
 
 SKIPS_ALLOWED = 20
@@ -119,7 +120,7 @@ class Guard(TrainerCallback):
 def gradients_finite(model: torch.nn.Module) -> bool:
     """Whether every gradient is a number; one look at each device, however many gradients there are."""
     sums: dict[torch.device, list[Tensor]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters_of(model):
         if parameter.grad is not None:
             sums.setdefault(parameter.grad.device, []).append(parameter.grad.sum())
     return all(bool(torch.stack(group).isfinite().all()) for group in sums.values())

@@ -42,3 +42,24 @@ run_cases([Case(**two, parts=2, stages_per_rank=9), Case(**two)], True, book, ti
     assert "every stage needs at least one block" in wrong["error"]
     assert (wrong["parts"], right["parts"]) == (2, 1)
     assert right["loss"] > 0
+    assert "==== " in (tmp_path / "lines.stderr.txt").read_text()
+
+
+def test_a_rank_that_hangs_is_told_with_the_place_where_it_hangs(tmp_path):
+    script = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(PROJECT)!r})
+from benchmarks import processes
+from benchmarks.road_bench import Case
+processes.CASE, processes.PATIENCE = 0.3, 60
+book = processes.Book(Path({str(tmp_path)!r}) / "lines.jsonl", "test")
+processes.run_cases([Case(2, 512, 1, "GPipe")], True, book, time.monotonic() + 120)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    (hung,) = [json.loads(text) for text in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert hung["error"].startswith("it hung: ")
+    assert "most recent call first" in hung["error"]
+    text = (tmp_path / "lines.stderr.txt").read_text()
+    assert text.count("roads.py") >= 2
+    assert "---- rank 1" in text

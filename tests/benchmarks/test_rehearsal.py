@@ -4,6 +4,8 @@ import json
 import zipfile
 from types import SimpleNamespace
 
+import nbformat
+import psutil
 import pytest
 import torch
 
@@ -72,6 +74,54 @@ def test_table_says_what_failed():
     first, second = rehearsal.table(rows).splitlines()[2:]
     assert first == "| 2 | 04 | 10 | 1.00 | 1.00, 2.00 | 5.0, not limited | passed |"
     assert second == "| 1 | 05 | 1 | - | - | 0.0, its process was killed | FAILED |"
+
+
+@pytest.mark.once
+def test_a_notebook_that_hangs_is_ended_with_its_children_and_says_where(tmp_path, monkeypatch):
+    """The cell holds the interpreter's lock, so that no Python of the kernel could end it."""
+    source = [
+        "import ctypes, subprocess, sys",
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])",
+        "print(child.pid)",
+        "def held_here():",
+        "    ctypes.PyDLL(None).sleep(600)",
+        "held_here()",
+    ]
+    cells = [nbformat.v4.new_code_cell("\n".join(lines)) for lines in (source[:3], source[3:])]
+    path, out = tmp_path / "02_hangs.ipynb", tmp_path / "out"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    out.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(rehearsal.PROJECT / "benchmarks"))
+    for name in (as_t4.FILE_VARIABLE, as_t4.LIMIT_VARIABLE):
+        monkeypatch.setenv(name, "")
+    row = rehearsal.run_one(path, out, tmp_path, 20)
+    assert not row["ok"]
+    assert row["why"] == "stopped after 20 s, its stacks are kept"
+    assert "held_here" in (out / "02_hangs.stacks.txt").read_text()
+    child = int(nbformat.read(out / path.name, as_version=4).cells[0].outputs[0].text)
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert rehearsal.table([row | {"gpus": 2, "notebook": "02", "host": "-"}]).endswith(
+        "| FAILED: stopped after 20 s, its stacks are kept |"
+    )
+
+
+def test_a_road_goes_on_behind_a_notebook_that_failed_unless_it_was_the_first(tmp_path, monkeypatch):
+    (tmp_path / "machine.json").write_text(json.dumps({"text": "", "seconds": ""}))
+    (tmp_path / "notebooks").mkdir()
+    for number in ("01", "02", "03"):
+        (tmp_path / "notebooks" / f"{number}_x.ipynb").touch()
+    options = {"out": tmp_path, "zip": tmp_path / "all.zip", "notebooks": [], "small": False, "limit": 60.0}
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(rehearsal.os, "environ", {})
+
+    def walked(until, failing):
+        monkeypatch.setattr(rehearsal, "run_one", lambda path, *_: {"ok": path.stem != failing, "seconds": 1.0})
+        rehearsal.walk(tmp_path, 2, "", SimpleNamespace(**options, until=until))
+        return [(row["notebook"][:2], row["ok"], row.get("why")) for row in rehearsal.read_rows(tmp_path)]
+
+    assert walked(500.0, "02_x") == [("01", True, None), ("02", False, None), ("03", True, None)]
+    assert walked(500.0, "01_x") == [("01", False, None)]
+    assert walked(20.0, "") == [("01", False, "no time was left")]
 
 
 def test_notebooks_can_be_chosen_for_one_road_or_all():

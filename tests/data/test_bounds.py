@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from glmhelpers.data import convert_alpaca, files, readers
 from glmhelpers.data.json_recovery import Notes
+from glmhelpers.utils import packed_sizes
 
 GOOD = b'{"instruction": "a", "output": "b"}\n'
 
@@ -99,7 +100,7 @@ def test_every_page_of_a_file_is_found(outputs, version, packed, encoding, stati
         end = at + chunk.total_compressed_size
         while at < end:
             file.seek(at)
-            header, length = readers._page_header(file.read(2**16))
+            header, length = packed_sizes.page_header(file.read(2**16))
             at += length + header[3]
             values += header.get(5, header.get(8, {})).get(1, 0)
         assert at == end
@@ -119,7 +120,7 @@ def test_a_dictionary_of_long_values_is_read_a_few_rows_at_a_time():
 )
 def test_a_damaged_page_header_is_told(data):
     with pytest.raises(ValueError, match="damaged"):
-        readers._page_header(data)
+        packed_sizes.page_header(data)
 
 
 def test_no_rows_are_no_damage(source):
@@ -193,3 +194,154 @@ def test_a_packed_table_is_read_and_a_large_one_must_be_unpacked_first(source, m
     assert convert_alpaca(source, source.parent / "out.jsonl").rows_valid == 3
     monkeypatch.setattr(readers, "TABLE_BYTES", 500)
     assert "a table of more than 500 bytes, and packed: unpack it first" in refused(source, "x.parquet.gz")
+
+
+def write_arrow(path, rows, form="file", packed=None, **how):
+    new = {"file": pa.ipc.new_file, "stream": pa.ipc.new_stream}[form]
+    with new(path, rows.schema, options=pa.ipc.IpcWriteOptions(compression=packed, **how)) as file:
+        file.write_table(rows)
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+@pytest.mark.parametrize("packed", ["zstd", "lz4"])
+def test_a_packed_arrow_batch_that_is_too_large_is_refused_before_it_is_unpacked(source, monkeypatch, form, packed):
+    monkeypatch.setattr(readers, "TABLE_BYTES", 2**22)
+    rows = table(["a" * 2**21] * 4)
+    write_arrow(source / "x.arrow", rows, form, packed)
+    monkeypatch.setattr(pa.ipc, "open_file", None)  # nothing may be unpacked
+    monkeypatch.setattr(pa.ipc, "open_stream", None)
+    said = refused(source, "x.arrow")
+    assert "a record batch in it has 8,38" in said
+    assert "fewer rows a batch" in said
+
+
+def test_a_packed_arrow_file_of_small_batches_and_one_that_is_not_packed_are_read(source, monkeypatch):
+    monkeypatch.setattr(readers, "TABLE_BYTES", 2**20)
+    rows = table(["a" * 2**18] * 8)
+    with pa.ipc.new_file(source / "x.arrow", rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
+        file.write_table(rows, max_chunksize=2)
+    write_arrow(source / "y.arrow", rows)
+    assert [file.valid for file in convert_alpaca(source, source.parent / "out.jsonl").files] == [1, 8, 8]
+
+
+def test_the_dictionaries_of_a_packed_arrow_file_count_together(source, monkeypatch):
+    monkeypatch.setattr(readers, "TABLE_BYTES", 2**20)
+    names = ["instruction", "output"]
+    texts = [pa.array(["a" * 2**19 + name]).dictionary_encode() for name in "xyz"]
+    how = pa.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=True)
+    with pa.ipc.new_stream(source / "x.arrow", pa.table([texts[0]] * 2, names=names).schema, options=how) as file:
+        for text in texts:
+            file.write_table(pa.table([text] * 2, names=names))
+    assert "a dictionary in it has 1,04" in refused(source, "x.arrow")
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.text(max_size=200)), min_size=1, max_size=60),
+    st.sampled_from(["file", "stream"]),
+    st.sampled_from(["zstd", "lz4", None]),
+    st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_arrow_messages_say_is_what_they_hold(outputs, form, packed, as_dictionary):
+    column = pa.array(outputs, pa.string())
+    rows = pa.table(
+        {"instruction": ["q"] * len(column), "output": column.dictionary_encode() if as_dictionary else column}
+    )
+    file = pa.BufferOutputStream()
+    write_arrow(file, rows, form, packed)
+    data = file.getvalue()
+    found = list(packed_sizes.messages(pa.BufferReader(data)))
+    assert [each.type for each in found if each.type != "schema"] == ["dictionary"] * as_dictionary + ["record batch"]
+    said = sum(map(packed_sizes.unpacked_bytes, found))
+    texts = sum(len(text.encode()) for text in (set(outputs) if as_dictionary else outputs) if text)
+    assert said >= texts + len(outputs) if packed else said == 0
+    assert [row.value["output"] for row in readers.read_rows(io.BytesIO(data), "", Notes(), {}, None)] == outputs
+
+
+@pytest.mark.parametrize("cut", [1, 7, 10, 40, 200])
+@pytest.mark.parametrize("form", ["file", "stream"])
+def test_a_packed_arrow_file_that_was_cut_costs_only_itself(source, form, cut):
+    write_arrow(source / "x.arrow", table(["a" * 500] * 9), form, "zstd")
+    data = (source / "x.arrow").read_bytes()
+    (source / "x.arrow").write_bytes(data[:-cut])
+    report = convert_alpaca(source, source.parent / "out.jsonl")
+    assert report.files[0].valid == 1
+    assert report.files[1].status in ("ok", "refused")
+
+
+ONE, MANY = pa.array(["x" * 100]), 2_000
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.nulls(MANY),
+        pa.RunEndEncodedArray.from_arrays(pa.array([MANY], pa.int32()), ONE),
+        pa.DictionaryArray.from_arrays(pa.array([0] * MANY, pa.int8()), ONE),
+    ],
+    ids=["nulls", "runs", "dictionary"],
+)
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_a_small_table_of_endless_rows_ends(source, monkeypatch, column, form):
+    monkeypatch.setattr(readers, "MOST_UNPACKED", 2**16)
+    monkeypatch.setattr(readers, "LIKELY_RATIO", 2)
+    rows = pa.table({"instruction": column, "output": column})
+    if form == "arrow":
+        write_arrow(source / "x.arrow", rows)
+    elif pa.types.is_run_end_encoded(column.type):
+        pytest.skip("parquet has no such type")
+    else:
+        pa.parquet.write_table(rows, source / "x.parquet")
+    said = refused(source, f"x.{form}")
+    assert "rows are over 65,536 bytes" in said
+
+
+def lists_of_lists(depth):
+    values = pa.array(["lol"] * 10)
+    for _ in range(depth):
+        values = pa.ListViewArray.from_arrays(pa.array([0] * 10, pa.int32()), pa.array([10] * 10, pa.int32()), values)
+    return values.slice(0, 1)
+
+
+def one_list(values):
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def views(text, count):
+    one = pa.array([text], pa.string_view()).buffers()
+    return pa.Array.from_buffers(
+        pa.string_view(), count, [None, pa.py_buffer(one[1].to_pybytes()[:16] * count), *one[2:]]
+    )
+
+
+INDICES = pa.array([0] * 10_000, pa.int32())
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        lists_of_lists(4),
+        one_list(pa.DictionaryArray.from_arrays(INDICES, ONE)),
+        one_list(pa.RunEndEncodedArray.from_arrays(pa.array([10_000], pa.int32()), ONE)),
+        one_list(views("x" * 100, 10_000)),
+    ],
+    ids=["lists", "dictionary", "runs", "views"],
+)
+def test_a_value_that_lies_there_once_and_is_listed_a_million_times_costs_its_row(source, monkeypatch, history):
+    monkeypatch.setattr(readers, "LONGEST_ROW", 5_000)
+    rows = pa.table({"instruction": ["q"], "output": ["a"], "history": history})
+    write_arrow(source / "x.arrow", rows)
+    report = convert_alpaca(source, source.parent / "out.jsonl")
+    assert dict(report.files[1].rejected) == {"broken": 1}
+    assert "its history is longer than 5,000 bytes" in report.files[1].problems[0].detail
+
+
+def test_a_history_of_views_or_of_words_from_a_dictionary_is_read(source):
+    turns = [[["q", "a"], ["r", None]], None]
+    for name, kind in {"x": pa.string_view(), "y": pa.dictionary(pa.int32(), pa.string())}.items():
+        history = pa.array(turns, pa.list_(pa.list_(kind)))
+        write_arrow(
+            source / f"{name}.arrow", pa.table({"instruction": ["q", "r"], "output": ["a", "b"], "history": history})
+        )
+        rows = list(readers.read_rows(open(source / f"{name}.arrow", "rb"), "", Notes(), {}, None))  # noqa: SIM115
+        assert [row.value["history"] for row in rows] == turns

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from glmhelpers.distributed import launch, torchrun_command
-from glmhelpers.distributed.processes import OWN_STORE
+from glmhelpers.distributed.processes import OWN_STORE, joined
 from tests.helpers.process_cases import PROJECT, TINY, a_job, free_ports
 
 pytestmark = pytest.mark.once
@@ -46,6 +47,28 @@ def test_killed_half_written_and_hanging_ends_as_an_unbroken_run(results, runs, 
     assert [(entry["step"], entry["loss"]) for entry in log] == [(entry["step"], entry["loss"]) for entry in unbroken]
     ours, wanted = (load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("faulty", "unbroken"))
     assert all(ours[name].equal(wanted[name]) for name in wanted)
+
+
+def test_an_error_is_not_held_up_by_leaving_the_group(faulty, monkeypatch):
+    """With NCCL, leaving waits for the kernels of all ranks, also of one that will never come."""
+    (port,) = free_ports(1)
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="mine"), joined(1, False, 30):
+        raise ValueError("mine")
+    assert dist.is_initialized()
+    dist.destroy_process_group()
+
+
+def test_one_machine_need_not_know_its_own_name(runs):
+    command = torchrun_command(a_job(TINY, runs, "named"), 2)
+    assert command[command.index("--local-addr") + 1] == "127.0.0.1"
 
 
 def agent(job, port, first):

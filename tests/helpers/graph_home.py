@@ -78,3 +78,6 @@ class Home:
 
     def settle(self):
         pass
+
+    def close(self):
+        pass

@@ -60,6 +60,19 @@ def test_a_cell_that_failed_is_refused(rehearsal):
         docs.write_page(rehearsal, rehearsal / "README.md")
 
 
+def test_what_the_table_calls_failed_is_left_out(rehearsal):
+    notebook = new_notebook(cells=[new_code_cell("x", metadata={"tags": ["full-size-loading"]})])
+    for road, stem in (("1_gpus", "01_weights"), ("2_gpus", "02_rows")):
+        nbformat.write(notebook, rehearsal / road / f"{stem}.ipynb")
+        row = {"gpus": int(road[0]), "notebook": stem, "ok": False}
+        (rehearsal / f"{road}.json").write_text(json.dumps([row]))
+    docs.write_page(rehearsal, rehearsal / "README.md")
+    text = (rehearsal / "README.md").read_text()
+    assert "What 02_rows showed was not kept" in text
+    assert "**2 GPUs**" in text
+    assert "**1 GPU**" not in text
+
+
 def test_tags_and_links_without_a_section_are_named(tmp_path):
     notebook = run_of("x")
     notebook.cells.append(new_markdown_cell("[there](../docs/full_size/README.md#chat)"))

@@ -23,13 +23,15 @@ READ = (
 )
 
 MONITOR = """import time
+from pathlib import Path
 from glmhelpers.widgets.monitor import Monitor, Reading
 
 counts = iter(range(1, 10_000))
 with Monitor(0.2, lambda: [Reading("GPU 0", next(counts) * 2**30, 0, 0, 2**40, 0)]):
-    time.sleep(5)
+    while not Path("seen").exists():
+        time.sleep(0.1)
 """
-"""Each reading is 1 GiB larger than the one before."""
+"""Each reading is 1 GiB larger than the one before; ends when the test has seen enough of them."""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,12 @@ def lab(tmp_path_factory):
         cell.outputs = []
     make_folder(folder, [*shown, *map(nbformat.v4.new_code_cell, (MONITOR, READ))])
     with running_lab(folder, command) as address, running_browser(folder) as driver:
+        seen = folder / "work" / "notebooks" / "seen"
+        seen.touch()
         driver.get(f"{address}/lab/tree/notebooks/test.ipynb")
-        yield ExplorerPage(driver)
+        page = ExplorerPage(driver)
+        page.seen = seen
+        yield page
 
 
 class ExplorerPage(LabPage):
@@ -177,17 +183,23 @@ def test_pictures_come_first_and_need_no_ground_of_their_own(lab, theme, width):
 
 def test_the_monitor_moves_while_its_cell_runs(lab):
     """Runs after the tests above, in the same notebook: the last cell but one, without waiting for its end."""
+    lab.seen.unlink()
     lab.driver.execute_script(
         "const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = nb.widgets.length - 2;"
         "window.seen = new Set(); window.watching = setInterval(() => {"
         "  const text = nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText;"
         "  const found = text.match(/allocated +([0-9.]+)/); if (found) window.seen.add(found[1]); }, 50);"
+        "window.ended = false;"
+        "window.jupyterapp.commands.execute('notebook:run-cell').then(() => { window.ended = true; })"
     )
-    run_command(lab.driver, "notebook:run-cell")
+    try:
+        lab.wait("return window.seen.size > 2")
+    finally:
+        lab.seen.touch()
+    lab.wait("return window.ended")
     seen = [
         float(size) for size in lab.driver.execute_script("clearInterval(window.watching); return [...window.seen]")
     ]
-    assert len(seen) > 2, f"the monitor showed only {seen}"
     lines = lab.driver.execute_script(
         "const nb = window.jupyterapp.shell.currentWidget.content;"
         "return nb.widgets[nb.widgets.length - 2].node.querySelector('.jp-Cell-outputArea').innerText"
