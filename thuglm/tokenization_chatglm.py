@@ -16,12 +16,10 @@ Padding is on the left, as generation needs it: the last token of every row must
 is the usual 2-D one (1 = real token); the model builds the prefix mask and the two position rows from it.
 """
 
-import inspect
 import os
 import re
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -32,7 +30,6 @@ VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
 LONGEST_BLANK = 80
 _BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
 _IMAGE = re.compile(r"<image_\d+>")
-_HAS_ARRAYS = "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.encode).parameters
 # Settings of `prepare_for_model` that change nothing about ids and mask of one text that is not padded.
 _NOT_ASKED = {"stride", "pad_to_multiple_of", "padding_side", "return_tensors", "return_attention_mask", "verbose"}
 _NOT_ASKED |= {"prepend_batch_axis"}
@@ -214,7 +211,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(self.encode_whitespace(text), out_type=str)
 
-    def text_ids(self, texts: Sequence[str], threads: int = 1, arrays: bool = False) -> list:
+    def text_ids(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode(text, add_special_tokens=False)` of each text, but faster, and all in one call.
 
         A text in which no special token is written goes to SentencePiece as a whole and comes back as ids: no pieces
@@ -223,11 +220,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Args:
             texts: any texts.
             threads: of SentencePiece, which shares the texts out among them.
-            arrays: its own arrays of int32 instead of lists, where its version has them: half a million Python numbers
-                a second are made otherwise, and thrown away.
         """
-        # tokens_trie.data: first character of a token -> those behind it
-        doubtful = {place for start in self.tokens_trie.data for place, text in enumerate(texts) if start in text}
+        # tokens_trie.data: first character of a token -> those behind it, or "" where it ends. To go through a text
+        # takes far longer than to look for two characters in it.
+        doubtful = {
+            place
+            for first, behind in self.tokens_trie.data.items()
+            for place, text in enumerate(texts)
+            if first in text and any(first + second in text for second in behind)
+        }
         plain = [
             place not in doubtful or self.tokens_trie.split(f" {text}") == [f" {text}"]
             for place, text in enumerate(texts)
@@ -236,8 +237,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if len(whole) == 1:  # to start a thread takes longer than to encode a text
             ids = iter([self.sp_model.encode(whole[0])])
         else:
-            how: dict[str, Any] = {"return_type": "numpy"} if arrays and _HAS_ARRAYS else {}
-            ids = iter(self.sp_model.encode(whole, num_threads=threads, **how) if whole else [])
+            ids = iter(self.sp_model.encode(whole, num_threads=threads) if whole else [])
         return [
             next(ids) if is_plain else [*self.convert_tokens_to_ids(self.tokenize(text))]  # type: ignore[misc]
             for text, is_plain in zip(texts, plain, strict=True)

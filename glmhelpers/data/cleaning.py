@@ -197,6 +197,26 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
     return cleaned
 
 
+def clean_as_they_are(values: Sequence[Mapping[str, str]], found: Mapping[str, str]) -> list[dict[str, str] | None]:
+    """`clean_row` of rows that have the same names and hold nothing but texts, but None for each that it may change or
+    refuse. Most rows need nothing done, and to see that of all of them at once takes a fraction of the time.
+
+    Args:
+        values: what a reader found.
+        found: from `find_columns`.
+    """
+    if found.keys() - {"input"} != {"instruction", "output"}:
+        return [None] * len(values)
+    queries, answers = ([value[found[name]] for value in values] for name in ("instruction", "output"))
+    inputs = [value[found["input"]] for value in values] if "input" in found else [""] * len(values)
+    odd = texts.unclean(queries) | texts.unclean(inputs) | texts.unclean(answers)
+    odd |= {place for place, about in enumerate(inputs) if about and _says_none(about)}
+    return [
+        {"instruction": query, "input": about, "output": answer} if query and answer and place not in odd else None
+        for place, (query, about, answer) in enumerate(zip(queries, inputs, answers, strict=True))
+    ]
+
+
 def is_untranslated(row: Mapping[str, Any]) -> bool:
     """Neither question (with its input) nor answer has a Chinese character, and there are words in Latin letters."""
     text = f"{row['instruction']}\n{row['input']}\n{row['output']}"
@@ -250,10 +270,14 @@ def _about(value: Any, changes: Counter) -> str:
     if not isinstance(value, str):
         raise Refused("input is not text")
     text = _clean(value, changes, indent=True)
-    if text and " ".join(text.strip(_AROUND).casefold().split()) in NO_INPUT:
+    if text and _says_none(text):
         changes[PLACEHOLDER] += 1
         return ""
     return text
+
+
+def _says_none(text: str) -> bool:
+    return " ".join(text.strip(_AROUND).casefold().split()) in NO_INPUT
 
 
 def _chat(

@@ -6,8 +6,9 @@
             broken rows     no output, ...                          v
             └──────────────── counted in the report ────────────────┘
 
-Rows stream through, and only eight bytes of each are remembered: a hash, with which the decisions are made that need
-all rows. The output gets its name when everything is done; until then an older output stays as it was.
+Rows stream through, those that are clean as they are in runs. Where a decision is asked for that needs all rows, eight
+bytes of each are remembered: a hash. The output gets its name when everything is done; until then an older output stays
+as it was.
 """
 
 import codecs
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,7 @@ from glmhelpers.data.cleaning import (
     UNDECODABLE,
     Refused,
     check_columns,
+    clean_as_they_are,
     clean_row,
     find_columns,
     is_untranslated,
@@ -42,7 +45,7 @@ from glmhelpers.data.cleaning import (
 from glmhelpers.data.dedupe import repeated
 from glmhelpers.data.files import ENDINGS, FORMATS, SourceFile, open_source, parts_of, plain_name, written_by_report
 from glmhelpers.data.json_recovery import Found, Notes, Twice
-from glmhelpers.data.readers import read_rows
+from glmhelpers.data.readers import numbered, read_rows
 from glmhelpers.data.report import FileReport, Report, report_path
 from glmhelpers.tokens.prompts import with_input
 from glmhelpers.tokens.texts import AROUND, LINE_END
@@ -50,10 +53,10 @@ from glmhelpers.utils.files import whole_file, whole_files
 from glmhelpers.utils.folders import expanded
 
 ROWS_SOURCE = "rows"
+RUN = 2**17
+"""Characters after which a run of rows is written."""
 QUIET = (AROUND, LINE_END, NUMBER, GREETING, UNANSWERED)
 """Changes that are counted, but make no file "repaired"."""
-TABLES = {"iterrows": "to_dict('records')", "to_pylist": "to_pylist()", "to_dicts": "to_dicts()"}
-"""What tells a table of another library -> how it gives its rows."""
 # Everything that str.splitlines takes for the end of a line: a line of the output is one for every reader.
 _LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -69,14 +72,16 @@ class _Kept:
     """What is remembered of one file's valid rows."""
 
     report: FileReport
+    written: int = 0
     hashes: array = field(default_factory=lambda: array("Q"))
+    """Of each row, if asked for; as is the next."""
     untranslated: bytearray = field(default_factory=bytearray)
     out: np.ndarray | None = None
     """Which of the rows go out again, one bool for each; None for none of them."""
 
     def gone(self) -> np.ndarray:
         """Which rows are out, one bool for each."""
-        return np.zeros(len(self.hashes), bool) if self.out is None else self.out
+        return np.zeros(self.written, bool) if self.out is None else self.out
 
     def leave_out(self, reason: str, rows: np.ndarray) -> None:
         """Move rows that are still in from valid to rejected."""
@@ -141,7 +146,7 @@ def convert_alpaca(
     flags["part"] = part
     name = str(source) if isinstance(source, str | Path) else ROWS_SOURCE
     report = Report(name, output, {option: value for option, value in (flags | limits).items() if value})
-    writer = _Writer(report, limits, columns or {}, encoding, part)
+    writer = _Writer(report, limits)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
     # Output and report take their places together; the check comes when nobody else is writing them.
@@ -176,23 +181,22 @@ def _check_output(source: Any, output: Path) -> None:
 class _Writer:
     """Reads, cleans and writes; one file after the other."""
 
-    def __init__(
-        self,
-        report: Report,
-        limits: dict[str, int | None],
-        columns: Mapping[str, str],
-        encoding: str | None,
-        part: str | None,
-    ) -> None:
-        self.report, self.limits, self.columns, self.encoding, self.part = report, limits, columns, encoding, part
+    def __init__(self, report: Report, limits: dict[str, int | None]) -> None:
+        self.report, self.limits, options = report, limits, report.options
+        self.columns, self.encoding, self.part = (
+            options.get("columns", {}),
+            options.get("encoding"),
+            options.get("part"),
+        )
+        self.dedupe, self.drop_untranslated = "dedupe" in options, "drop untranslated" in options
         self.has_limits = any(limit is not None for limit in limits.values())
         self.kept: list[_Kept] = []
         # The rows of a file mostly have the same keys.
-        self.find_columns = lru_cache(256)(partial(find_columns, columns=columns))
+        self.find_columns = lru_cache(256)(partial(find_columns, columns=self.columns))
 
     def write_all(self, source: Any, file: BinaryIO) -> None:
         if not isinstance(source, str | Path):
-            self._write_rows(Path(ROWS_SOURCE), _numbered(source), Notes(unit="row"), file)
+            self._write_rows(Path(ROWS_SOURCE), numbered(source), Notes(unit="row"), file)
             return
         source = Path(source)
         with open_source(source) as (files, self.report.left_alone):
@@ -232,19 +236,35 @@ class _Writer:
         self.report.files.append(kept.report)
         seen: Counter[str] = Counter()
         try:
-            for found in rows:
-                self._write_row(found, kept, notes, seen, file)
+            for run in _runs(rows):
+                self._write_run(run, kept, notes, seen, file)
         except _Unreadable as error:
             # What was read until here may be half of the file: all of it goes out again.
             kept.report.message = f"cannot be read: {error}"
-            kept.leave_out("file cannot be read to its end", np.ones(len(kept.hashes), bool))
+            kept.leave_out("file cannot be read to its end", np.ones(kept.written, bool))
         self.report.placeholders += seen.pop(PLACEHOLDER, 0)
         self.report.changes += {change: seen.pop(change, 0) for change in QUIET}
         _finish(kept.report, notes, seen)
 
-    def _write_row(self, found: Found, kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
+    def _write_run(self, run: list[Found], kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
+        """Write rows of `_runs`: those between two that are not clean as they are, at once."""
         report = kept.report
         report.unit = notes.unit
+        rows: list[dict[str, str] | None] = [None] * len(run)
+        if len(run) > 1 and not self.has_limits:
+            rows = clean_as_they_are([found.value for found in run], self.find_columns(tuple(run[0].value)))
+        for is_clean, some in groupby(zip(run, rows, strict=True), lambda pair: pair[1] is not None):
+            if is_clean:
+                clean = [row for _, row in some if row]
+                report.rows += len(clean)
+                seen["with our columns"] += len(clean)
+                self._write_clean(clean, kept, file)
+            else:
+                for found, _ in some:
+                    self._write_row(found, kept, notes, seen, file)
+
+    def _write_row(self, found: Found, kept: _Kept, notes: Notes, seen: Counter, file: BinaryIO) -> None:
+        report = kept.report
         report.rows += 1
         if found.broken:
             report.reject(found.line, "broken", found.broken)
@@ -265,14 +285,21 @@ class _Writer:
         except Refused as reason:
             report.reject(found.line, str(reason), reason.detail)
             return
-        line = _line(row)
+        self._write_clean([row], kept, file)
+
+    def _write_clean(self, rows: list[dict[str, Any]], kept: _Kept, file: BinaryIO) -> None:
+        lines = "\n".join(map(_line, rows))
         for character, escape in _LINE_ENDS.items():
-            if character in line:
-                line = line.replace(character, escape)
-        written = line.encode()
-        kept.hashes.append(int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little"))
-        kept.untranslated.append(is_untranslated(row))
-        report.valid += 1
+            if character in lines:
+                lines = lines.replace(character, escape)
+        written = lines.encode()
+        if self.dedupe:
+            hashes = (hashlib.blake2b(line, digest_size=8).digest() for line in written.split(b"\n"))
+            kept.hashes.extend(int.from_bytes(each, "little") for each in hashes)
+        if self.drop_untranslated:
+            kept.untranslated.extend(map(is_untranslated, rows))
+        kept.report.valid += len(rows)
+        kept.written += len(rows)
         file.write(written + b"\n")
 
     def _check_limits(self, row: dict[str, Any]) -> None:
@@ -287,23 +314,37 @@ class _Writer:
 
 def _line(row: dict[str, Any]) -> str:
     """The row as `json.dumps` would write it; an encoder for any object takes twice as long as these few texts need."""
-    rest = "".join(f', "{name}": {_to_json(row[name])}' for name in ("history", "system") if name in row)
     question, about, answer = map(_quoted, (row["instruction"], row["input"], row["output"]))
+    rest = ""
+    if len(row) > 3:
+        rest = "".join(f', "{name}": {_to_json(row[name])}' for name in ("history", "system") if name in row)
     return f'{{"instruction": {question}, "input": {about}, "output": {answer}{rest}}}'
 
 
-def _numbered(source: Iterable[Any]) -> Iterator[Found]:
-    """The rows of an iterable."""
-    if isinstance(source, Mapping):
-        if source and all(hasattr(each, "column_names") for each in source.values()):
-            raise TypeError(f"source is a data set in parts; give one of them: source[{next(iter(source))!r}]")
-        raise TypeError("source is one dict; give a list of rows, or the path of a file")
-    for sign, way in TABLES.items():
-        if hasattr(source, sign):
-            raise TypeError(f"source is a {type(source).__name__}; give its rows: source.{way}")
-    if hasattr(source, "with_format"):
-        source = source.with_format(None)  # a data set that gives arrays or tables otherwise
-    return (Found(number, row) for number, row in enumerate(source, 1))
+def _runs(rows: Iterable[Found]) -> Iterator[list[Found]]:
+    """Rows in runs: of one run all have the same names, and nothing but texts. Any other row is a run by itself."""
+    run: list[Found] = []
+    names: tuple = ()
+    held, failure = 0, None
+    try:
+        for found in rows:
+            value = found.value
+            texts = value.values() if type(value) is dict else ()
+            plain = {*map(type, texts)} == {str}
+            if run and not (plain and held < RUN and tuple(value) == names):
+                yield run
+                run, held = [], 0
+            if plain:
+                run.append(found)
+                names, held = tuple(value), held + sum(map(len, texts))
+            else:
+                yield [found]
+    except _Unreadable as error:
+        failure = error
+    if run:
+        yield run
+    if failure:
+        raise failure
 
 
 def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
@@ -338,12 +379,12 @@ def _finish(report: FileReport, notes: Notes, seen: Counter) -> None:
 
 def _choose(files: list[_Kept], dedupe: bool, drop_untranslated: bool) -> None:
     """Decide which written rows go out again, and move them from valid to rejected."""
-    hashes = [np.frombuffer(kept.hashes.tobytes(), dtype=np.uint64) for kept in files]
-    for kept in files:
+    for kept in files if drop_untranslated else ():
         latin = np.frombuffer(bytes(kept.untranslated), dtype=bool)
-        if drop_untranslated and latin.any() and latin.mean() < 0.5:
+        if latin.any() and latin.mean() < 0.5:
             kept.leave_out("untranslated", latin)
     if dedupe:
+        hashes = [np.frombuffer(kept.hashes.tobytes(), dtype=np.uint64) for kept in files]
         for kept, rows in zip(files, repeated(hashes, [kept.gone() for kept in files]), strict=True):
             kept.leave_out("duplicate", rows)
 

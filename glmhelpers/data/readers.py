@@ -51,6 +51,9 @@ ROW_BYTES = 64
 STREAM = b"\xff\xff\xff\xff"
 """First bytes of Arrow's form without a footer."""
 
+TABLES = {"iterrows": "to_dict('records')", "to_pylist": "to_pylist()", "to_dicts": "to_dicts()"}
+"""What tells a table of another library -> how it gives its rows."""
+
 _BOMS = {
     b"\xef\xbb\xbf": "utf-8-sig",
     b"\xff\xfe\x00\x00": "utf-32",
@@ -95,6 +98,25 @@ def read_rows(
         yield from _read_lines(text, notes)
     else:
         yield from read_json(text, notes)
+
+
+def numbered(source: Iterable[Any]) -> Iterator[Found]:
+    """The rows of an iterable.
+
+    Raises:
+        TypeError: it is a dict, or a table of another library.
+    """
+    if isinstance(source, Mapping):
+        if source and all(hasattr(each, "column_names") for each in source.values()):
+            raise TypeError(f"source is a data set in parts; give one of them: source[{next(iter(source))!r}]")
+        raise TypeError("source is one dict; give a list of rows, or the path of a file")
+    for sign, way in TABLES.items():
+        if hasattr(source, sign):
+            raise TypeError(f"source is a {type(source).__name__}; give its rows: source.{way}")
+    if hasattr(source, "with_format"):
+        source = source.with_format(None)  # a data set that gives arrays or tables otherwise
+    # A generator may fill one dict again and again; rows are looked at several at a time.
+    return (Found(number, dict(row) if type(row) is dict else row) for number, row in enumerate(source, 1))
 
 
 def _by_zeros(head: bytes) -> str:
@@ -292,8 +314,10 @@ def _value(column: pa.Array, place: int, name: str, long: bool) -> Any:
         raise _NoValue(f"its {name} cannot be read: {error}") from None
 
 
-_SHARED = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view)
-_SHARED += (pa.types.is_string_view, pa.types.is_binary_view)
+_SHARED = (
+    *(pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view),
+    *(pa.types.is_string_view, pa.types.is_binary_view),
+)
 """Types whose values may lie in the file once, and stand in a list a million times."""
 
 

@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from glmhelpers.tokens import examples, round_trip, texts
 from glmhelpers.tokens import prompts as templates
 from glmhelpers.tokens.examples import Chunk, chunks, examples_of
 from glmhelpers.tokens.report import Settings, TokenReport
-from glmhelpers.tokens.round_trip import RoundTrip, around_difference, id_arrays, text_ids
+from glmhelpers.tokens.round_trip import RoundTrip, around_difference, text_ids
 from glmhelpers.utils.environment import output_folder
 from glmhelpers.utils.files import current, read_json, whole_file, write_json
 from glmhelpers.utils.folders import expanded
@@ -51,7 +51,6 @@ SCHEMA = pa.schema(
         "split_key": pa.float64(),
     }
 )
-_NOTHING = np.empty(0, np.int32)
 PROBES = ("你好，世界！", "a\n\tb  c", "<sop> [MASK] [gMASK] <eop>", "１２３ é 👋")
 
 
@@ -248,14 +247,14 @@ def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
         write_json(target.with_suffix(".json"), values | {"sha256": _checksum(unfinished, values)})
 
 
-def _with_ids(tokenizer: Any, some: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+def _with_ids(tokenizer: Any, some: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[list[int]]]]:
     """Each chunk with its ids. SentencePiece works in a thread: meanwhile Python reads the next rows, and puts the last
     ones together. Of other tokenizers nobody knows whether they may be asked from two threads."""
     ahead = 1 if hasattr(tokenizer, "text_ids") else 0
     with ThreadPoolExecutor(1) as behind:
         waiting: deque[tuple[Chunk, Future]] = deque()
         for chunk in some:
-            waiting.append((chunk, behind.submit(id_arrays, tokenizer, chunk.texts)))
+            waiting.append((chunk, behind.submit(text_ids, tokenizer, chunk.texts)))
             if len(waiting) > ahead:
                 done, ids = waiting.popleft()
                 yield done, ids.result()
@@ -263,55 +262,63 @@ def _with_ids(tokenizer: Any, some: Iterable[Chunk]) -> Iterator[tuple[Chunk, li
             yield done, ids.result()
 
 
-def _joined(encoder: _Encoder, chunk: Chunk, ids: list[np.ndarray], report: TokenReport) -> pa.RecordBatch:
+def _joined(encoder: _Encoder, chunk: Chunk, ids: list[list[int]], report: TokenReport) -> pa.RecordBatch:
     """The examples of a chunk as they are learnt; `ids` are those of its texts."""
-    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-    prompts, answers = sizes[::2], sizes[1::2]
-    starts = prompts + len(encoder.middle)
-    lengths = starts + answers + 1
+    texts, keys = chunk.texts[1::2], chunk.keys
+    flat, prompts, answers = _flat(ids)
+    lengths = prompts + len(encoder.middle) + answers + 1
     report.examples += len(lengths)
     report.lengths.update(lengths.tolist())
     # Which examples are not simply put together: one that is too long, has no answer, or a special token in a text.
     odd = (answers == 0) | (lengths > encoder.limit)
-    special = np.flatnonzero(np.isin(np.concatenate([_NOTHING, *ids]), list(encoder.reserved)))
+    special = np.flatnonzero(np.isin(flat, list(encoder.reserved)))
     odd[np.searchsorted(np.cumsum(prompts + answers), special, "right")] = True
-    middle, end = np.array(encoder.middle, np.int32), np.array(encoder.end, np.int32)
-    parts = list(chain.from_iterable(zip(ids[::2], repeat(middle), ids[1::2], repeat(end))))
-    kept = np.ones(len(lengths), bool)
-    for place in np.flatnonzero(odd).tolist():
-        joined = encoder.join(*(own.tolist() for own in ids[2 * place : 2 * place + 2]))
-        learnt: list[int] = []
-        if isinstance(joined, str):
-            report.dropped[joined] += 1
-            kept[place] = False
-        else:
-            learnt = joined[0]
-            report.cut += len(learnt) < int(lengths[place])
-        lengths[place] = len(learnt)
-        parts[4 * place : 4 * place + 4] = [np.array(learnt, np.int32), _NOTHING, _NOTHING, _NOTHING]
-    places = 2 * np.flatnonzero(kept) + 1
-    changed = encoder.round_trip.changed([chunk.texts[place] for place in places], [ids[place] for place in places])
+    if odd.any():
+        kept = np.ones(len(odd), bool)
+        for place in np.flatnonzero(odd).tolist():
+            joined = encoder.join(ids[2 * place], ids[2 * place + 1])
+            if isinstance(joined, str):
+                report.dropped[joined] += 1
+                kept[place] = False
+            else:
+                report.cut += len(joined[0]) < int(lengths[place])
+                ids[2 * place + 1] = joined[0][joined[1] : -1]
+        places = np.flatnonzero(kept).tolist()
+        texts, keys = [texts[place] for place in places], keys[kept]
+        ids = [own for place in places for own in ids[2 * place : 2 * place + 2]]
+        flat, prompts, answers = _flat(ids)
+    changed = encoder.round_trip.changed(texts, ids[1::2])
     report.changed += len(changed)
     report.changed_shown += [around_difference(*pair) for pair in changed[: 3 - len(report.changed_shown)]]
-    report.kept += len(places)
-    return _batch(np.concatenate([_NOTHING, *parts]), lengths[kept], starts[kept], chunk.keys[kept], encoder, report)
+    report.kept += len(texts)
+    return _batch(encoder, flat, prompts, answers, keys, report)
+
+
+def _flat(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids one behind the other as int32, numbers of ids of the prompts, and of the answers)."""
+    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(sizes.sum())), sizes[::2], sizes[1::2]
 
 
 def _batch(
-    values: np.ndarray,
-    lengths: np.ndarray,
-    starts: np.ndarray,
-    keys: np.ndarray,
-    encoder: _Encoder,
-    report: TokenReport,
+    encoder: _Encoder, flat: np.ndarray, prompts: np.ndarray, answers: np.ndarray, keys: np.ndarray, report: TokenReport
 ) -> pa.RecordBatch:
-    """Examples, their ids one behind the other; `starts` are the places of their first answer tokens."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    # Runs of prompt and answer in turn.
+    """Examples of the ids of their texts, which lie one behind the other, and with the special ids between them."""
+    starts = prompts + len(encoder.middle)
+    lengths = starts + answers + 1
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ends, first = offsets[1:] - 1, offsets[:-1] + prompts
+    values, is_text = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], bool)
+    special = [(first + place, id) for place, id in enumerate(encoder.middle)] + [(ends, encoder.end[0])]
+    for places, id in special:
+        values[places] = id
+        is_text[places] = False
+    values[is_text] = flat
+    # Runs of what is no target and what is one, in turn.
     untaught = encoder.targets_from(starts)
     runs = np.stack([untaught, lengths - untaught], 1).ravel()
     labels = np.where(np.repeat(np.arange(len(runs)) % 2 == 1, runs), values, np.int32(IGNORE_INDEX))
     report.tokens += len(values)
     report.targets += int((lengths - untaught).sum())
-    lists = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(column)) for column in (values, labels)]
-    return pa.record_batch([*lists, pa.array(lengths, pa.int32()), pa.array(keys, pa.float64())], schema=SCHEMA)
+    columns = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(each)) for each in (values, labels)]
+    return pa.record_batch([*columns, pa.array(lengths, pa.int32()), pa.array(keys, pa.float64())], schema=SCHEMA)

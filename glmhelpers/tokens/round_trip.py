@@ -36,15 +36,6 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def id_arrays(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """`text_ids` as arrays of int32."""
-    if hasattr(tokenizer, "text_ids"):
-        ids = tokenizer.text_ids(texts, THREADS, arrays=True)
-    else:
-        ids = text_ids(tokenizer, texts)
-    return [np.asarray(own, np.int32) for own in ids]
-
-
 class RoundTrip:
     """Finds the texts that a tokenizer does not give back as they were; keeps what it learns of characters."""
 
@@ -54,12 +45,12 @@ class RoundTrip:
         self.known = np.zeros(sys.maxunicode + 1, np.uint8)
         self.known[ord(BETWEEN)] = 2
 
-    def changed(self, texts: Sequence[str], ids: Sequence[Any]) -> list[tuple[str, str]]:
+    def changed(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[tuple[str, str]]:
         """(text, what comes back) of those that change, beyond width and blanks.
 
         Args:
             texts: any.
-            ids: of each text, from `text_ids` or `id_arrays`.
+            ids: of each text, from `text_ids`.
 
         A tokenizer without a way back is not asked.
         """
@@ -67,15 +58,18 @@ class RoundTrip:
             return []
         # All texts as one row of code points: to ask each character in a loop takes longer than to encode it.
         points = np.frombuffer(BETWEEN.join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-        self._try(np.unique(points[self.known[points] == 0]))
+        known = self.known[points]
+        if not known.all():
+            self._try(np.unique(points[known == 0]))
+            known = self.known[points]
         ends = np.cumsum([len(text) + 1 for text in texts])
-        marked = {int(place) for place in np.searchsorted(ends, np.flatnonzero(self.known[points] == 1), "right")}
+        marked = {int(place) for place in np.searchsorted(ends, np.flatnonzero(known == 1), "right")}
         doubtful = [
             (text, own)
             for place, (text, own) in enumerate(zip(texts, ids, strict=True))
             if place in marked or ("<" in text and ">" in text)
         ]
-        back = self._texts([np.asarray(own).tolist() for _, own in doubtful])
+        back = self._texts([own for _, own in doubtful])
         return [(text, other) for (text, _), other in zip(doubtful, back, strict=True) if _same(text) != _same(other)]
 
     def _try(self, points: np.ndarray) -> None:

@@ -44,7 +44,9 @@ def clean_text(text: str, changes: Counter | None = None, indent: bool = False) 
 
 def unclean(texts: Sequence[str]) -> set[int]:
     """Places of the texts that `clean_text` may change; quicker than to ask it about each."""
-    places = {place for place, bare in enumerate(map(str.strip, texts)) if len(bare) != len(texts[place])}
+    places: set[int] = set()
+    if (bare := list(map(str.strip, texts))) != list(texts):
+        places = {place for place, text in enumerate(bare) if len(text) != len(texts[place])}
     if _TROUBLE.search("\n".join(texts)):
         places |= {place for place, text in enumerate(texts) if _TROUBLE.search(text)}
     return places
