@@ -9,9 +9,10 @@
 2. For each case (rows x tokens), number of GPUs, and all or no blocks checkpointed: the plan under that rule, its
    seconds by the catalogue and by the calibration, the seconds measured, peaks predicted and measured.
 3. For each case: the planner's free choice for all GPUs, and every number of micro-batches timed on them and on one
-   GPU: is the choice the fastest? `slower` is how much slower it is than the best of those, 0 if it is the best.
+   GPU, until they are far slower: is the choice the fastest? `slower` is how much slower it is than the best of
+   those, 0 if it is the best.
 
-One JSON line each. Nothing new is begun `--budget-s` seconds after the start.
+One JSON line each, printed at once; an error is one of them. No trial is begun `--budget-s` seconds after the start.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import json
 import statistics
 import sys
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ from glmhelpers.training.calibration import clear_workspaces
 from glmhelpers.training.measure import prepare, random_batch
 from thuglm import ChatGLMConfig
 
+HOPELESS = 1.7
+"""So many times as slow as fewer parts: yet more parts are not timed."""
+OUT_OF_TIME = "out of time: --budget-s"
 CASES = ((16, 56), (4, 256), (4, 1024), (1, 2048), (24, 1024))
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
 
@@ -123,18 +129,24 @@ def measure(options: argparse.Namespace) -> None:
     say(what="rates", gpus=names, torch=torch.__version__, **took, **how, rates=rates)
     trial = Trial(config, len(gpus))
     for rows, length in (map(int, case.split("x")) for case in options.cases):
-        if time.perf_counter() > deadline:
-            say(what="case", rows=rows, length=length, skipped="out of time: --budget-s")
-            continue
-        one_case(trial, rows, length, gpus, catalogue, options.repeats)
-        one_choice(trial, rows, length, gpus, options.repeats)
+        for part in (partial(one_case, catalogue=catalogue), one_choice):
+            try:
+                part(trial, rows, length, gpus, repeats=options.repeats, deadline=deadline)
+            except Exception as error:  # of one case: the others go on
+                say(what="error", rows=rows, length=length, error=f"{type(error).__name__}: {error}"[:600])
+                traceback.clear_frames(error.__traceback__)
 
 
-def one_case(trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: list[GPU], repeats: int) -> None:
+def one_case(
+    trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: list[GPU], repeats: int, deadline: float
+) -> None:
     """Point 2 of the module's docstring for one case."""
     for count in sorted({1, len(gpus)}):
         for rule in ("all", "none"):
             how = {"checkpointed": rule, "label_share": 0.5}
+            if time.perf_counter() > deadline:
+                say(what="case", rows=rows, length=length, gpus=count, checkpointed=rule, skipped=OUT_OF_TIME)
+                continue
             try:
                 plan = plan_device_map(trial.config, gpus[:count], rows, length, **how)
                 by_catalogue = plan_device_map(
@@ -161,19 +173,30 @@ def one_case(trial: Trial, rows: int, length: int, gpus: list[GPU], catalogue: l
             )
 
 
-def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int) -> None:
+def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int, deadline: float) -> None:
     """Point 3 for one case."""
+    if time.perf_counter() > deadline:
+        say(what="choice", rows=rows, length=length, skipped=OUT_OF_TIME)
+        return
     chosen = plan_device_map(trial.config, gpus, rows, length, label_share=0.5)
     took, _ = trial.run(chosen, rows, length, repeats)
-    others = {}
+    others: dict[str, Any] = {}
     for count in sorted({1, len(gpus)}):
+        fastest = float("inf")
         for parts in parts_of(rows):
+            name = f"{count} GPUs, {parts} parts"
             try:
                 plan = plan_device_map(trial.config, gpus[:count], rows, length, micro_batches=parts, label_share=0.5)
             except DoesNotFit:
                 continue
-            others[f"{count} GPUs, {parts} parts"] = round(1e3 * trial.run(plan, rows, length, repeats)[0], 1)
-    best = min(others.values())
+            if time.perf_counter() > deadline:
+                others[name] = OUT_OF_TIME
+                continue
+            others[name] = round(1e3 * trial.run(plan, rows, length, repeats)[0], 1)
+            fastest = min(fastest, others[name])
+            if others[name] > HOPELESS * fastest:
+                break
+    timed = [ms for ms in others.values() if ms != OUT_OF_TIME] or [1e3 * took]
     say(
         what="choice",
         rows=rows,
@@ -183,7 +206,7 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         ms=round(1e3 * took, 1),
         predicted_ms=round(1e3 * chosen.seconds, 1),
         others_ms=others,
-        slower=round(max(0.0, 1e3 * took / best - 1), 3),
+        slower=round(max(0.0, 1e3 * took / min(timed) - 1), 3),
     )
 
 

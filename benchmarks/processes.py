@@ -156,7 +156,7 @@ class Group:
             if text is None:
                 codes = [process.poll() for process in self.processes]
                 if codes[0] != 0:
-                    self.abort()  # those that wait for the one that has failed
+                    self.abort(3.0)  # those that wait for the one that has failed
                 yield {"ended": "" if codes[0] == 0 else f"exit codes {codes}"}
                 return
             line = json.loads(text)
@@ -174,13 +174,19 @@ class Group:
         places = [text.rpartition("Current thread")[2][:700] if "Current thread" in text else "" for text in texts]
         return " | ".join(place or text[-700:].strip() for place, text in zip(places, texts, strict=True))
 
-    def abort(self) -> None:
-        """Let ranks that hang write on stderr where each of their threads is, and end."""
+    def abort(self, patience: float = 0.0) -> None:
+        """Let ranks that have not ended after `patience` seconds write where each of their threads is, and end."""
+        self.wait(patience)
         for process in self.processes:
             process.send_signal(signal.SIGABRT)
+        self.wait(5.0)
+
+    def wait(self, seconds: float) -> None:
+        """Until all have ended, or so many seconds."""
+        until = time.monotonic() + seconds
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+                process.wait(max(0.0, until - time.monotonic()))
 
     def all_words(self) -> str:
         """All of it, rank by rank."""

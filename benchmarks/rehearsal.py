@@ -141,7 +141,8 @@ def kept(out: Path, archive: Path) -> Iterator[None]:
         draft = archive.with_suffix(".part")
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as packed:
             for path in sorted(out.rglob("*.*")):
-                packed.write(path, path.relative_to(out))
+                with contextlib.suppress(FileNotFoundError):  # the other road's kernel has ended: no stacks
+                    packed.write(path, path.relative_to(out))
         draft.replace(archive)
 
 

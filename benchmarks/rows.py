@@ -121,11 +121,12 @@ def run(step, batches: list[dict], device: str, seconds: float) -> dict:
 
 
 class Clock(TrainerCallback):
-    """Seconds and real tokens of the Trainer's steps in which nothing is recorded; ends the training in time."""
+    """Seconds and real tokens of the Trainer's steps in which nothing is recorded; ends the training after so many of
+    these seconds, or three times as many in all."""
 
     def __init__(self, captured: Captured | None, seconds: float):
-        self.captured, self.last = captured, time.perf_counter()
-        self.end, self.took, self.tokens, self.steps, self.recorded = self.last + seconds, 0.0, 0, 0, 0
+        self.captured, self.last, self.seconds = captured, time.perf_counter(), seconds
+        self.end, self.took, self.tokens, self.steps, self.recorded = self.last + 3 * seconds, 0.0, 0, 0, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         """A step begins where the last one ended."""
@@ -140,7 +141,7 @@ class Clock(TrainerCallback):
             self.took, self.steps = self.took + now - self.last, self.steps + 1
             self.tokens += state.num_input_tokens_seen - self.before
         self.last, self.recorded = now, self.recorded + recorded
-        control.should_training_stop = now > self.end
+        control.should_training_stop = self.took > self.seconds or now > self.end
 
 
 def through_trainer(model: Any, rows: list[dict], size: int, graphs: bool, seconds: float, device: str) -> dict:
@@ -164,14 +165,17 @@ def through_trainer(model: Any, rows: list[dict], size: int, graphs: bool, secon
         )
         clock = Clock(captured, seconds)
         how: dict[str, Any] = {"train_dataset": rows, "data_collator": collate, "callbacks": [clock]}
+        begin = time.perf_counter()
         GLMTrainer(model, args, captured=captured, **how).train()
     free, total = torch.cuda.mem_get_info() if device != "cpu" else (0, 0)
     figures = {
         "outside_bytes": total - free - (torch.cuda.memory_reserved() if device != "cpu" else 0),
         "steps": clock.steps,
         "recorded": clock.recorded,
-        "ms": round(clock.took / clock.steps * 1e3, 1),
-        "tokens_per_s": round(clock.tokens / clock.took),
+        "ms": round(clock.took / max(clock.steps, 1) * 1e3, 1),
+        "tokens_per_s": round(clock.tokens / max(clock.took, 1e-9)),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "said": sorted(captured.said) if captured else [],
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if device != "cpu" else None,
     }
@@ -215,14 +219,22 @@ def main() -> None:
             speed = {}
             for way in ways:
                 if options.graphs:
-                    figures = through_trainer(model, rows, size, way == "graphs", options.seconds, device)
+                    try:
+                        figures = through_trainer(model, rows, size, way == "graphs", options.seconds, device)
+                    except Exception as error:  # the others go on
+                        print(
+                            json.dumps({"bench": "rows", "way": way, "batch": size, "error": repr(error)[:600]}),
+                            flush=True,
+                        )
+                        continue
                 else:
                     batches = make_batches(config, rows, size, options.length, alike=way != "padded")
                     figures = run(step, batches, device, options.seconds)
                 speed[way] = figures["tokens_per_s"]
                 what = {"way": way, "batch": size, "length": options.length, "checkpointed": options.checkpointed}
                 facts = {"bench": "rows", **what, **figures}
-                print(json.dumps(facts | {"times": round(speed[way] / speed[ways[0]], 2)}), flush=True)
+                times = round(speed[way] / speed[ways[0]], 2) if speed.get(ways[0]) else None
+                print(json.dumps(facts | {"times": times}), flush=True)
 
 
 if __name__ == "__main__":

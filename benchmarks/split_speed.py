@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.split_machine import CAP, SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
-from glmhelpers.devicemap.captured import Captured
+from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
@@ -147,8 +147,8 @@ def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     """The same batch in more and more parts: the bubble shrinks and the host has more to start. Equal halves; without
     the cap of a T4, which two GPUs that keep everything exceed.
 
-    All blocks checkpointed, then none, each in turns; then none as CUDA graphs, one number of parts after the other,
-    since each holds a memory pool of its own. Faster is against one part without graphs.
+    All blocks checkpointed, then none: each in turns, and then, where a part is short enough, as CUDA graphs, one
+    number of parts after the other, since each holds a memory pool of its own. Faster is against one part without.
     """
     layers, rows, rounds = machine.config.num_layers, overlap_rows(machine), 1 if machine.tiny else 3
     if machine.on_gpu and not machine.tiny:
@@ -173,7 +173,6 @@ def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
         ms = {parts: round(1e3 * seconds, 1) for parts, seconds in medians.items()}
         line("parts", **facts, ms=ms, faster={parts: round(one / seconds, 2) for parts, seconds in medians.items()})
 
-    one = 0.0
     for checkpointed in ("all", "none"):
         checkpoint_only(model, range(layers) if checkpointed == "all" else [])
         times: dict[int, list[float]] = {parts: [] for parts in numbers}
@@ -182,10 +181,12 @@ def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
                 times[parts].append(timed(parts))
         one = statistics.median(times[1][1:])
         say(times, one, checkpointed=checkpointed, graphs=False)
-    for parts in numbers[1:]:
-        gc.collect()
-        torch.cuda.empty_cache()
-        captured = Captured(model)
-        say({parts: [timed(parts, captured) for _ in range(rounds + 1)]}, one, checkpointed="none", graphs=True)
-        del captured
+        for parts in (parts for parts in numbers if fits_graphs([(-(-rows // parts), machine.length)])):
+            gc.collect()
+            torch.cuda.empty_cache()
+            captured = Captured(model)
+            times = {parts: [timed(parts, captured) for _ in range(rounds + 1)]}
+            facts = {"recorded": len(captured.known), "said": sorted(captured.said)}
+            say(times, one, checkpointed=checkpointed, graphs=True, **facts)
+            captured.forget()
     net.place(machine.device_map())

@@ -7,6 +7,7 @@ every notebook is a session of its own       find_real_weights()       find_adap
 """
 
 from collections.abc import Callable, Sequence
+from os.path import isfile  # Path.is_file raises where a mount is broken
 from pathlib import Path
 
 from glmhelpers.utils import folders
@@ -51,15 +52,15 @@ def _lacks(folder: Path) -> list[str] | None:
     """What the real weights in `folder` lack; None if not even one of them is there, or it is another checkpoint."""
     try:
         manifest = read_manifest(None, folder)
-    except ValueError:  # somebody else's file of that name
+        files = {name: facts["size"] for name, facts in manifest["files"].items()}
+        here = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
+    except (ValueError, OSError):  # somebody else's file of that name; a mount that broke
         return None
-    files = {name: facts["size"] for name, facts in manifest["files"].items()}
-    here = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
     if total_bytes(manifest) < REAL_BYTES or not here.keys() - {TOKENIZER}:
         return None
     lack = [name for name, size in files.items() if here.get(name) != size]
-    lack += [] if (folder / "config.json").is_file() else ["config.json"]
-    return lack if any((folder / name).is_file() for name in INDEX_NAMES) else [*lack, INDEX_NAMES[1]]
+    lack += [] if isfile(folder / "config.json") else ["config.json"]
+    return lack if any(isfile(folder / name) for name in INDEX_NAMES) else [*lack, INDEX_NAMES[1]]
 
 
 def find_adapter(adapter: str | Path = "auto", output: Path | None = None, root: Path | None = None) -> Path:
@@ -77,8 +78,8 @@ def find_adapter(adapter: str | Path = "auto", output: Path | None = None, root:
         found = [expanded(adapter)]
     else:
         places = [(output or output_folder()) / "adapter", *find_folders(ADAPTER_FILES[0], cloud_tops(root))]
-        found = list({place.resolve(): place for place in places if (place / ADAPTER_FILES[0]).is_file()}.values())
-    complete = [place for place in found if all((place / name).is_file() for name in ADAPTER_FILES)]
+        found = list({place.resolve(): place for place in places if isfile(place / ADAPTER_FILES[0])}.values())
+    complete = [place for place in found if all(isfile(place / name) for name in ADAPTER_FILES)]
     if not complete:
         where = f"no complete adapter in {short(found[0])}" if found else "no adapter in the outputs, nor attached"
         raise FileNotFoundError(

@@ -132,7 +132,7 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
     kept = {
         path.stem for road in roads for path in road.glob("*.ipynb") if (int(road.name[0]), path.stem) not in failed
     }
-    if missing := sorted({row["notebook"] for row in rows} - kept):
+    if missing := sorted({row["notebook"] for row in rows if row["notebook"][:1].isdigit()} - kept):
         lines += [f"What {', '.join(missing)} showed was not kept: the next rehearsal brings it.", ""]
     page.parent.mkdir(parents=True, exist_ok=True)
     for old in page.parent.glob("[0-9][0-9]_*.png"):

@@ -791,6 +791,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             given = inputs_embeds if input_ids is None else input_ids
             home = cast(Tensor, given).device if labels.device.type == "cpu" else labels.device
+            if (wanted := labels if shift_labels is None else shift_labels).shape != hidden.shape[:2]:
+                raise ValueError(
+                    f"labels have shape {list(wanted.shape)}; one for each token: {list(hidden.shape[:2])}"
+                )
             rows, targets = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
             loss = self._loss(rows, targets, target_rows, num_items_in_batch, loss_chunk).to(home)
         answer = CausalLMOutputWithPast(
@@ -846,6 +850,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                "guidance_scale compares with an answer to no prompt, and this model learns from its prompt where the "
+                "answer starts: leave it out."
+            )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size cuts the prompt, in which every token sees every other: leave it out, and let the "
@@ -897,9 +906,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _check_early_stop_heuristic(self, *args, **kwargs):
         return super()._check_early_stop_heuristic(*args, **{**kwargs, "decoder_prompt_len": 0})
 
-    def _chat_inputs(self, tokenizer, query: str, history: list | None, settings: dict) -> dict:
+    def _chat_inputs(self, tokenizer, query: str, turns: list[tuple[str, str]], settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
-        prompt = chat_prompt(query, history or ())
+        prompt = chat_prompt(query, turns)
         if settings.get("num_return_sequences") not in (None, 1):
             raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
@@ -920,12 +929,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
         """
-        inputs = self._chat_inputs(tokenizer, query, history, settings)
+        turns = as_turns(() if history is None else history)
+        inputs = self._chat_inputs(tokenizer, query, turns, settings)
         with evaluating(self):
             output = self.generate(**inputs)
         output = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
         response = process_response(tokenizer.decode(output.tolist()))
-        return response, [*as_turns(history or ()), (query, response)]
+        return response, [*turns, (query, response)]
 
     def stream_chat(self, tokenizer, query: str, history: list | None = None, **settings) -> Iterator[tuple[str, list]]:
         """Like `chat`, but yields (answer so far, history with it) after each token.
@@ -933,7 +943,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         As in the published code the very last token is never yielded: it is `<eop>`, or the one that reached the length
         limit. Leaving the loop early stops the model.
         """
-        inputs = self._chat_inputs(tokenizer, query, history, {**settings, "num_beams": 1})
+        turns = as_turns(() if history is None else history)
+        inputs = self._chat_inputs(tokenizer, query, turns, {**settings, "num_beams": 1})
         streamer, leave, failed = _IdStreamer(), threading.Event(), []
         criteria = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), _StopWhen(leave)])
 
@@ -953,7 +964,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             while token is not None and (following := streamer.queue.get()) is not None:
                 ids += token
                 response = process_response(tokenizer.decode(ids))
-                yield response, [*as_turns(history or ()), (query, response)]
+                yield response, [*turns, (query, response)]
                 token = following
         finally:
             leave.set()

@@ -260,8 +260,8 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def padded_length(length: int) -> int:
-    """The length that rows are padded to: multiples of 16 up to 64 tokens, of 32 up to 256, of 128 beyond."""
-    step = 16 if length <= 64 else 32 if length <= 256 else 128
+    """The length that rows are padded to: multiples of 16 up to 192 tokens, of 32 up to 320, of 128 beyond."""
+    step = 16 if length <= 192 else 32 if length <= 320 else 128
     return -(-length // step) * step
 
 

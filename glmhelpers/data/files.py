@@ -35,6 +35,7 @@ PACKED: dict[bytes, tuple[str, Callable[..., Any]]] = {
 }
 """First bytes of a packed file -> the ending of its name, and what unpacks it."""
 ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd"}
+ARCHIVES |= {b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compress", b"\xff\x06\0\0sN": "snappy", b"\x5d\0\0": "lzma"}
 """First bytes of what is not unpacked here -> its name."""
 MOST_UNPACKED, LIKELY_RATIO = 2**28, 200
 """A packed file may unpack to so many bytes, and a larger one to so many times its size: text does to 3 to 20 times."""

@@ -314,8 +314,10 @@ def _value(column: pa.Array, place: int, name: str, long: bool) -> Any:
         raise _NoValue(f"its {name} cannot be read: {error}") from None
 
 
-_SHARED = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view)
-_SHARED += (pa.types.is_string_view, pa.types.is_binary_view)
+_SHARED = (
+    *(pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view),
+    *(pa.types.is_string_view, pa.types.is_binary_view),
+)
 """Types whose values may lie in the file once, and stand in a list a million times."""
 
 

@@ -33,7 +33,7 @@ from glmhelpers.cost_model.sizes import GRAPH_TOKENS
 from glmhelpers.devicemap.devices import OnDevice, parameters_of, walk
 from glmhelpers.utils.types import Model
 
-SHAPES = 24
+SHAPES = 32
 """Shapes that are recorded at most; further ones run without graphs."""
 
 ON_CPU = "a block is on the CPU"
@@ -294,8 +294,8 @@ class Captured:
                     no_room, cause = no_room or isinstance(cause, torch.OutOfMemoryError), cause.__context__
                 if no_room:
                     self.give_up()
-                else:
-                    self.say_without(str(error).splitlines()[0])
+                self.no_room = no_room
+                self.say_without("no room for them" if no_room else str(error).splitlines()[0])
         return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
-    """Every module in it, as `modules()` in a fifth of the time, since each step does it; one in two places comes twice."""
+    """Every module in it, as `modules()` in a third of the time: each step does it. One in two places comes twice."""
     found = [module]
     for each in found:
         found.extend(child for child in each._modules.values() if child is not None)

@@ -27,6 +27,9 @@ VERSIONS = ("torch", "transformers", "peft", "safetensors")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Set to 1, torchrun makes a new store for each attempt; without it restarts of several machines do not work."""
 
+NO_DUMP = "TORCH_NCCL_DUMP_ON_TIMEOUT"
+"""Set to 0, NCCL tells nobody to write its log of all messages when a wait is too long."""
+
 REFUSED = "refused: "
 """Begins the line in which a process says why it was refused; `launch` looks for it."""
 
@@ -126,6 +129,8 @@ def joined(ranks: int, on_gpu: bool, timeout: float) -> Iterator[Processes]:
     store, rank, world = next(dist.rendezvous("env://", timeout=patience))
     # torchrun may keep one store for all attempts, with addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # A wait that was too long leaves a mark in the bare store: NCCL of the next attempt would see it, and end as well.
+    os.environ.setdefault(NO_DUMP, "0")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     places = Places(store, rank, world, timeout)

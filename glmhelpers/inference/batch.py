@@ -84,6 +84,8 @@ def _answers(
     # The padding rows of the embedding have no text; a random draw could hit one.
     beyond = list(range(len(tokenizer), model.config.vocab_size))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": beyond or None, **settings}
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: at least one question is asked at a time")
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt").to(model.device)
         ids = model.generate(**batch, **settings)

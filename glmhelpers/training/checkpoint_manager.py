@@ -170,16 +170,21 @@ def what_is_wrong(folder: Path) -> str | None:
         pairs, sums = marker["files"].items(), dict(marker.get("sha256", {}))  # older markers have sizes only
     except FileNotFoundError:
         return f"it has no {MARKER}, so the process was stopped while it was written"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} cannot be read"
+    if not pairs:
+        return f"its {MARKER} names no file"
     for name, size in pairs:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
-        if name in sums and sha256_of(path) != sums[name]:
-            return f"{name} has other bytes than were written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes, {size} were written"
+            if name in sums and sha256_of(path) != sums[name]:
+                return f"{name} has other bytes than were written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -191,7 +196,7 @@ def step_of(folder: Path) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, the newest first."""
     folders = (path for path in run.glob("checkpoint-*") if path.is_dir())
-    found = [path for path in folders if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [path for path in folders if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -213,7 +218,7 @@ def keep_last(run: Path, count: int | None) -> None:
     if not complete:
         return
     for folder in checkpoints(run):
-        if step_of(folder) < step_of(complete[-1]):
+        if step_of(folder) < step_of(complete[-1]) and not folder.is_symlink():  # a link leads to somebody's own place
             # Without its marker it is no checkpoint any more, should the process die in the middle of this.
             (folder / MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)

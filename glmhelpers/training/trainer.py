@@ -99,11 +99,11 @@ class GLMTrainer(Trainer):
             for weight in parameters_of(self.model):
                 weight.grad = None
 
-        vars(self.model)["zero_grad"] = zero_grad
+        self.model.__dict__["zero_grad"] = zero_grad
         try:
             return super().train(*args, **kwargs)
         finally:
-            del vars(self.model)["zero_grad"]
+            del self.model.__dict__["zero_grad"]
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class GLMTrainer(Trainer):
             self.unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         return self.unwrapped
 
-    def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the Trainer's, which counts all parameters again in each step."""
         tokens = inputs["input_ids"].numel()
         self.work = self.work or super().floating_point_ops(inputs) // tokens

@@ -43,7 +43,8 @@ def cloud_tops(root: Path | None = None) -> list[Path]:
     Args:
         root: the folder in which `kaggle` and `content` lie; ROOT if None.
     """
-    return [folder for top in TOPS if (folder := (root or ROOT) / top).is_dir()]
+    # Unlike is_dir, this raises nothing where a mount is broken: Drive's, when its session has ended.
+    return [folder for top in TOPS if os.path.isdir(folder := (root or ROOT) / top)]
 
 
 def find_folders(

@@ -44,10 +44,10 @@ def page_header(data: bytes) -> tuple[dict[int, Any], int]:
         if kind in (4, 5, 6):
             return (number := varint()) >> 1 ^ -(number & 1)
         if kind == 12:
-            return struct()
+            return record()
         raise ValueError(f"a header of a page has a field of kind {kind}: the file is damaged")
 
-    def struct() -> dict[int, Any]:
+    def record() -> dict[int, Any]:
         nonlocal at
         fields: dict[int, Any] = {}
         number = 0
@@ -59,7 +59,7 @@ def page_header(data: bytes) -> tuple[dict[int, Any], int]:
         return fields
 
     try:
-        fields = struct()
+        fields = record()
     except (IndexError, RecursionError):
         fields = {}
     if not all(isinstance(fields.get(number), int) for number in (2, 3)):

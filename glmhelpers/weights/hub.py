@@ -123,7 +123,10 @@ class Remote:
         return (self.endpoint or os.environ.get("HF_ENDPOINT") or "").strip().rstrip("/") or None
 
     def where(self, name: str) -> str:
-        """Address of one file, for the request and for messages."""
+        """Address of one file, for messages: without a password that stands in it."""
+        return re.sub(r"//[^/?#]*@", "//", self._address(name))
+
+    def _address(self, name: str) -> str:
         if self.source == "huggingface":
             place = self.facts["huggingface"]
             revision = self.revision or place.get("revision")
@@ -154,8 +157,8 @@ class Remote:
             close_session()  # the next call reads proxies and certificates anew
             if isinstance(error, ImportError):
                 raise
-            why = wrong_answer(part, self.where(name), size)
-            raise DownloadError(why or explain(error, name, self.where(name))) from error
+            why = wrong_answer(part, self.where(name), size) or explain(error, name, self.where(name))
+            raise DownloadError(why.replace(self._address(name), self.where(name))) from error
 
     def _fetch_http(self, name: str, part: Path, size: int, progress: Callable[[int], None]) -> None:
         # The reader's token goes to the hub and its mirrors, nowhere else.
@@ -167,7 +170,7 @@ class Remote:
             while (start := file.tell()) < size:
                 left -= 1
                 try:
-                    wait = _receive(self.where(name), headers, file, size, progress, last=not left)
+                    wait = _receive(self._address(name), headers, file, size, progress, last=not left)
                 except Exception as error:
                     if not left or not TRANSIENT & {kind.__name__ for kind in type(error).__mro__}:
                         raise
@@ -329,6 +332,9 @@ def explain(error: Exception, name: str, url: str) -> str:
         return f"{url} has fewer bytes than {name}: it is another version, choose another source"
     if status is not None and status >= 500:
         return f"{url} is in trouble ({status}) with {name}: {AGAIN}, later or from another source"
+    if status is not None or type(error).__name__ in ("TooManyRedirects", "UnsupportedProtocol", "InvalidURL"):
+        what = f"{name} ({status or error})"
+        return f"{url} does not give {what}: a second try is no help; check the address, or choose another source"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         what = "free some disk space" if error.errno == errno.ENOSPC else "see to that"
         return f"{name} could not be written ({error.strerror}): {what}, then {AGAIN}"

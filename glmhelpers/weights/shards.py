@@ -101,9 +101,11 @@ def read_index(path: Path) -> dict[str, str]:
         ShardError: it is no such file, or names something outside its folder.
     """
     try:
-        weight_map = dict(read_json(path)["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = dict(read_json(path)["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is not an index of shards ({type(error).__name__}: {error})") from error
+    if not weight_map:
+        raise ShardError(f"{path} names no shard: fetch it again, or take it away where the shards are all there")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ShardError(f"{path} names {name!r}: a shard must lie beside its index")

@@ -345,3 +345,13 @@ def test_a_history_of_views_or_of_words_from_a_dictionary_is_read(source):
         )
         rows = list(readers.read_rows(open(source / f"{name}.arrow", "rb"), "", Notes(), {}, None))  # noqa: SIM115
         assert [row.value["history"] for row in rows] == turns
+
+
+LETTERS = {"lz4": b"\x04\x22\x4d\x18d@\xa7", "compress": b"\x1f\x9d\x90{", "snappy": b"\xff\x06\0\0sNaPpY"}
+
+
+@pytest.mark.parametrize("name", [*LETTERS, "lzma"])
+def test_what_is_packed_in_a_way_that_is_not_read_is_called_packed(source, name):
+    data = lzma.compress(GOOD, format=lzma.FORMAT_ALONE) if name == "lzma" else LETTERS[name] + GOOD
+    (source / "x.jsonl").write_bytes(data)
+    assert f"it is packed ({name}): unpack it" in refused(source, "x.jsonl")

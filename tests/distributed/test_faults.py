@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from glmhelpers.distributed import launch, torchrun_command
-from glmhelpers.distributed.processes import OWN_STORE, joined
+from glmhelpers.distributed.processes import NO_DUMP, OWN_STORE, joined
 from tests.helpers.process_cases import PROJECT, TINY, a_job, free_ports
 
 pytestmark = pytest.mark.once
@@ -60,8 +60,11 @@ def test_an_error_is_not_held_up_by_leaving_the_group(faulty, monkeypatch):
         "MASTER_PORT": port,
     }.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv(NO_DUMP, "")
+    monkeypatch.delenv(NO_DUMP)
     with pytest.raises(ValueError, match="mine"), joined(1, False, 30):
         raise ValueError("mine")
+    assert os.environ[NO_DUMP] == "0"
     assert dist.is_initialized()
     dist.destroy_process_group()
 

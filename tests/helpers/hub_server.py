@@ -21,6 +21,7 @@ DRIPPING_HEADERS = {
     "dripping header": b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 30_000,
     "dripping status": b"HTTP/1.1 200 " + b"O" * 30_000,
 }
+LEADS_NOWHERE = {"sent in a circle": "", "sent to a file": "file:///etc/hostname"}
 PACKED = {
     "packed": lambda data: ("gzip", gzip.compress(data, 1)),
     "bomb": lambda data: ("gzip", gzip.compress(data + bytes(2**26), 9)),
@@ -85,8 +86,10 @@ class Hub:
         self.requests.append((name, first, fault))
         if place not in ("store", "plain") or not path.is_file():
             fault = "404"
-        if fault in ("401", "404", "416", "429", "500"):
+        if fault.isdecimal():
             return self.reply(request, int(fault), headers={"Retry-After": "0"})
+        if fault in LEADS_NOWHERE:
+            return self.reply(request, 302, headers={"Location": LEADS_NOWHERE[fault] or request.path})
         if fault in DRIPPING_HEADERS:
             with suppress(OSError):
                 for byte in DRIPPING_HEADERS[fault]:

@@ -32,3 +32,9 @@ def test_a_merged_adapter_cannot_be_compared_with_its_base():
         compare(net, tokenizer(), ["你好"])
     (row,) = compare(net, tokenizer(), ["你好"], max_new_tokens=4)
     assert row.base == row.tuned, "an adapter that learnt nothing changes nothing"
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_no_batch_is_refused_and_loses_no_question(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
+        answers(model(), tokenizer(), QUESTIONS, batch_size=batch_size)

@@ -1,5 +1,6 @@
 """Project, weights and adapter in trees like those of Kaggle and Colab, with sparse files of the real sizes."""
 
+import errno
 import json
 import os
 import shutil
@@ -257,3 +258,23 @@ def test_a_folder_of_outputs_that_cannot_be_written_names_the_variable(tmp_path,
     monkeypatch.setenv("GLM_OUTPUT", str(tmp_path / "file" / "out"))
     with pytest.raises(OSError, match=r"%env GLM_OUTPUT=/a/folder"):
         environment.output_folder()
+
+
+def test_a_drive_whose_session_has_ended_hides_nothing_else(root, tmp_path, monkeypatch, capsys):
+    adapter = root / "content" / "adapter"
+    adapter.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    broken, stat = root / "content" / "drive" / "MyDrive", os.stat
+    broken.mkdir(parents=True)
+
+    def of_a_broken_mount(path, *args, **more):
+        if str(path).startswith(str(broken)):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return stat(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", of_a_broken_mount)
+    assert broken not in cloud_tops(root)
+    assert find_adapter(output=broken / "outputs", root=root) == adapter
+    assert find_real_weights(tmp_path, root) is None
+    capsys.readouterr()

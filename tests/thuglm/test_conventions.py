@@ -217,3 +217,26 @@ def test_the_collator_refuses_ids_of_another_tokenizer(name, wrong):
     assert collator([row])["labels"].shape == (1, 8)
     with pytest.raises(ValueError, match=f"row 1 of the batch holds id {wrong}, the tokenizer has ids 0 to"):
         collator([row, {**row, name: [*row[name][:4], wrong]}])
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_another_shape_are_refused_and_not_compared_with_other_tokens(name):
+    ids, mask = batch()
+    for wrong in (ids[:, :-1], ids[:, 1:], ids.reshape(1, -1), ids[0]):
+        with pytest.raises(ValueError, match=r"labels have shape \[.*one for each token: \[3, "):
+            fresh_model()(ids, mask, **{"labels": ids, name: wrong})
+
+
+def test_guidance_that_asks_without_a_prompt_is_refused():
+    ids, mask = batch()
+    with pytest.raises(ValueError, match="guidance_scale compares"):
+        model().generate(ids[:1], attention_mask=mask[:1], guidance_scale=1.5, **GREEDY)
+
+
+@pytest.mark.parametrize("door", ["chat", "stream_chat"])
+def test_a_history_that_can_be_read_once_comes_back_whole(door):
+    net, said = model(), [("a", "b"), ("c", "d")]
+    answer = getattr(net, door)(tokenizer(), "e", history=(turn for turn in said), **GREEDY)
+    _, history = answer if door == "chat" else list(answer)[-1]
+    assert history[:2] == said
+    assert len(history) == 3

@@ -9,7 +9,13 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from safetensors import SafetensorError
 
-from glmhelpers.training.checkpoint_manager import last_complete, mark_complete, what_is_wrong
+from glmhelpers.training.checkpoint_manager import (
+    checkpoints,
+    keep_last,
+    last_complete,
+    mark_complete,
+    what_is_wrong,
+)
 from glmhelpers.training.guards import NoLabelsError, TrainingStoppedError
 from glmhelpers.utils.files import alone, room_for
 from glmhelpers.weights.hub import DownloadError, SettingError
@@ -102,3 +108,51 @@ def test_another_error_stays_what_it_is(tmp_path):
         raise RuntimeError("shapes do not fit")
     with pytest.raises(io.UnsupportedOperation), room_for(tmp_path):
         raise io.UnsupportedOperation("no")
+
+
+@pytest.mark.parametrize(
+    ("marker", "says"),
+    [
+        ("[]", "cannot be read"),
+        ("null", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"files": [1]}', "cannot be read"),
+        ('{"files": {}}', "names no file"),
+        ('{"files": {"a": 1}, "sha256": 7}', "cannot be read"),
+        ('{"files": {"a": "7"}}', "a has 1 bytes, 7 were written"),
+        ('{"files": {"a": null}}', "a has 1 bytes, None were written"),
+        ('{"files": {"a": 1}, "sha256": {"a": []}}', "other bytes"),
+        ('{"files": {"\\u0000": 1}}', "is missing"),
+        ('{"files": {"' + "a" * 5000 + '": 1}}', "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_any_marker_is_judged_and_the_checkpoint_before_it_is_taken(tmp_path, marker, says):
+    good, bad = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    for folder in (good, bad):
+        folder.mkdir()
+        (folder / "a").write_bytes(b"1")
+    mark_complete(good)
+    if marker is None:
+        (bad / "complete.json").mkdir()
+    else:
+        (bad / "complete.json").write_text(marker)
+    said = []
+    assert last_complete(tmp_path, said.append) == good
+    assert says in said[0]
+
+
+def test_folders_that_only_look_like_checkpoints_and_links_are_left_alone(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    run_folder = tmp_path / "run"
+    for folder in (elsewhere, *(run_folder / f"checkpoint-{name}" for name in ("2", "3", "²", "-1", "1e3"))):
+        folder.mkdir(parents=True)
+        (folder / "a").write_bytes(b"1")
+        mark_complete(folder)
+    (run_folder / "checkpoint-1").symlink_to(elsewhere)
+    assert [path.name for path in checkpoints(run_folder)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    keep_last(run_folder, 1)
+    assert what_is_wrong(elsewhere) is None
+    assert sorted(path.name for path in run_folder.iterdir()) == [
+        f"checkpoint-{name}" for name in ("-1", "1", "1e3", "3", "²")
+    ]

@@ -306,3 +306,36 @@ def test_an_adapter_with_nan_is_neither_saved_nor_loaded(tmp_path):
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         save_adapter(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+class SwitchedOff(TrainerCallback):
+    """Somebody looks at an answer between two steps, and leaves a part of the model in evaluation mode."""
+
+    def __init__(self):
+        self.modes, self.gradients, self.replaced = [], [], False
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        self.replaced = "zero_grad" in vars(model)
+        model.get_base_model().transformer.layers[1].eval()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.modes.append(all(module.training for module in model.modules()))
+
+
+def test_what_each_step_does_in_less_time_is_what_the_trainer_does(tmp_path):
+    model, seen = random_lora(), SwitchedOff()
+    arguments = training_arguments(tmp_path, False, max_steps=3, save_strategy="no", per_device_train_batch_size=4)
+    trainer = GLMTrainer(
+        model, arguments, train_dataset=ROWS, data_collator=RightPadCollator(tokenizer()), callbacks=[seen]
+    )
+    trainer.train()
+    assert seen.modes == [True] * 3
+    assert seen.gradients == [[]] * 3
+    assert seen.replaced
+    assert "zero_grad" not in vars(model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.work = 0
+    want = 6 * batch["input_ids"].numel() * model.num_parameters(exclude_embeddings=True)
+    assert trainer.floating_point_ops(batch) == trainer.floating_point_ops(batch) == want
+    assert trainer.bare(model) is model

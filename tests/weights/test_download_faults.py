@@ -101,6 +101,15 @@ def test_a_server_cannot_take_time_or_disk_without_limit(hub, tmp_path, monkeypa
     assert_bit_exact(hub, tmp_path)
 
 
+@pytest.mark.parametrize("fault", ["400", "410", "451", "304", "sent in a circle", "sent to a file"])
+def test_what_no_second_try_can_mend_is_not_called_a_broken_connection(hub, tmp_path, fault):
+    hub.faults[LARGE] = [fault] * 30
+    with pytest.raises(DownloadError, match=f"does not give {LARGE} .*a second try is no help") as caught:
+        fetch(hub, tmp_path)
+    assert "broke off" not in str(caught.value)
+    assert_no_wrong_file(hub, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fault", "answers"),
     [
@@ -329,3 +338,13 @@ def test_disk_check_counts_what_is_there(hub, tmp_path):
     wanted = download.wrong_or_missing(tmp_path, facts)
     assert set(wanted) == set(facts["files"])
     assert download.check_disk(tmp_path, facts, wanted) == total_bytes(facts) - half
+
+
+@pytest.mark.parametrize("answers", [["404"], ["refuse"] * 8, ["endless"], ["web page"], ["410"]])
+def test_a_password_in_an_address_is_sent_and_not_shown(hub, tmp_path, answers):
+    hub.faults[LARGE] = answers
+    address = hub.url.replace("//", "//somebody:geheim@") + "/plain"
+    with pytest.raises(DownloadError) as caught:
+        remotes.Remote(manifest_of(hub), address).fetch(LARGE, tmp_path / "part", 427_140, lambda count: None)
+    assert "geheim" not in str(caught.value)
+    assert "Basic" in hub.tokens[-1]

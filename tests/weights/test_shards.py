@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from glmhelpers.weights.shards import ShardError, read_entries
+from glmhelpers.weights.shards import ShardError, list_shards, read_entries
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16, torch.int64, torch.bool]
 TENSORS = st.dictionaries(
@@ -80,3 +80,10 @@ def test_views_and_shared_memory_in_one_shard(tmp_path):
     torch.save({"a": torch.arange(12.0).reshape(3, 4).T}, tmp_path / "b.bin")
     with pytest.raises(ShardError, match="in one piece"):
         read_entries(tmp_path / "b.bin")
+
+
+@pytest.mark.parametrize("weight_map", ["[]", "{}", "null", "7", '"ab"', '[["a", "b.bin"]]'])
+def test_an_index_that_names_no_shard_is_told(tmp_path, weight_map):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(ShardError, match=r"pytorch_model.bin.index.json (is not an index of|names no) shard"):
+        list_shards(tmp_path)
