@@ -211,15 +211,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(self.encode_whitespace(text), out_type=str)
 
-    def text_ids(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode(text, add_special_tokens=False)` of each text, but faster, and all in one call.
 
         A text in which no special token is written goes to SentencePiece as a whole and comes back as ids: no pieces
-        are made and looked up one by one.
+        are made and looked up one by one. Several threads may call it at once; SentencePiece needs no lock of Python.
 
         Args:
             texts: any texts.
-            threads: of SentencePiece, which shares the texts out among them.
         """
         # tokens_trie.data: first character of a token -> those behind it, or "" where it ends. To go through a text
         # takes far longer than to look for two characters in it.
@@ -237,7 +236,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if len(whole) == 1:  # to start a thread takes longer than to encode a text
             ids = iter([self.sp_model.encode(whole[0])])
         else:
-            ids = iter(self.sp_model.encode(whole, num_threads=threads) if whole else [])
+            ids = iter(self.sp_model.encode(whole, num_threads=1) if whole else [])
         return [
             next(ids) if is_plain else [*self.convert_tokens_to_ids(self.tokenize(text))]  # type: ignore[misc]
             for text, is_plain in zip(texts, plain, strict=True)

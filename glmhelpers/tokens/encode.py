@@ -20,6 +20,7 @@ settings and this code. Change any of them, and the old file is not found any mo
 import errno
 import hashlib
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -248,10 +249,12 @@ def _write(path: Path, source: Path, target: Path, encoder: _Encoder) -> None:
 
 
 def _with_ids(tokenizer: Any, some: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[list[int]]]]:
-    """Each chunk with its ids. SentencePiece works in a thread: meanwhile Python reads the next rows, and puts the last
-    ones together. Of other tokenizers nobody knows whether they may be asked from two threads."""
-    ahead = 1 if hasattr(tokenizer, "text_ids") else 0
-    with ThreadPoolExecutor(1) as behind:
+    """Each chunk with its ids. SentencePiece works in threads and needs no lock of Python, which reads the next rows
+    meanwhile, and puts the last ones together. Of other tokenizers nobody knows whether two threads may ask them."""
+    threads = min(4, os.cpu_count() or 1)
+    # Chunks take unequal times, so some more than there are threads wait.
+    ahead = 2 * threads if hasattr(tokenizer, "text_ids") else 0
+    with ThreadPoolExecutor(threads) as behind:
         waiting: deque[tuple[Chunk, Future]] = deque()
         for chunk in some:
             waiting.append((chunk, behind.submit(text_ids, tokenizer, chunk.texts)))

@@ -8,7 +8,6 @@ or nobody sees them. Decoding every text would take longer than encoding it: so 
 and only texts with one that is changed, or that acts on its neighbours, are decoded.
 """
 
-import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -23,16 +22,14 @@ _ACTS = ("Mn", "Mc", "Me", "Cf", "Lm")
 BETWEEN = "\n"
 """Stands between texts in one string; a line end comes back as it was."""
 _KOREAN_LETTERS = range(0x1100, 0x1200)
-THREADS = min(4, os.cpu_count() or 1)
-"""For the encoding of many texts."""
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts without special tokens: `tokenizer.encode(text, add_special_tokens=False)` of each, but faster where
-    it is ChatGLM's own tokenizer, which takes many texts in one call and shares them out among the processor's cores.
+    it is ChatGLM's own tokenizer, which takes many texts in one call.
     """
     if hasattr(tokenizer, "text_ids"):
-        return tokenizer.text_ids(texts, THREADS)
+        return tokenizer.text_ids(texts)
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
