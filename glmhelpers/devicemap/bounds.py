@@ -146,11 +146,10 @@ class Bounds:
         needs less in smaller parts."""
         layers, usable = self.room.shape.layers, sum(self.room.usable)
         usable = usable if ceiling is None else min(usable, ceiling * len(self.room.gpus))
-        # Each micro-batch keeps a copy of its prefix for each block, or more where the block is not checkpointed.
-        copy = max((cast_bytes(self.room.shape, each) * each.training for each in settings[:1]), default=0) * (
-            layers - 1
-        )
-        settings = [setting for setting in settings if setting.micro_batches * copy <= usable]
+        if settings:
+            # Each micro-batch keeps a copy of its prefix for each block, or more where the block is not checkpointed.
+            copies = cast_bytes(self.room.shape, settings[0]) * settings[0].training * (layers - 1)
+            settings = [setting for setting in settings if setting.micro_batches * copies <= usable]
 
         def may_fit(setting: Setting) -> bool:
             return self._may_fit(setting, ceiling)

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:
-    """Every module in it, as `modules()` in a third of the time: each step does it. One in two places comes twice."""
-    found = [module]
+    """Every module in it once, as `modules()` in a fraction of the time: each step does it. Their order is another."""
+    found, known = [module], {module}
     for each in found:
-        found.extend(child for child in each._modules.values() if child is not None)
+        for child in each._modules.values():
+            if child is not None and child not in known:
+                known.add(child)
+                found.append(child)
     return iter(found)
 
 
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The same for `parameters()`."""
-    return (weight for each in walk(module) for weight in each._parameters.values() if weight is not None)
+    """The same for `parameters()`; each once here, too, for gradients are summed up and scaled by it."""
+    found = (weight for each in walk(module) for weight in each._parameters.values() if weight is not None)
+    return iter(dict.fromkeys(found))
 
 
 @cache

@@ -339,3 +339,20 @@ def test_what_each_step_does_in_less_time_is_what_the_trainer_does(tmp_path):
     want = 6 * batch["input_ids"].numel() * model.num_parameters(exclude_embeddings=True)
     assert trainer.floating_point_ops(batch) == trainer.floating_point_ops(batch) == want
     assert trainer.bare(model) is model
+
+
+def test_a_parameter_in_two_places_is_clipped_once(tmp_path):
+    """As the bank of vectors of VB-LoRA is, in every block."""
+    model, other = random_lora(), random_lora()
+    for each in (model, other):
+        first, second, *_ = (part for name, part in each.named_modules() if name.endswith("lora_A.default"))
+        second.weight = first.weight
+        for number, weight in enumerate(p for p in each.parameters() if p.requires_grad):
+            weight.grad = torch.full_like(weight, 1.0 + number)
+    arguments = training_arguments(tmp_path, False, max_steps=1, max_grad_norm=1.0)
+    trainer = GLMTrainer(model, arguments, train_dataset=ROWS, data_collator=RightPadCollator(tokenizer()))
+    norm = trainer._clip_grad_norm(model)
+    assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
