@@ -15,6 +15,7 @@ with the interpreter's lock cannot keep it from that.
 import faulthandler
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ class _Properties:
         return getattr(self._real, name)
 
 
-def disguise() -> None:
-    """From now on this process sees T4s; nothing changes where there is no GPU."""
+def disguise(capped: Sequence[int] | None = None) -> None:
+    """From now on this process sees T4s; nothing changes where there is no GPU. `capped`: the GPUs whose allocator
+    stops at a T4's size, by default all of them: a rank opens no other than its own."""
     import torch
 
     if not torch.cuda.is_available():
@@ -60,7 +62,7 @@ def disguise() -> None:
         held = torch.cuda.memory_reserved(device) + CONTEXT if SHARED_VARIABLE in os.environ else total - free
         return max(0, CAP - held), CAP
 
-    for device in range(torch.cuda.device_count()):
+    for device in range(torch.cuda.device_count()) if capped is None else capped:
         share = CAP / properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     torch.cuda.get_device_properties, torch.cuda.mem_get_info = as_properties, as_memory

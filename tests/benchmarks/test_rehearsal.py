@@ -1,6 +1,9 @@
 """The parts of the rehearsal that need no GPU: the stand-in for the hub, the copy of the project, the disguise, the table."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -74,6 +77,34 @@ def test_table_says_what_failed():
     first, second = rehearsal.table(rows).splitlines()[2:]
     assert first == "| 2 | 04 | 10 | 1.00 | 1.00, 2.00 | 5.0, not limited | passed |"
     assert second == "| 1 | 05 | 1 | - | - | 0.0, its process was killed | FAILED |"
+
+
+FAKE_TORCH = """
+from types import SimpleNamespace
+real = SimpleNamespace(name="H100", total_memory=80 * 2**30)
+capped = []
+cuda = SimpleNamespace(
+    is_available=lambda: True, device_count=lambda: 2, mem_get_info=None,
+    get_device_properties=lambda device: real,
+    set_per_process_memory_fraction=lambda share, device: capped.append((device, round(share * 80, 2))),
+)
+off = lambda on: None
+backends = SimpleNamespace(cuda=SimpleNamespace(enable_flash_sdp=off, enable_cudnn_sdp=off))
+"""
+
+
+def test_a_rank_that_a_notebook_starts_sees_a_t4_too(tmp_path):
+    """And caps no other GPU than its own: that would open it."""
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    ask = "import torch; print(torch.cuda.get_device_properties(0).name, torch.capped)"
+    path = os.pathsep.join([str(tmp_path), *rehearsal.FOUND])
+
+    def seen(**more):
+        environment = {**os.environ, "PYTHONPATH": path, **more}
+        return subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True).stdout
+
+    assert seen(LOCAL_RANK="1") == "Tesla T4 [(1, 14.75)]\n"
+    assert seen() == "H100 []\n"
 
 
 @pytest.mark.once
