@@ -61,7 +61,7 @@ class Trial:
     def __init__(self, config: Any, gpus: int):
         model: Any = random_model(config, gpus, torch.float16)
         model.config.tie_word_embeddings = True
-        model.lm_head.weight = model.transformer.word_embeddings.weight
+        model.tie_weights()
         self.model, self.config = prepare(model, []), config
 
     def run(self, plan: Plan, rows: int, length: int, repeats: int) -> tuple[float, list[int]]:

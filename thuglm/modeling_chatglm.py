@@ -359,7 +359,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         look at every argument of every module, and copy modules on the CPU to a GPU for each use) are taken off.
 
         If the embedding and `lm_head` are sent to different devices, they can no longer be one tensor: `lm_head` gets
-        its own copy (1.07 GB for ChatGLM-6B). Sent to one device again, they are one tensor again, if it is frozen.
+        its own copy (1.07 GB for ChatGLM-6B). Sent to one device again, they are one tensor again, if both are frozen
+        and still equal: what was trained, or given to one of them on purpose, stays its own.
 
         Args:
             device_map: module name -> device, as for `from_pretrained`.
@@ -382,7 +383,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if head is not None and "lm_head" in device_map:
             device = torch.device(device_map["lm_head"])
             if torch.empty(0, device=device).device == embedding.weight.device:
-                if self._tied_before and not head.weight.requires_grad:
+                # None: never tied. A model that was tied by hand has an empty list, and was tied as well.
+                if self._tied_before is not None and _same_frozen(head.weight, embedding.weight):
                     head.weight = embedding.weight
                     self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
                     self._tied_before = None
@@ -396,6 +398,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 head.to(device)
         self.hf_device_map = dict(device_map)
         return self
+
+
+def _same_frozen(head: Tensor, embedding: Tensor) -> bool:
+    """Is nothing lost if the embedding takes the place of the head? They may be on different devices."""
+    if head.requires_grad or embedding.requires_grad or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    # In pieces: there may be no room for both matrices on one GPU. On "meta" there are no values to lose.
+    pairs = zip(head.split(8192), embedding.split(8192), strict=True)
+    nothing = head.is_meta or embedding.is_meta
+    return nothing or all(torch.equal(mine.to(theirs.device), theirs) for mine, theirs in pairs)
 
 
 IGNORED_KEYWORDS = frozenset(
