@@ -72,7 +72,7 @@ class Lanes:
 
 @contextmanager
 def own_streams(model: nn.Module, lanes: int = 1) -> Iterator[Lanes]:
-    """On a model that is split over several GPUs, queue work in streams of its own on each, at first in those of lane 0;
+    """On a model that is split over several GPUs, queue work in streams of its own on each, first in those of lane 0;
     before and behind it, the default streams wait as usual. See the module for why."""
     own = Lanes(model, lanes)
     before = [torch.cuda.current_stream(device) for device in own.devices]

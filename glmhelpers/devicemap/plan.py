@@ -161,7 +161,7 @@ class Plan:
     @property
     def with_outside(self) -> list[dict[str, int]]:
         """`breakdown` with the allocator's slack and the CUDA context of each GPU that is used, for drawing."""
-        return with_outside(self.breakdown, self.gpus)
+        return with_outside(self.breakdown, self.gpus, self.setting)
 
     @property
     def blocks(self) -> list[list[int]]:
