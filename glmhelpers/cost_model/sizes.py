@@ -216,9 +216,14 @@ class Setting:
         together = self.in_flight is None or self.prefix_length or self.replayed
         return self.micro_batches if together else self.in_flight or 0
 
+    @property
+    def waves(self) -> bool:
+        """Are some micro-batches undone before others begin?"""
+        return self.flying < self.micro_batches
+
     def lanes(self, gpus_used: int) -> int:
         """Streams that a step works in on each GPU: several, if not all micro-batches are in flight on several GPUs."""
-        return self.flying if self.flying < self.micro_batches and gpus_used > 1 else 1
+        return self.flying if self.waves and gpus_used > 1 else 1
 
     @property
     def fused(self) -> bool:

@@ -202,7 +202,7 @@ def _training(
     masks = mask_bytes(setting) + table_bytes(shape, setting) if marks else 0
     loss = loss_kept_bytes(shape, setting, smooth) if stage.head else 0
     transfer = 0 if stage.head else unit
-    waves = batches < setting.micro_batches
+    waves = setting.waves
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
     full["gradients"] = lora * waves
     full["activations"] = saved(count) * batches
@@ -379,9 +379,9 @@ def predict(
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
         tied: embedding and head are one tensor where they are on the same GPU.
-        settings: further fields of `sizes.Setting`: micro_batches, in_flight, lora_rank, lora_targets, lora_dropout, dtype,
-            base_bits, loss_chunk, label_share, training, kv_length, prefix_length, prefix_projection (the prefix of a
-            config with `pre_seq_len` by default).
+        settings: further fields of `sizes.Setting`: micro_batches, in_flight, lora_rank, lora_targets, lora_dropout,
+            dtype, base_bits, loss_chunk, label_share, training, kv_length, prefix_length, prefix_projection (the prefix
+            of a config with `pre_seq_len` by default).
 
     Returns:
         A Prediction; `.peak_bytes` has one number for each device that holds something, in order of index.

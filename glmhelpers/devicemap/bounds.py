@@ -144,7 +144,11 @@ class Bounds:
 
     def that_may_fit(self, settings: list[Setting], ceiling: int | None = None) -> list[Setting]:
         """Without those that surely do not, or have a peak above `ceiling`: whatever is smaller than `_most` allows
-        needs less in smaller parts."""
+        needs less in smaller parts, as long as they are all in flight, or the same number of them."""
+        kinds = ([each for each in settings if each.waves == waves] for waves in (False, True))
+        return [each for kind in kinds for each in self._of_one_kind(kind, ceiling)]
+
+    def _of_one_kind(self, settings: list[Setting], ceiling: int | None) -> list[Setting]:
         layers, usable = self.room.shape.layers, sum(self.room.usable)
         usable = usable if ceiling is None else min(usable, ceiling * len(self.room.gpus))
         if settings:
