@@ -282,9 +282,10 @@ def plan_device_map(
     if in_flight is not None:
         replace(setting, micro_batches=batch_size, in_flight=in_flight)  # refuses what is no such number
     search = Search(room, objective, checkpointed, embedding)
-    found = search.best(variants(setting, micro_batches, in_flight))
-    if found and in_flight is None and objective == "speed":
-        found = search.best([each for each in variants(setting, micro_batches, len(room.gpus)) if each.waves], found)
+    settled = variants(setting, micro_batches, in_flight)
+    if in_flight is None and objective == "speed" and search.fits(settled):
+        settled += [each for each in variants(setting, micro_batches, len(room.gpus)) if each.waves]
+    found = search.best(settled)
     if found and cuda_graphs is None and objective == "speed":
         recorded = [each for each in variants(replace(setting, cuda_graphs=True), micro_batches) if each.replayed]
         other = search.best(recorded)

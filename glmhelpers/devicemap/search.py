@@ -112,8 +112,8 @@ class Search:
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
         self._costs = lru_cache(maxsize=None)(lambda setting: Costs(room.shape, setting))
 
-    def best(self, settings: list[Setting], known: Found | None = None) -> Found | None:
-        """The best plan over all settings and all places of the embedding, and `known`; None if nothing fits."""
+    def best(self, settings: list[Setting]) -> Found | None:
+        """The best plan over all settings and all places of the embedding, or None if nothing fits."""
         settings, ceiling = self.bounds.that_may_fit(settings), None
         ways = [(self._costs(setting), place) for setting in settings for place in self.embeddings]
         if self.objective == "memory":
@@ -127,7 +127,7 @@ class Search:
                 if ceiling != before:
                     settings = self.bounds.that_may_fit(settings, ceiling)
             ways = [way for way, peak in peaks.items() if peak == ceiling]
-        best = known
+        best: Found | None = None
         quick = {each: self.bounds.quick_seconds(each) for each in dict.fromkeys(each for each, _ in ways)}
         for each, place in sorted(ways, key=lambda way: quick[way[0]]):
             if best is not None:

@@ -130,6 +130,7 @@ class Explorer:
             "batch_size": slider("batch_size", 1, MAX_BATCH),
             "seq_length": slider("seq_length", *state.limits()["seq_length"], LENGTH_STEP),
             "micro_batches": choice("micro_batches", divisors(state.batch_size), ui.SelectionSlider),
+            "in_flight": choice("in_flight", [(str(flying or "all"), flying) for flying in CHOICES["in_flight"]]),
             "checkpointed": slider("checkpointed", 0, state.shape.layers),
             "lora_rank": choice("lora_rank", RANKS, ui.SelectionSlider),
             "lora_targets": choice("lora_targets", LORA_TARGETS, ui.SelectMultiple, rows=4),
@@ -176,7 +177,10 @@ class Explorer:
 
     def _groups(self) -> ui.HBox:
         groups = {
-            "the plan": [*self.cuts, *(self.controls[name] for name in ("micro_batches", "checkpointed", "embedding"))],
+            "the plan": [
+                *self.cuts,
+                *(self.controls[name] for name in ("micro_batches", "in_flight", "checkpointed", "embedding")),
+            ],
             "the step": [self.controls[name] for name in ("gpu", "count", "batch_size", "seq_length")],
             "the adapter": [self.controls[name] for name in ("lora_rank", "lora_targets", "dtype", "base_bits")],
         }
@@ -296,6 +300,7 @@ _LABELS = {
     "batch_size": "batch",
     "seq_length": "length",
     "micro_batches": "micro-batches",
+    "in_flight": "in flight",
     "checkpointed": "checkpointed",
     "lora_rank": "LoRA rank",
     "lora_targets": "LoRA on",

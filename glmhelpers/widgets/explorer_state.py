@@ -15,7 +15,13 @@ from glmhelpers.devicemap.plan import Plan, plan_device_map
 
 MAX_BATCH, MAX_GPUS, LENGTH_STEP = 128, 4, 64
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
-CHOICES = {"gpu": tuple(CATALOGUE), "embedding": EMBEDDINGS, "dtype": ("float16", "float32"), "base_bits": (16, 8, 4)}
+CHOICES = {
+    "gpu": tuple(CATALOGUE),
+    "embedding": EMBEDDINGS,
+    "dtype": ("float16", "float32"),
+    "base_bits": (16, 8, 4),
+    "in_flight": tuple(range(MAX_GPUS + 1)),
+}
 """Settings of which the explorer knows a few only; any other is refused."""
 
 
@@ -29,6 +35,7 @@ class Explored:
         cuts: count - 1 ascending numbers; blocks cuts[i-1] to cuts[i] - 1 are on GPU i.
         checkpointed: how many blocks are checkpointed; those without are the last ones of the GPUs, in turn.
         embedding: "first", "tied" or "cpu".
+        in_flight: micro-batches in memory at a time, 0 for all of them.
         others: as in sizes.Setting.
     """
 
@@ -48,6 +55,7 @@ class Explored:
     loss_chunk: int = 512
     label_share: float = 1.0
     skipped: tuple[int, ...] | None = None
+    in_flight: int = 0
 
     @classmethod
     def start(cls, config: Any, gpu: str | GPU, count: int, batch_size: int, seq_length: int) -> "Explored":
@@ -127,12 +135,13 @@ class Explored:
             setting.batch_size, setting.seq_length, plan.micro_batches, len(plan.checkpointed_layers),
             setting.lora_rank, tuple(setting.lora_targets), plan.embedding, setting.dtype, setting.base_bits,
             setting.loss_chunk, setting.label_share,
-            tuple(sorted(set(range(plan.shape.layers)) - set(plan.checkpointed_layers))),
+            tuple(sorted(set(range(plan.shape.layers)) - set(plan.checkpointed_layers))), setting.in_flight or 0,
         )  # fmt: skip
 
     def question(self) -> "Explored":
         """This state without what the planner chooses: equal for all states that have the same best plan."""
-        return replace(self, cuts=(), micro_batches=1, checkpointed=0, embedding="tied", loss_chunk=512, skipped=None)
+        chosen = {"cuts": (), "micro_batches": 1, "in_flight": 0, "checkpointed": 0, "embedding": "tied"}
+        return replace(self, **chosen, loss_chunk=512, skipped=None)
 
     def best(self, objective: str) -> "Explored":
         """The planner's choice of cuts, embedding, micro-batches and checkpointed blocks for these settings.
@@ -178,6 +187,7 @@ class Explored:
         setting = Setting(
             self.batch_size, self.seq_length, self.micro_batches, self.lora_rank, self.lora_targets,
             dtype=self.dtype, base_bits=self.base_bits, loss_chunk=self.loss_chunk, label_share=self.label_share,
+            in_flight=self.in_flight if 0 < self.in_flight < self.micro_batches else None,
         )  # fmt: skip
         skipped, last = set(self.skipped_blocks), self.count - 1
         first = next(number for number, blocks in enumerate(self.blocks) if blocks)
@@ -199,7 +209,7 @@ class Explored:
 
 SETTINGS = (
     *("gpu", "count", "cuts", "batch_size", "seq_length", "micro_batches", "checkpointed"),
-    *("lora_rank", "lora_targets", "embedding", "dtype", "base_bits", "loss_chunk"),
+    *("lora_rank", "lora_targets", "embedding", "dtype", "base_bits", "loss_chunk", "in_flight"),
 )
 """What `changed` takes."""
 

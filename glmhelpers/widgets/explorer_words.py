@@ -56,6 +56,7 @@ def compare(best: Plan, plan: Plan, objective: str) -> str:
         return f"This is the best plan for {objective}."
     blocks = " | ".join(str(len(each)) for each in best.blocks)
     parts = f"{best.micro_batches} micro-batch{'es' * (best.micro_batches > 1)}"
+    parts += f", {best.setting.flying} in flight" if best.setting.waves else ""
     held = _difference((max(best.total_bytes) - max(plan.total_bytes)) / GIB, "GiB", "more", "less")
     time = _difference(best.seconds - plan.seconds, "s", "longer", "shorter")
     return (

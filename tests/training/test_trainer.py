@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
+from glmhelpers.devicemap.plan import plan_device_map
 from glmhelpers.inference.batch import Comparison
 from glmhelpers.inference.scores import kept
 from glmhelpers.lora.adapter import load_adapter, save_adapter
@@ -18,9 +19,11 @@ from glmhelpers.lora.attach import adapter_weights, attach_lora
 from glmhelpers.lora.fingerprint import base_checksum, fingerprint, tensor_sums
 from glmhelpers.lora.proof import prove
 from glmhelpers.tokens.collate import RightPadCollator
+from glmhelpers.training import trainer as trainer_module
 from glmhelpers.training.checkpoint_manager import run_settings
 from glmhelpers.training.finetune import train, training_arguments
 from glmhelpers.training.guards import NoLabelsError
+from glmhelpers.training.memory_plan import model_settings
 from glmhelpers.training.progress import Watch
 from glmhelpers.training.trainer import GLMTrainer, SameOrderSampler
 from tests.helpers.reference import fresh_model, tokenizer
@@ -50,7 +53,7 @@ def random_lora(dropout=0.0):
     return model
 
 
-def first_step(tmp_path, batch, accumulate, parts, layers=None, dropout=0.0):
+def first_step(tmp_path, batch, accumulate, parts, layers=None, dropout=0.0, **how):
     model, keep = random_lora(dropout), KeepGradients()
     if layers is not None:
         checkpoint_only(model, layers)
@@ -58,9 +61,8 @@ def first_step(tmp_path, batch, accumulate, parts, layers=None, dropout=0.0):
     arguments = training_arguments(
         tmp_path, False, max_steps=1, max_grad_norm=0.0, logging_steps=1, save_strategy="no", **changes
     )
-    log = train(
-        model, ROWS, RightPadCollator(tokenizer()), arguments, micro_batches=parts, loss_chunk=7, callbacks=[keep]
-    )
+    how = {"micro_batches": parts, "loss_chunk": 7, "callbacks": [keep], **how}
+    log = train(model, ROWS, RightPadCollator(tokenizer()), arguments, **how)
     return log[0]["loss"], keep.found
 
 
@@ -78,6 +80,32 @@ def test_however_a_batch_is_cut_loss_and_gradients_are_the_same(batch, accumulat
     for name, gradient in whole[1].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "parts", "in_flight"), [(12, 1, 5, 2), (12, 1, 3, 1), (5, 3, 4, 2)])
+def test_a_few_micro_batches_in_flight_give_the_same_loss_and_gradients(
+    batch, accumulate, parts, in_flight, whole, tmp_path
+):
+    loss, gradients = first_step(tmp_path, batch, accumulate, parts, (0, 2), in_flight=in_flight)
+    assert loss == pytest.approx(whole[0], abs=1e-5)
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_plan_says_how_many_are_in_flight(tmp_path, monkeypatch):
+    seen, real = [], trainer_module.run_step
+
+    def spy(model, batch, parts, **how):
+        seen.append((parts, how["in_flight"]))
+        return real(model, batch, parts, **how)
+
+    monkeypatch.setattr(trainer_module, "run_step", spy)
+    model = random_lora()
+    how = {**model_settings(model), "checkpointed": "none", "in_flight": 2}
+    plan = plan_device_map(model.config, ["1GiB"], 12, 64, micro_batches=6, **how)
+    monkeypatch.setattr(type(plan), "apply", lambda self, model: [])  # there may be no GPU here
+    first_step(tmp_path, 12, 1, 1, plan=plan)
+    assert seen == [(6, 2)]
 
 
 def test_dropout_in_training_is_repeated_by_recomputation(tmp_path):

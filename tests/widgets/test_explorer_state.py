@@ -52,6 +52,7 @@ moves = st.one_of(
     st.tuples(st.just("embedding"), st.sampled_from(["first", "tied", "cpu"])),
     st.tuples(st.just("dtype"), st.sampled_from(["float16", "float32"])),
     st.tuples(st.just("base_bits"), st.sampled_from([16, 8, 4])),
+    st.tuples(st.just("in_flight"), st.sampled_from([0, 1, 2, 4])),
 )
 
 
@@ -385,3 +386,15 @@ def test_devices_of_this_machine_can_be_read():
     for reading in read_devices():
         assert 0 <= reading.allocated <= reading.reserved <= reading.total
         assert re.search(r"free +\d+\.\d\d  of \d+\.\d\d GiB", str(reading))
+
+
+def test_the_best_plan_with_few_micro_batches_in_flight_can_be_shown_and_changed():
+    explorer = Explorer(PUBLISHED, "T4", 2, batch_size=24, seq_length=1024)
+    explorer.best()
+    assert explorer.controls["in_flight"].value == explorer.plan.setting.in_flight == 2
+    assert "This is the best plan for speed." in explorer.message.value
+    held = explorer.plan.peak_bytes
+    explorer.controls["in_flight"].value = 0
+    assert explorer.plan.setting.in_flight is None
+    assert all(more > less for more, less in zip(explorer.plan.peak_bytes, held, strict=True))
+    assert "2 in flight" in explorer.message.value
