@@ -196,7 +196,7 @@ class Bounds:
 
     def _least_time(self, costs: Costs, gpu: int, count: int) -> tuple[float, float]:
         """Seconds that no stage of `count` blocks beats: forward, backward; checkpointed is what has no room else."""
-        shape, setting, parts = costs.shape, costs.setting, costs.parts
+        shape, setting, parts = costs.shape, costs.setting, costs.setting.flying
         forward, again, backward, least, _ = self._rates(costs, gpu)
         plain = count * (self.checkpointed != "all")
         if setting.training and self.checkpointed == "auto":
@@ -228,7 +228,8 @@ class Bounds:
     def _bound(self, costs: Costs, slowest: list[float]) -> float:
         layers, again = self.room.shape.layers, self.checkpointed == "all"
         rates = [self._rates(costs, gpu) for gpu in range(self.last + 1)]
-        ahead = layers * min(rate[0] for rate in rates) + min(rate[4] for rate in rates)
+        head = min(rate[4] for rate in rates)  # one GPU does that, whatever else
+        ahead = layers * min(rate[0] for rate in rates) + head
         even = layers + min(rate[4] / rate[0] for rate in rates)  # the head counts as so many blocks
         back = [(rate[2] + rate[1] * again) for rate in rates]
         setting, host = costs.setting, self.room.host
@@ -238,7 +239,7 @@ class Bounds:
         launch_ahead = host.launch_forward + (launch if setting.replayed else layers * host.launch_forward)
         total = StageTime(ahead, layers * min(back) * setting.training, launch_ahead, launch)
         slow = StageTime(
-            max(slowest[0], even / sum(1 / rate[0] for rate in rates)),
+            max(slowest[0], head, even / sum(1 / rate[0] for rate in rates)),
             max(slowest[1], layers / sum(1 / seconds for seconds in back) * setting.training),
         )
         return pass_seconds(total, slow, costs.parts)

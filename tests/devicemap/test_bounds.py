@@ -38,6 +38,11 @@ COMMON = {
     {"batch_size": 12, "seq_length": 512, "objective": "speed", "checkpointed": "none", **COMMON},
     {"lora_rank": 256},
 )
+@example(  # one micro-batch in flight leaves room for blocks that are not checkpointed
+    ["2GiB"],
+    {"batch_size": 60, "seq_length": 512, "objective": "speed", "checkpointed": "auto", **COMMON, "in_flight": None},
+    {"lora_rank": 8},
+)
 @given(
     st.lists(
         st.sampled_from(["380MiB", "450MiB", "520MiB", "700MiB", "1GiB", "2GiB", "T4", "L4"]), min_size=1, max_size=4
