@@ -384,7 +384,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             device = torch.device(device_map["lm_head"])
             if torch.empty(0, device=device).device == embedding.weight.device:
                 # None: never tied. A model that was tied by hand has an empty list, and was tied as well.
-                if self._tied_before is not None and _same_frozen(head.weight, embedding.weight):
+                if self._tied_before is not None and _same_frozen(head.weight, cast(Tensor, embedding.weight)):
                     head.weight = embedding.weight
                     self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
                     self._tied_before = None
