@@ -208,6 +208,7 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
     chosen = plan_device_map(trial.config, gpus, rows, length, label_share=0.5)
     took = trial.run(chosen, rows, length, repeats)
     others: dict[str, Any] = {}
+    predicted: dict[str, float] = {}
     least = [took.least_ms]
     for count in sorted({1, len(gpus)}):
         fastest = float("inf")
@@ -221,7 +222,7 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
                 others[name] = OUT_OF_TIME
                 continue
             timed = trial.run(plan, rows, length, repeats)
-            others[name] = timed.ms
+            others[name], predicted[name] = timed.ms, round(1e3 * plan.seconds, 1)
             least.append(timed.least_ms)
             fastest = min(fastest, others[name])
             if others[name] > HOPELESS * fastest:
@@ -237,6 +238,7 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         least_ms=took.least_ms,
         predicted_ms=round(1e3 * chosen.seconds, 1),
         others_ms=others,
+        others_predicted_ms=predicted,
         slower=round(max(0.0, took.ms / min(medians) - 1), 3),
         slower_least=round(took.least_ms / min(least) - 1, 3),
     )
