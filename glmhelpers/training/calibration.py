@@ -53,8 +53,8 @@ GPU_BLOCKS, HOST_BLOCKS, PARTS = 4, 6, 2
 PRODUCTS, PASSES, COPIES, STEPS = 0.04, 0.25, 0.1, 0.8
 """Seconds for each of the four products, for blocks, for copies, and for the host's steps (with and without)."""
 SLEEP = 60_000_000
-"""Cycles of the GPU's clock, 30 to 40 ms, at first; then half as long again as the host needs to start the blocks'
-kernels, a quarter of this at least and four times this at most."""
+"""Cycles of the GPU's clock, 30 to 40 ms, at first; then twice as long as the host needed to start the kernels of the
+pass before, which may be the shorter one; a quarter of this at least and four times this at most."""
 PLAUSIBLE = 1.5
 """No share is larger: some reach 1.2, where a cache serves what the model counts as memory."""
 SMALL_VOCABULARY: dict[str, Any] = {"vocab_size": 1000}
@@ -133,8 +133,6 @@ def card_rates(index: int, card: GPU, config: Any, notes: list[str], laps: Laps)
     """
     device = torch.device("cuda", index)
     hidden, inner = config.hidden_size, config.inner_hidden_size
-    free, total = torch.cuda.mem_get_info(device)
-    taken = total - free - torch.cuda.memory_reserved(device)
     with torch.cuda.device(device), torch.no_grad():
         workspace = _workspace()
         seconds, operations = 0.0, 0.0
@@ -155,7 +153,9 @@ def card_rates(index: int, card: GPU, config: Any, notes: list[str], laps: Laps)
             "program at work on this GPU? Measure again: measure_machine(refresh=True)"
         )
         found = {}
-    # Other processes count as the driver's, which no context of 2 GB and more is.
+    # Now that this GPU has loaded its kernels. Other processes count as the driver's: no context has 2 GB and more.
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
     sizes = {"gemm_workspace": workspace, "context": taken if taken < 2048 * MIB else 0}
     return found | {name: float(size) for name, size in sizes.items() if size > 0}
 
@@ -250,8 +250,8 @@ def block_passes(device: torch.device, config: Any, laps: Laps) -> tuple[float, 
         end.record()
         torch.cuda.synchronize(device)
         slept = begin.elapsed_time(awake) / 1e3
-        # Next time as long as this host needs; the first call loads kernels and needs much longer than any other.
-        cycles = int(min(max(1.5 * cycles * host / slept, SLEEP / 4), 4 * SLEEP))
+        # The first call loads kernels and needs much longer than any other.
+        cycles = int(min(max(2 * cycles * host / slept, SLEEP / 4), 4 * SLEEP))
         return awake.elapsed_time(end) / 1e3 / GPU_BLOCKS, result
 
     def passes() -> tuple[float, float]:
