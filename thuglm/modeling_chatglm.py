@@ -382,16 +382,17 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
         if head is not None and "lm_head" in device_map:
             device = torch.device(device_map["lm_head"])
+            inner = getattr(head, "base_layer", head)  # with an adapter of peft around it
             if torch.empty(0, device=device).device == embedding.weight.device:
                 # None: never tied. A model that was tied by hand has an empty list, and was tied as well.
-                if self._tied_before is not None and _same_frozen(head.weight, cast(Tensor, embedding.weight)):
-                    head.weight = embedding.weight
+                if self._tied_before is not None and _same_frozen(inner.weight, cast(Tensor, embedding.weight)):
+                    inner.weight = embedding.weight
                     self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
                     self._tied_before = None
                 head.to(device)
             else:
-                if head.weight is embedding.weight:
-                    head.weight = nn.Parameter(embedding.weight.detach().to(device), bool(head.weight.requires_grad))
+                if inner.weight is embedding.weight:
+                    inner.weight = nn.Parameter(embedding.weight.detach().to(device), bool(inner.weight.requires_grad))
                     self._tied_before = self.all_tied_weights_keys
                 self.config.tie_word_embeddings = False
                 self.all_tied_weights_keys = {}
