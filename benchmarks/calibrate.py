@@ -96,7 +96,8 @@ class Trial:
                 torch.cuda.reset_peak_memory_stats(index)
             wait()
             begin = time.perf_counter()
-            run_step(self.model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
+            how = {"loss_chunk": plan.setting.loss_chunk, "in_flight": plan.setting.in_flight}
+            run_step(self.model, batch, plan.micro_batches, **how)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -190,6 +191,7 @@ def one_case(
                 checkpointed=rule,
                 blocks=[len(blocks) for blocks in plan.blocks],
                 micro_batches=plan.micro_batches,
+                in_flight=plan.setting.in_flight,
                 ms=timed.ms,
                 least_ms=timed.least_ms,
                 predicted_ms=round(1e3 * plan.seconds, 1),
@@ -234,6 +236,7 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         length=length,
         blocks=[len(blocks) for blocks in chosen.blocks],
         micro_batches=chosen.micro_batches,
+        in_flight=chosen.setting.in_flight,
         ms=took.ms,
         least_ms=took.least_ms,
         predicted_ms=round(1e3 * chosen.seconds, 1),

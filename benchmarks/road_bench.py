@@ -156,9 +156,11 @@ class Bench:
         kind = str(self.dtype).removeprefix("torch.")
         return {"dtype": kind, "label_share": share, "cuda_graphs": case.cuda_graphs}
 
-    def forecast(self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int) -> Prediction:
+    def forecast(
+        self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int, in_flight: int | None
+    ) -> Prediction:
         """Predicted bytes of one process."""
-        how = {"micro_batches": parts, "checkpointed": marks, **self.settings(case)}
+        how = {"micro_batches": parts, "in_flight": in_flight, "checkpointed": marks, **self.settings(case)}
         return predict(self.config, places, case.rows, case.length, gpus=self.cards(case.gpus), **how)
 
     def road(self, case: Case) -> Road:

@@ -71,13 +71,18 @@ def one_process(bench: Bench, case: Case, keep: Path | None = None) -> dict[str,
     """
     layers = bench.config.num_layers
     if case.parts:
-        parts, chunk, seconds = case.parts, 512, None
+        parts, chunk, seconds, flying = case.parts, 512, None, None
         places: dict[str, Any] = map_of(even_blocks(layers, case.gpus))
         marks = [block for block, marked in enumerate(is_checkpointed(layers, case.checkpointed)) if marked]
     else:
         cards = bench.cards(case.gpus)
         plan = plan_device_map(bench.config, cards, case.rows, case.length, **bench.settings(case))
-        parts, chunk, seconds = plan.micro_batches, plan.setting.loss_chunk, plan.seconds
+        parts, chunk, seconds, flying = (
+            plan.micro_batches,
+            plan.setting.loss_chunk,
+            plan.seconds,
+            plan.setting.in_flight,
+        )
         places, marks = plan.device_map, plan.checkpointed_layers
     used = sorted({place for place in places.values() if place != "cpu"})
     homes = {part: f"cuda:{place}" if bench.on_gpu and place != "cpu" else "cpu" for part, place in places.items()}
@@ -89,12 +94,13 @@ def one_process(bench: Bench, case: Case, keep: Path | None = None) -> dict[str,
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=SCALE, enabled=bench.on_gpu)
     batch, losses, captured = bench.batch(case), [], Captured(model) if case.cuda_graphs else None
+    how: dict[str, Any] = {"in_flight": flying, "loss_chunk": chunk}
 
     def gradient() -> torch.Tensor:
         def backward(loss: torch.Tensor) -> None:
             scaler.scale(loss).backward()
 
-        return run_step(model, batch, parts, backward=backward, captured=captured, loss_chunk=chunk)
+        return run_step(model, batch, parts, backward=backward, captured=captured, **how)
 
     def step() -> None:
         losses.append(gradient())
@@ -109,11 +115,17 @@ def one_process(bench: Bench, case: Case, keep: Path | None = None) -> dict[str,
         gradient()
         save_gradients({n: w.grad / scaler.get_scale() for n, w in adapter_weights(model).items()}, keep, case)
         with StepRecorder(model, blocks) as recorder:
-            run_step(model, batch, parts, backward=recorder.backward, loss_chunk=chunk)
+            run_step(model, batch, parts, backward=recorder.backward, **how)
         facts["idle_share"] = [round(share, 3) for share in idle_shares(recorder.tasks())]
         draw_tasks(recorder.tasks(), keep / f"{case.name}.png")
-    forecast = bench.forecast(case, places, marks, parts)
-    facts |= {"parts": parts, "planned": not case.parts, "blocks": blocks, "checkpointed": len(marks)}
+    forecast = bench.forecast(case, places, marks, parts, flying)
+    facts |= {
+        "parts": parts,
+        "in_flight": flying,
+        "planned": not case.parts,
+        "blocks": blocks,
+        "checkpointed": len(marks),
+    }
     facts |= {"peak_bytes": peaks, "predicted_peak_bytes": forecast.peak_bytes}
     return result(
         case, times, loss=losses[0].item(), steps_skipped=int(bench.on_gpu and scaler.get_scale() < SCALE), **facts

@@ -19,7 +19,6 @@ from torch import nn  # noqa: E402
 
 from glmhelpers.cost_model.step_memory import predict  # noqa: E402
 from glmhelpers.devicemap.check import part_names  # noqa: E402
-from glmhelpers.devicemap.plan import Plan  # noqa: E402
 from glmhelpers.utils.units import GIB  # noqa: E402
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 
@@ -71,14 +70,17 @@ class Machine:
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
 
-    def compare_peaks(self, places: dict[str, int | str], plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Peaks of a step: what the formula says for these GPUs, whose workspaces differ from a T4's, and what was."""
+    def compare_peaks(
+        self, places: dict[str, int | str], batch: dict[str, torch.Tensor], checkpointed: Any, **chosen: Any
+    ) -> dict[str, Any]:
+        """Peaks of a step: what the formula says for these GPUs, whose workspaces differ from a T4's, and what was.
+
+        Args:
+            places: part of the model -> number of its GPU.
+            batch: of the step; checkpointed: as for `predict`; chosen: micro_batches, loss_chunk, in_flight.
+        """
         rows, length = batch["labels"].shape
-        chosen = {
-            "micro_batches": plan.micro_batches,
-            "loss_chunk": plan.setting.loss_chunk,
-            "label_share": (batch["labels"][:, 1:] != -100).float().mean().item(),
-        }
+        chosen["label_share"] = (batch["labels"][:, 1:] != -100).float().mean().item()
         guess = predict(
             self.config,
             places,
@@ -86,7 +88,7 @@ class Machine:
             length,
             gpus=["H100" if self.on_gpu else "T4"] * 2,
             dtype=str(self.dtype).removeprefix("torch."),
-            checkpointed=plan.checkpointed_layers,
+            checkpointed=checkpointed,
             **chosen,
         ).peak_bytes
         peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]

@@ -10,6 +10,8 @@
 import gc
 import statistics
 import time
+import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from benchmarks.split_machine import CAP, SIZES, Machine, line
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.plan import plan_device_map
+from glmhelpers.training.calibration import clear_workspaces
 from glmhelpers.training.measure import random_batch
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.training.step_recorder import StepRecorder, idle_shares
@@ -126,7 +129,8 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     homes = dict(enumerate(machine.devices))
     net.place({name: homes.get(place, place) for name, place in plan.device_map.items()})
     checkpoint_only(model, plan.checkpointed_layers)
-    batch, how = random_batch(machine.config, rows, machine.length), {"loss_chunk": plan.setting.loss_chunk}
+    batch, chunk = random_batch(machine.config, rows, machine.length), plan.setting.loss_chunk
+    how = {"loss_chunk": chunk, "in_flight": plan.setting.in_flight}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     run_step(model, batch, plan.micro_batches, **how)
     optimizer.step()
@@ -139,7 +143,9 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
         embedding=plan.embedding,
         kept_blocks=machine.config.num_layers - len(plan.checkpointed_layers),
         ms=round(seconds * 1e3, 1),
-        **machine.compare_peaks(plan.device_map, plan, batch),
+        **machine.compare_peaks(
+            plan.device_map, batch, plan.checkpointed_layers, micro_batches=plan.micro_batches, **how
+        ),
     )
 
 
@@ -189,4 +195,41 @@ def more_parts(machine: Machine, model: nn.Module, net: nn.Module) -> None:
             facts = {"recorded": len(captured.known), "said": sorted(captured.said)}
             say(times, one, checkpointed=checkpointed, graphs=True, **facts)
             captured.forget()
+    net.place(machine.device_map())
+
+
+def few_in_flight(machine: Machine, model: nn.Module, net: nn.Module) -> None:
+    """The same batch on capped GPUs with all micro-batches in flight, and with a few: time, and what each GPU held.
+
+    Equal halves. Where memory runs out, the line says so.
+    """
+    machine.cap(CAP)
+    layers, rows = machine.config.num_layers, overlap_rows(machine)
+    cut = (layers // 2, layers - layers // 2)
+    net.place(machine.device_map(cut))
+    places = {name: machine.devices.index(place) for name, place in machine.device_map(cut).items()}
+    batch = random_batch(machine.config, rows, machine.length)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    run_step(model, batch, rows)
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    numbers = (4, 8) if machine.tiny else (8, 12, 24)
+    for checkpointed, parts, in_flight in product(("all", "none"), numbers, (None, 2, 3)):
+        checkpoint_only(model, range(layers) if checkpointed == "all" else [])
+        gc.collect()
+        if machine.on_gpu:
+            clear_workspaces()  # those of lanes that are not used now
+            torch.cuda.empty_cache()
+        machine.reset_peaks()
+        facts: dict[str, Any] = {"cut": cut, "checkpointed": checkpointed}
+        try:
+            facts["ms"] = round(1e3 * step_seconds(machine, model, batch, parts, in_flight=in_flight), 1)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
+            facts["error"] = "out of memory"
+        model.zero_grad(set_to_none=True)
+        how = {"micro_batches": parts, "in_flight": in_flight, "loss_chunk": 512}
+        facts |= machine.compare_peaks(places, batch, checkpointed, **how)
+        facts["reserved_bytes"] = [torch.cuda.max_memory_reserved(number) for number in range(len(facts["peak_bytes"]))]
+        line("in_flight", **facts)
     net.place(machine.device_map())

@@ -8,7 +8,8 @@
     overlap      a step in 1, 2, 4, 8 micro-batches, with the cut for the least memory and that for the most speed;
                  Gantt charts of the first and the last; idle share of each GPU
     graphs       4 rows in 4 parts: CUDA graphs against none, in turns
-    parts        a step in 1, 8, 12, 24 micro-batches, in turns: checkpointed, not, and as CUDA graphs
+    parts        a step in 1, 8, 12, 24 micro-batches, in turns: checkpointed, not, and as CUDA graphs; then with all
+                 micro-batches in flight, 2 and 3 of them, each GPU capped: times and peaks
     planned      the planner's fastest plan for that batch in 8 parts, with the blocks that it need not run again
     trainer      50 steps on rows of the course, killed and taken up again, against an unbroken run; the adapter's proof
     chat         an answer of the split model; tokens a second split and unsplit
@@ -38,7 +39,7 @@ from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks.split_machine import CAP, SIZES, Machine, line  # noqa: E402
-from benchmarks.split_speed import graphs, more_parts, overlap, planned  # noqa: E402
+from benchmarks.split_speed import few_in_flight, graphs, more_parts, overlap, planned  # noqa: E402
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only  # noqa: E402
 from glmhelpers.devicemap.check import part_names  # noqa: E402
 from glmhelpers.devicemap.plan import largest_batch, plan_device_map  # noqa: E402
@@ -98,7 +99,8 @@ def placement(machine: Machine, model: nn.Module) -> None:
             optimizer.zero_grad(set_to_none=True)
             machine.sync()
         places = {name: machine.devices.index(place) for name, place in machine.device_map().items()}
-        line("placement", cut=cut, **machine.compare_peaks(places, plan, batch))
+        how = {"micro_batches": plan.micro_batches, "loss_chunk": plan.setting.loss_chunk}
+        line("placement", cut=cut, **machine.compare_peaks(places, batch, plan.checkpointed_layers, **how))
 
 
 def gradients(machine: Machine, model: nn.Module, batch: dict, seed: int = 0, **how: Any) -> dict[str, torch.Tensor]:
@@ -254,7 +256,7 @@ def proof_and_chat(machine: Machine, adapter: Path) -> None:
     line("decode", tokens_per_s=speeds, same_tokens=texts["split"] == texts["unsplit"], tokens=len(texts["split"]))
 
 
-def attempt(name: str, part: Callable[[], None]) -> bool:
+def attempt(name: str, part: Callable[[], Any]) -> bool:
     """Run one part; an error becomes a line, so that it does not hide the other parts. True if it went well."""
     start = time.perf_counter()
     try:
@@ -275,7 +277,7 @@ def on_one_model(machine: Machine, out: Path, only: list[str]) -> bool:
         "equality": lambda: equality(machine, model, net),
         "overlap": lambda: overlap(machine, model, net, out),
         "graphs": lambda: graphs(machine, model, net),
-        "parts": lambda: more_parts(machine, model, net),
+        "parts": lambda: (more_parts(machine, model, net), few_in_flight(machine, model, net)),
         "planned": lambda: planned(machine, model, net),
     }
     results = [attempt(name, part) for name, part in parts.items() if name in only]

@@ -116,6 +116,7 @@ class Setting:
         prefix_length: keys of a learnt prefix (P-tuning v2) in front of every row, 0 for none; instead of LoRA.
         prefix_projection: width of the network that the prefix comes out of, 0 for none.
         cuda_graphs: short micro-batches are recorded once and replayed, see `devicemap.captured`.
+        in_flight: micro-batches in memory at a time, see `training.pipeline`; None for all of them.
     """
 
     batch_size: int = 4
@@ -134,6 +135,7 @@ class Setting:
     prefix_length: int = 0
     prefix_projection: int = 0
     cuda_graphs: bool = False
+    in_flight: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, in words.
@@ -151,6 +153,11 @@ class Setting:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.micro_batches} equal micro-batches; "
                 f"choose one of {divisors(self.batch_size)}"
+            )
+        if self.in_flight is not None and not _is_whole(self.in_flight, 1, self.micro_batches):
+            raise ValueError(
+                f"in_flight is {shown(self.in_flight)}; it must be a whole number from 1 to {self.micro_batches}, the "
+                "number of micro-batches, or None for all of them"
             )
         if self.prefix_length and self.lora_rank:
             raise ValueError(
@@ -202,6 +209,21 @@ class Setting:
     def replayed(self) -> bool:
         """Are the longest micro-batches themselves replayed?"""
         return self.recorded is not None and padded_length(self.seq_length) * self.rows <= GRAPH_TOKENS
+
+    @cached_property
+    def flying(self) -> int:
+        """Micro-batches in memory at a time; all of them if they share a prefix or are replayed."""
+        together = self.in_flight is None or self.prefix_length or self.replayed
+        return self.micro_batches if together else self.in_flight or 0
+
+    @property
+    def waves(self) -> bool:
+        """Are some micro-batches undone before others begin?"""
+        return self.flying < self.micro_batches
+
+    def lanes(self, gpus_used: int) -> int:
+        """Streams that a step works in on each GPU: several, if not all micro-batches are in flight on several GPUs."""
+        return self.flying if self.waves and gpus_used > 1 else 1
 
     @property
     def fused(self) -> bool:

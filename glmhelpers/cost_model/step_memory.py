@@ -165,7 +165,8 @@ def stage_terms(
     base["lora"] = lora
     if not blocks and not stage.head:
         return "idle", base
-    base["workspace"] = workspace * (2 if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
+    lanes = setting.lanes(2 - (stage.first and stage.head))
+    base["workspace"] = workspace * (2 * lanes if setting.training else 1) + unpacked_matrix_bytes(shape, setting)
     if setting.recorded and blocks and not smooth:
         base["workspace"] += 2 * workspace * (stage.first and stage.head)  # recorded in a stream of their own
         moments = _with_graphs(shape, setting, stage, lora)
@@ -185,8 +186,10 @@ def _training(
     everything saved is still there: the usual peak. Each block that is done frees its input and adds the gradients of
     its adapter. The second micro-batch to be undone starts with less saved and with all gradients: the peak where the
     adapter is large and the batch small. From then on memory only falls.
+
+    With fewer in flight, as many as there may be are there again and again, and all gradients soon beside them.
     """
-    unit, batches, marks, count = hidden_bytes(shape, setting), setting.micro_batches, stage.blocks, len(stage.blocks)
+    unit, batches, marks, count = hidden_bytes(shape, setting), setting.flying, stage.blocks, len(stage.blocks)
     cost, cost_of_first = block_cost(shape, setting), block_cost(shape, setting, stage.first)
     # The input of each block is kept to run the block again, or for the gradient of the input: block 0's needs none.
     spared = int(stage.first and not marks[0]) if marks else 0
@@ -199,7 +202,9 @@ def _training(
     masks = mask_bytes(setting) + table_bytes(shape, setting) if marks else 0
     loss = loss_kept_bytes(shape, setting, smooth) if stage.head else 0
     transfer = 0 if stage.head else unit
+    waves = setting.waves
     full = {"adam": 2 * lora, "masks": masks * batches, "inputs": unit * (count - spared) * batches}
+    full["gradients"] = lora * waves
     full["activations"] = saved(count) * batches
 
     # A prefix: copies kept for the whole step, and inputs of the checkpointed blocks of each micro-batch.
@@ -234,7 +239,7 @@ def _training(
         left, here = batches - done - 1, cost_of_first if place == 0 else cost
         moment = {
             "adam": 2 * lora,
-            "gradients": trained // count * (count if done else count - 1 - place)
+            "gradients": trained // count * (count if done or waves else count - 1 - place)
             + piece * (stage.first and done == batches - 1) * (shape.layers - count),
             "cache": keys + cast * (marked * left + sum(marks[:place])),
             "masks": masks * (left + 1),
@@ -280,20 +285,25 @@ def _generation(shape: Shape, setting: Setting, stage: Stage) -> list[tuple[str,
     return [("reading the prompt", prompt), ("last token", last)]
 
 
-def slack_bytes(terms: Mapping[str, int]) -> int:
+def slack_bytes(terms: Mapping[str, int], lanes: int = 1) -> int:
     """Estimate of what the allocator holds in no tensor: freed pieces whose size fits no later tensor.
 
     Only what comes and goes leaves such pieces; a tenth of it, and two of the allocator's 20 MiB buffers. With memory
     to spare the allocator keeps more (`reserved_bytes` less `peak_bytes` in benchmarks/results/, 58 to 849 MiB);
     before it runs out it gives whole free pieces back, so what is needed is less than that.
+
+    Memory is given back to the stream that it was taken for. So with several lanes what comes and goes is there once
+    for each of them, and in use, as in the peak, once.
     """
-    return SLACK_AT_LEAST + (terms["block"] + terms["loss"] + terms["cache"]) // 10
+    passing = terms["block"] + terms["loss"] + terms["cache"]
+    return SLACK_AT_LEAST + passing // 10 + (lanes - 1) * (terms["block"] + terms["loss"] + terms["transfer"])
 
 
-def with_outside(breakdown: Sequence[dict[str, int]], gpus: Sequence[GPU]) -> list[dict[str, int]]:
+def with_outside(breakdown: Sequence[dict[str, int]], gpus: Sequence[GPU], setting: Setting) -> list[dict[str, int]]:
     """The terms of each GPU with the allocator's slack and the CUDA context; a GPU that holds nothing needs neither."""
+    lanes = setting.lanes(sum(any(terms.values()) for terms in breakdown))
     return [
-        {**terms, "slack": slack_bytes(terms), "context": gpu.context} if any(terms.values()) else terms
+        {**terms, "slack": slack_bytes(terms, lanes), "context": gpu.context} if any(terms.values()) else terms
         for terms, gpu in zip(breakdown, gpus, strict=True)
     ]
 
@@ -324,7 +334,7 @@ class Prediction:
     @property
     def with_outside(self) -> list[dict[str, int]]:
         """`breakdown` with the allocator's slack and the CUDA context of each GPU, for drawing."""
-        return with_outside(self.breakdown, self.gpus)
+        return with_outside(self.breakdown, self.gpus, self.setting)
 
     @property
     def total_bytes(self) -> list[int]:
@@ -369,9 +379,9 @@ def predict(
         checkpointed: "all", "none", a number n (blocks 0 to n - 1), or the indices of the checkpointed blocks.
         gpus: one for each index in the map, for context and workspace sizes; by default T4s.
         tied: embedding and head are one tensor where they are on the same GPU.
-        settings: further fields of `sizes.Setting`: micro_batches, lora_rank, lora_targets, lora_dropout, dtype,
-            base_bits, loss_chunk, label_share, training, kv_length, prefix_length, prefix_projection (the prefix of a
-            config with `pre_seq_len` by default).
+        settings: further fields of `sizes.Setting`: micro_batches, in_flight, lora_rank, lora_targets, lora_dropout,
+            dtype, base_bits, loss_chunk, label_share, training, kv_length, prefix_length, prefix_projection (the prefix
+            of a config with `pre_seq_len` by default).
 
     Returns:
         A Prediction; `.peak_bytes` has one number for each device that holds something, in order of index.

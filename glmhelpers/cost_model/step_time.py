@@ -154,25 +154,31 @@ def lookup_seconds(shape: Shape, setting: Setting, embedding: str, gpus_used: in
     return once + hidden_bytes(shape, setting) * setting.micro_batches / gpu.link
 
 
-def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int) -> float:
+def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int, in_flight: int | None = None) -> float:
     """Seconds of a step: forward pass, backward pass.
 
-    Each takes sum + (micro_batches - 1) * slowest stage, or the time of all its launches if that is longer.
+    Each takes sum + (micro_batches - 1) * slowest stage, or the time of all its launches if that is longer. With fewer
+    in flight it is the same, for then passes only take turns; but one comes by every (sum / in_flight) at most, which
+    is longer where there are more stages than that.
 
     Args:
         total: the sum over the stages.
         slowest: the largest of each number over the stages.
         micro_batches: parts of the batch.
+        in_flight: micro-batches in memory at a time; None for all.
     """
-    again = micro_batches - 1
-    forward = max(total.forward + again * slowest.forward, micro_batches * total.launch_forward)
-    return forward + max(total.backward + again * slowest.backward, micro_batches * total.launch_backward)
+    again, lanes = micro_batches - 1, in_flight if in_flight and in_flight < micro_batches else None
+    ahead, back = slowest.forward, slowest.backward
+    if lanes:
+        ahead, back = max(ahead, total.forward / lanes), max(back, total.backward / lanes)
+    forward = max(total.forward + again * ahead, micro_batches * total.launch_forward)
+    return forward + max(total.backward + again * back, micro_batches * total.launch_backward)
 
 
-def step_seconds(times: Sequence[StageTime], micro_batches: int) -> float:
+def step_seconds(times: Sequence[StageTime], micro_batches: int, in_flight: int | None = None) -> float:
     """Seconds from the first forward to the last backward of these stages; see `pass_seconds`."""
     each = list(zip(*map(astuple, times), strict=True))
-    return pass_seconds(StageTime(*map(sum, each)), StageTime(*map(max, each)), micro_batches)
+    return pass_seconds(StageTime(*map(sum, each)), StageTime(*map(max, each)), micro_batches, in_flight)
 
 
 def schedule(times: Sequence[StageTime], micro_batches: int, delay: float = 0.0) -> list[Task]:

@@ -104,7 +104,8 @@ class Costs:
             workspaces = terms["workspace"] - unpacked_matrix_bytes(self.shape, self.setting)
             lasting = sum(size for name, size in terms.items() if name not in PASSING) - workspaces
             peak = sum(terms.values()) - workspaces
-            self._needs[key] = Need(stage, peak, peak + slack_bytes(terms), lasting, workspaces)
+            slack = slack_bytes(terms, self.setting.lanes(2 - (stage.first and stage.head)))
+            self._needs[key] = Need(stage, peak, peak + slack, lasting, workspaces)
         return self._needs[key]
 
     def time(self, number: int, card: GPU, stage: Stage) -> StageTime:
@@ -124,8 +125,8 @@ class Costs:
 
     @cached_property
     def more(self) -> int:
-        """Bytes that one block more without checkpointing takes, all micro-batches together."""
-        return (block_cost(self.shape, self.setting).saved - cast_bytes(self.shape, self.setting)) * self.parts
+        """Bytes that one block more without checkpointing takes, all micro-batches in flight together."""
+        return (block_cost(self.shape, self.setting).saved - cast_bytes(self.shape, self.setting)) * self.setting.flying
 
 
 class Bounds:
@@ -143,7 +144,11 @@ class Bounds:
 
     def that_may_fit(self, settings: list[Setting], ceiling: int | None = None) -> list[Setting]:
         """Without those that surely do not, or have a peak above `ceiling`: whatever is smaller than `_most` allows
-        needs less in smaller parts."""
+        needs less in smaller parts, as long as they are all in flight, or the same number of them."""
+        kinds = ([each for each in settings if each.waves == waves] for waves in (False, True))
+        return [each for kind in kinds for each in self._of_one_kind(kind, ceiling)]
+
+    def _of_one_kind(self, settings: list[Setting], ceiling: int | None) -> list[Setting]:
         layers, usable = self.room.shape.layers, sum(self.room.usable)
         usable = usable if ceiling is None else min(usable, ceiling * len(self.room.gpus))
         if settings:

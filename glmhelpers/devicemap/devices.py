@@ -1,7 +1,7 @@
 """Where tensors have to be for a model that is split: the first device, the head's device, a stream and graphs on each.
 
 labels, ids (CPU) --place_part()--> first device ... head's device        copies that make nobody wait
-default stream    --own_streams()-> one side stream a GPU                 so that other people's work holds up nothing
+default stream    --own_streams()-> one side stream a GPU, or several     so that other people's work holds up nothing
 the same kernels  --record()-----> a CUDA graph                           over memory that all graphs of a GPU share
 """
 
@@ -34,31 +34,57 @@ def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream beside the default one for each GPU; each new one would cost a workspace of cuBLAS, some 8 MiB."""
+def side_stream(device: torch.device, lane: int = 0) -> torch.cuda.Stream:
+    """One stream beside the default one for each GPU and lane; each new one costs a workspace of cuBLAS, some 8 MiB."""
     return torch.cuda.Stream(device)
 
 
+class Lanes:
+    """Streams on each GPU of a split model, one for each lane; there are none on fewer than two GPUs."""
+
+    def __init__(self, model: nn.Module, count: int):
+        found = sorted({p.device for p in parameters_of(model) if p.is_cuda}, key=lambda device: device.index)
+        self.devices = found if len(found) > 1 else []
+        self.streams = [[side_stream(device, lane) for device in self.devices] for lane in range(count)]
+        if count > 1 and self.devices:
+            # Gradients of all lanes add up in the streams of one: torch from 2.12 on warns of it.
+            warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+            if warn:
+                warn(False)
+
+    def enter(self, lane: int) -> None:
+        """Queue work in the streams of this lane from now on."""
+        self.put(self.streams[lane])
+
+    def put(self, streams: list[torch.cuda.Stream]) -> None:
+        """Make these the current streams of all devices."""
+        for stream in streams:
+            torch.cuda.set_stream(stream)
+        if self.devices:
+            torch.cuda.set_device(self.devices[0])
+
+    def wait_for(self, streams: list[torch.cuda.Stream]) -> None:
+        """All lanes wait for what is queued in these streams now, on each device."""
+        for lane in self.streams:
+            for mine, other in zip(lane, streams, strict=True):
+                mine.wait_stream(other)
+
+
 @contextmanager
-def own_streams(model: nn.Module) -> Iterator[None]:
-    """On a model that is split over several GPUs, queue work in a stream of its own on each; before and behind it, the
-    default streams wait as usual. See the module for why."""
-    devices = sorted({p.device for p in parameters_of(model) if p.is_cuda}, key=lambda device: device.index)
-    if len(devices) < 2:
-        yield
-        return
-    before = {device: torch.cuda.current_stream(device) for device in devices}
-    for device in devices:
-        side_stream(device).wait_stream(before[device])
-        torch.cuda.set_stream(side_stream(device))
-    torch.cuda.set_device(devices[0])
+def own_streams(model: nn.Module, lanes: int = 1) -> Iterator[Lanes]:
+    """On a model that is split over several GPUs, queue work in streams of its own on each, first in those of lane 0;
+    before and behind it, the default streams wait as usual. See the module for why."""
+    own = Lanes(model, lanes)
+    before = [torch.cuda.current_stream(device) for device in own.devices]
+    own.wait_for(before)
+    own.enter(0)
     try:
-        yield
+        yield own
     finally:
-        for device in devices:
-            before[device].wait_stream(side_stream(device))
-            torch.cuda.set_stream(before[device])
-        torch.cuda.set_device(devices[0])
+        for lane in own.streams:
+            for default, stream in zip(before, lane, strict=True):
+                default.wait_stream(stream)
+        own.put(before)
 
 
 def first_device(model: nn.Module) -> torch.device:

@@ -35,6 +35,7 @@ from glmhelpers.cost_model.step_memory import Prediction, predict, stage_terms, 
 from glmhelpers.cost_model.step_time import StageTime, Task, lookup_seconds, schedule, stage_seconds, step_seconds
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.check import Label, Placement, part_names
+from glmhelpers.devicemap.schedules import lane_schedule
 from glmhelpers.devicemap.search import SAME, Room, Search, variants
 from glmhelpers.utils.units import GIB, parse_size
 
@@ -101,7 +102,7 @@ class Plan:
     @cached_property
     def seconds(self) -> float:
         """Predicted time of a step; an estimate for comparing plans."""
-        return self._lookup_seconds + step_seconds(self.stage_times, self.micro_batches)
+        return self._lookup_seconds + step_seconds(self.stage_times, self.micro_batches, self.setting.flying)
 
     def apply(self, model: PreTrainedModel | PeftModel) -> list[str]:
         """Put every part of the model on its device and checkpoint the plan's blocks and no others.
@@ -161,7 +162,7 @@ class Plan:
     @property
     def with_outside(self) -> list[dict[str, int]]:
         """`breakdown` with the allocator's slack and the CUDA context of each GPU that is used, for drawing."""
-        return with_outside(self.breakdown, self.gpus)
+        return with_outside(self.breakdown, self.gpus, self.setting)
 
     @property
     def blocks(self) -> list[list[int]]:
@@ -178,7 +179,10 @@ class Plan:
     @property
     def schedule(self) -> list[Task]:
         """Who works when in one step, by the time model; the last end is `seconds`. For plots.draw_schedule."""
-        return schedule(self.stage_times, self.micro_batches, self._lookup_seconds)
+        if not self.setting.waves:
+            return schedule(self.stage_times, self.micro_batches, self._lookup_seconds)
+        how = (self.stage_times, self.micro_batches, self.setting.flying)
+        return lane_schedule(*how, self._lookup_seconds, self.seconds)
 
     @property
     def _lookup_seconds(self) -> float:
@@ -201,9 +205,10 @@ class Plan:
         setting = self.setting
         marked, layers = len(self.checkpointed_layers), self.shape.layers
         known = {0: "no block", layers: f"all {layers} blocks"}
+        flying = f", {setting.flying} in flight" if setting.waves else ""
         lines = [
             f"batch {setting.batch_size} x {setting.seq_length} tokens in {self.micro_batches} micro-batch"
-            f"{'es' * (self.micro_batches > 1)}, embedding {_WHERE[self.embedding]}, "
+            f"{'es' * (self.micro_batches > 1)}{flying}, embedding {_WHERE[self.embedding]}, "
             f"{known.get(marked, f'{marked} of {layers} blocks')} checkpointed, "
             f"{'CUDA graphs, ' * setting.cuda_graphs}about {self.seconds:.3g} s a step"
         ]
@@ -236,6 +241,7 @@ def plan_device_map(
     reserve: int | str | Sequence[int | str] = 0,
     devices: Sequence[int] | None = None,
     cuda_graphs: bool | None = False,
+    in_flight: int | None = None,
     **settings: Any,
 ) -> Plan:
     """The best plan for these GPUs.
@@ -254,6 +260,9 @@ def plan_device_map(
         devices: index of each GPU on its machine, ascending; by default 0, 1, ...
         cuda_graphs: count the memory of recorded micro-batches, and hardly any time of the host for them; None:
             where that makes the step faster. `train` uses graphs for other plans too if there is room (`graphs_fit`).
+        in_flight: micro-batches in memory at a time, fixed, at most `batch_size`, which is all. None: where all of
+            them at a time fit, and the objective is "speed", as many as there are GPUs if that is faster: the memory
+            that it leaves saves running blocks again.
         settings: further fields of `sizes.Setting`, such as lora_rank, prefix_length, base_bits, loss_chunk
             (SMALL_LOSS_CHUNK by default when the objective is "memory"), training.
 
@@ -270,14 +279,18 @@ def plan_device_map(
         settings.setdefault("loss_chunk", SMALL_LOSS_CHUNK)
     settings["cuda_graphs"] = bool(cuda_graphs)
     room, setting = _room_and_setting(config, gpus, reserve, batch_size, seq_length, micro_batches, settings)
+    if in_flight is not None:
+        replace(setting, micro_batches=batch_size, in_flight=in_flight)  # refuses what is no such number
     search = Search(room, objective, checkpointed, embedding)
-    found = search.best(variants(setting, micro_batches))
+    found = search.best(variants(setting, micro_batches, in_flight))
+    if found and in_flight is None and objective == "speed":
+        found = search.best([each for each in variants(setting, micro_batches, len(room.gpus)) if each.waves], found)
     if found and cuda_graphs is None and objective == "speed":
         recorded = [each for each in variants(replace(setting, cuda_graphs=True), micro_batches) if each.replayed]
         other = search.best(recorded)
         found = other if other and other.seconds < found.seconds - SAME else found
     if found is None:
-        raise _does_not_fit(room, setting, micro_batches, checkpointed, embedding)
+        raise _does_not_fit(room, setting, micro_batches, checkpointed, embedding, in_flight)
     numbers = range(len(room.gpus)) if devices is None else devices
     if len(numbers) != len(room.gpus) or sorted(set(numbers)) != list(numbers):
         raise ValueError(f"devices={devices!r}: give the index of each of the {len(room.gpus)} GPUs, ascending")
@@ -342,16 +355,16 @@ def _naming(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> DoesNotFit:
+def _does_not_fit(room, setting, micro_batches, checkpointed, embedding, in_flight) -> DoesNotFit:
     """Name the GPUs that are short in the attempt that lacks least, and every single change that would help."""
     parts = micro_batches or (setting.batch_size if setting.training else 1)
-    tried = replace(setting, micro_batches=parts)
+    tried = replace(setting, micro_batches=parts, in_flight=in_flight and min(in_flight, parts))
     search = Search(room, "memory", checkpointed, embedding)
     short = search.shortage(tried)
     changes: dict[str, Any] = {}
 
-    def works(changed: Setting, other: Search = search, parts: int | None = micro_batches) -> bool:
-        return other.fits(variants(changed, parts))
+    def works(changed: Setting, other: Search = search, flying: int | None = in_flight) -> bool:
+        return other.fits(variants(changed, micro_batches, flying))
 
     step = micro_batches or 1
     rows, eights = (setting.batch_size - 1) // step, (setting.seq_length - 1) // 8
@@ -362,9 +375,11 @@ def _does_not_fit(room, setting, micro_batches, checkpointed, embedding) -> Does
     if checkpointed == "none" and works(setting, Search(room, "memory", "all", embedding)):
         changes["checkpointed"] = "all"
     if micro_batches is not None:
-        better = next((v.micro_batches for v in variants(setting, None) if search.fits([v])), None)
+        better = next((v.micro_batches for v in variants(setting, None, in_flight) if search.fits([v])), None)
         if better:
             changes["micro_batches"] = better
+    if in_flight is None and len(room.gpus) < setting.batch_size and works(setting, flying=len(room.gpus)):
+        changes["in_flight"] = len(room.gpus)
     if setting.prefix_projection and works(replace(setting, prefix_projection=0)):
         changes["prefix_projection"] = 0
     for bits in (8, 4):

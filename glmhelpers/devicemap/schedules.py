@@ -20,7 +20,7 @@ rank has a host of its own, which starts the kernels of that rank alone, so that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -129,6 +129,24 @@ def run_order(orders: Sequence[Sequence[Work]], times: Sequence[StageTime], tran
         if left == before:
             raise ValueError("these orders wait for each other for ever")
     return sorted(tasks, key=lambda task: (task.start, task.gpu))
+
+
+def lane_schedule(
+    times: Sequence[StageTime], micro_batches: int, in_flight: int, delay: float, end: float
+) -> list[Task]:
+    """Every piece of work of one process that keeps so many micro-batches in flight, from `delay` to `end` seconds.
+
+    Each GPU works as a rank of 1F1B does, or less far ahead. Where the host needs longer than the GPUs, each piece is
+    drawn longer.
+    """
+    stages = len(times)
+    # A stage is as far ahead as there are stages from it to the end, but never further than all that are in flight.
+    orders = work_order("1F1B", min(stages, in_flight), 1, micro_batches)
+    ahead = [max(0, len(orders) - stages + stage) for stage in range(stages)]
+    own = [[Work(each.kind, stage, each.micro_batch) for each in orders[rank]] for stage, rank in enumerate(ahead)]
+    tasks = run_order(own, [StageTime(time.forward, time.backward) for time in times])
+    stretch = (end - delay) / max(task.end for task in tasks)
+    return [replace(task, start=delay + stretch * task.start, end=delay + stretch * task.end) for task in tasks]
 
 
 def _source(work: Work, last: int) -> Work | None:

@@ -39,10 +39,10 @@ class Found:
     seconds: float
 
     @property
-    def rank(self) -> tuple[float, int, int, int]:
+    def rank(self) -> tuple[float, bool, int, int, int]:
         """What the best plan has least of. A GPU that makes nothing faster is left free."""
-        used = sum(stage != Stage() for stage in self.stages)
-        return round(self.seconds, 9), used, self.setting.micro_batches, EMBEDDINGS.index(self.embedding)
+        used, setting = sum(stage != Stage() for stage in self.stages), self.setting
+        return round(self.seconds, 9), setting.waves, used, setting.micro_batches, EMBEDDINGS.index(self.embedding)
 
 
 class _Partial(NamedTuple):
@@ -83,10 +83,11 @@ class _Partial(NamedTuple):
 NOTHING = _Partial()
 
 
-def variants(setting: Setting, micro_batches: int | None) -> list[Setting]:
-    """The setting with every number of micro-batches that may be chosen, ascending."""
+def variants(setting: Setting, micro_batches: int | None, in_flight: int | None = None) -> list[Setting]:
+    """The setting with every number of micro-batches that may be chosen, ascending; no more than so many in flight."""
     fixed = micro_batches or (None if setting.training else 1)
-    return [replace(setting, micro_batches=part) for part in ([fixed] if fixed else divisors(setting.batch_size))]
+    numbers = [fixed] if fixed else divisors(setting.batch_size)
+    return [replace(setting, micro_batches=part, in_flight=in_flight and min(in_flight, part)) for part in numbers]
 
 
 class Search:
@@ -111,8 +112,8 @@ class Search:
         self.units, self.last = room.shape.layers + 1, len(room.gpus) - 1
         self._costs = lru_cache(maxsize=None)(lambda setting: Costs(room.shape, setting))
 
-    def best(self, settings: list[Setting]) -> Found | None:
-        """The best plan over all settings and all places of the embedding, or None if nothing fits."""
+    def best(self, settings: list[Setting], known: Found | None = None) -> Found | None:
+        """The best plan over all settings and all places of the embedding, and `known`; None if nothing fits."""
         settings, ceiling = self.bounds.that_may_fit(settings), None
         ways = [(self._costs(setting), place) for setting in settings for place in self.embeddings]
         if self.objective == "memory":
@@ -126,7 +127,7 @@ class Search:
                 if ceiling != before:
                     settings = self.bounds.that_may_fit(settings, ceiling)
             ways = [way for way, peak in peaks.items() if peak == ceiling]
-        best: Found | None = None
+        best = known
         quick = {each: self.bounds.quick_seconds(each) for each in dict.fromkeys(each for each, _ in ways)}
         for each, place in sorted(ways, key=lambda way: quick[way[0]]):
             if best is not None:
@@ -262,11 +263,11 @@ class Search:
             slow = StageTime(
                 max(partial.slow_forward, rest.slow_forward), max(partial.slow_backward, rest.slow_backward)
             )
-            return lookup[min(max(partial.used, 1), 2)] + pass_seconds(total, slow, parts)
+            return lookup[min(max(partial.used, 1), 2)] + pass_seconds(total, slow, parts, setting.flying)
 
         def may_win(partial: _Partial, rest: _Partial) -> bool:
             least = round(seconds(partial, rest) * (1 - 1e-12), 9)
-            return (least, partial.used + rest.used, parts, EMBEDDINGS.index(place)) < to_beat
+            return (least, setting.waves, partial.used + rest.used, parts, EMBEDDINGS.index(place)) < to_beat
 
         def found(partials: list[_Partial]) -> list[Found]:
             return [Found(setting, place, partial.stages, seconds(partial)) for partial in partials]

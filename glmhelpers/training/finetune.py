@@ -89,6 +89,7 @@ def train(
     *,
     plan: Plan | None = None,
     micro_batches: int = 1,
+    in_flight: int | None = None,
     loss_chunk: int | None = None,
     cuda_graphs: bool | None = False,
     minutes: float = 10,
@@ -103,9 +104,11 @@ def train(
         collator: makes a batch of some rows, see `RightPadCollator`.
         args: from `training_arguments`. Other settings, rows or another base make another run.
         eval_dataset: encoded rows for the evaluation loss.
-        plan: applied where it is not yet (see `Plan.apply`); the next two are taken from it.
+        plan: applied where it is not yet (see `Plan.apply`); the next three are taken from it.
         micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
             dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
+        in_flight: how many of them are in memory at a time, the number of GPUs or a few more; None for all, as it is
+            with a learnt prefix and with CUDA graphs. The same results but for rounding.
         loss_chunk: rows of logits alive at once; changes no result.
         cuda_graphs: record the kernels of each length of rows once, and start them with one call from then on (see
             `devicemap.captured`): short rows train faster where the host is the slower one. None: on GPUs, where the
@@ -138,7 +141,7 @@ def train(
         for change in plan.apply(model):
             print(f"[NOTE] the plan had not been applied: {change}")
         bring_prefix_home(model)
-        micro_batches, loss_chunk = plan.micro_batches, plan.setting.loss_chunk
+        micro_batches, in_flight, loss_chunk = plan.micro_batches, plan.setting.in_flight, plan.setting.loss_chunk
     refuse_settings(args)
     refuse_rows(dataset, "to train on")
     if eval_dataset is not None:
@@ -171,6 +174,7 @@ def train(
             model,
             args,
             micro_batches=micro_batches,
+            in_flight=in_flight,
             forward={} if loss_chunk is None else {"loss_chunk": loss_chunk},
             folder=folder,
             captured=captured,

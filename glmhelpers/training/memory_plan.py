@@ -76,7 +76,7 @@ def predict_training(
         batch_size: rows in a batch; if they cannot be cut evenly, the next larger number that can.
         seq_length: tokens in the longest row.
         micro_batches: parts of the batch.
-        settings: more fields of `sizes.Setting`, such as loss_chunk.
+        settings: more fields of `sizes.Setting`, such as loss_chunk and in_flight.
     """
     whole = -(-batch_size // micro_batches) * micro_batches
     gpus = gpus_here()
@@ -88,7 +88,8 @@ def explain_out_of_memory(trainer: Any, error: str) -> str:
     """What to tell somebody whose training (a GLMTrainer) has just run out of memory with this message."""
     model, (rows, length) = trainer.model, trainer.batch_shape
     parts = min(trainer.micro_batches, max(rows, 1))
-    now = predict_training(model, max(rows, 1), max(length, 8), parts, **trainer.forward)
+    flying = trainer.in_flight and min(trainer.in_flight, parts)
+    now = predict_training(model, max(rows, 1), max(length, 8), parts, in_flight=flying, **trainer.forward)
     where = f"step {trainer.state.global_step + 1}, a batch of {rows} x {length} tokens in {parts} micro-batches"
     cards = card_states()
     if not cards or (now.devices == ("cpu",) and not _WHICH.search(error)):
@@ -170,7 +171,8 @@ def _way_out(cards: list[CardState], config: Any, setting: Setting, objective: s
     return (
         f"{change}:\n{plan}\nTo use it: plan = {call}; load the model again with device_map=plan.device_map, "
         "attach_lora, train(..., plan=plan), which applies it and takes "
-        f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk} from it."
+        f"micro_batches={plan.micro_batches}, loss_chunk={plan.setting.loss_chunk}, "
+        f"in_flight={plan.setting.in_flight} from it."
     )
 
 

@@ -20,9 +20,22 @@ queued behind it on both. Behind a micro-batch's last stage such a copy would ke
 
 The loss of a part is its *sum* over labels divided by the labels of the whole batch, so the result does not depend on
 how the batch is cut.
+
+With `in_flight` = w there are w lanes: in each one micro-batch at a time, forward and at once back, in streams of the
+lane's own. So w of them are in memory, not all. One lane keeps each GPU of R busy an R-th of the time; R lanes fill
+them, for work in different streams of a GPU does not wait for each other:
+
+    GPU 0  lane 1  [1]       [1 ][3]       [3 ][5]       the host calls F1 F2 B1 F3 B2 F4 B3 ...
+           lane 2     [2]           [2 ][4]       [4 ]
+    GPU 1  lane 1     [1][1 ]       [3][3 ]       [5]    a lane's turn takes 2 (f + b), in which
+           lane 2            [2][2 ]       [4][4 ]       each GPU works f + b for each of two lanes
+
+Nothing that one lane makes is read in another before all have met: a part's inputs are looked up and copied in its own
+lane, and its loss only kept. Gradients add up in one stream of each GPU; autograd lets that one wait for each lane.
 """
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,9 +104,10 @@ def run_step(
     num_items: int | Tensor | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     captured: Captured | None = None,
+    in_flight: int | None = None,
     **forward: Any,
 ) -> Tensor:
-    """Forward of every micro-batch, one backward over the sum; gradients are added to `.grad`.
+    """Forward and backward of every micro-batch; gradients are added to `.grad`.
 
     Args:
         model: a ChatGLM, split or whole, with an adapter or without.
@@ -101,9 +115,12 @@ def run_step(
         micro_batches: parts; equal results for any number.
         device: where ids and masks go; by default the device of the first block. Labels go to the head's.
         num_items: labels to divide by; by default those of this batch (pass the accumulated number to accumulate).
-        backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`.
+        backward: called with the loss, for a GradScaler: `lambda loss: scaler.scale(loss).backward()`; with `in_flight`
+            once for each micro-batch, with its share of the loss.
         captured: the stages as CUDA graphs; short micro-batches are then padded to one of a few lengths, whether or not
             they can be recorded. Where the memory runs out, the step is done again without, and so are all others.
+        in_flight: micro-batches in memory at a time, the number of GPUs or a few more; by default all of them: one
+            backward over the sum. So it is with a learnt prefix, which all share, and with those that are recorded.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 
     Returns:
@@ -122,7 +139,7 @@ def run_step(
         num_items = num_items.to(head_device(model) or device)
     shapes = [(len(part["labels"]), padded_length(part["labels"].shape[1])) for part in parts]
     if captured is None or not fits_graphs(shapes):
-        return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
+        return run_parts(model, parts, device, backward, in_flight, num_items_in_batch=num_items, **forward)
     parts = [pad_part(part, length) for part, (_, length) in zip(parts, shapes, strict=True)]
     try:
         with captured.step(shapes) as take_back:
@@ -132,7 +149,7 @@ def run_step(
         if not captured.give_up():
             raise
     take_back()
-    return run_parts(model, parts, device, backward, num_items_in_batch=num_items, **forward)
+    return run_parts(model, parts, device, backward, in_flight, num_items_in_batch=num_items, **forward)
 
 
 def run_parts(
@@ -140,9 +157,12 @@ def run_parts(
     parts: list[dict[str, Tensor]],
     device: torch.device,
     backward: Callable[[Tensor], Any],
+    in_flight: int | None = None,
     **forward: Any,
 ) -> Tensor:
     """The step for these micro-batches, on the CPU: forward of each, one backward; the loss, see `run_step`."""
+    if in_flight is not None and in_flight < len(parts) and not peft_prefix(model):
+        return run_lanes(model, parts, device, backward, in_flight, **forward)
     losses = []
     with own_streams(model):
         called, before = behind_prefix(model)
@@ -157,6 +177,42 @@ def run_parts(
         total = torch.stack(losses).sum().to(device)
         backward(total)
     return total.detach()
+
+
+def run_lanes(
+    model: nn.Module,
+    parts: list[dict[str, Tensor]],
+    device: torch.device,
+    backward: Callable[[Tensor], Any],
+    lanes: int,
+    **forward: Any,
+) -> Tensor:
+    """The same with so many micro-batches in flight; see the module."""
+    flying, losses = deque[tuple[int, Tensor]](), []
+    with own_streams(model, lanes) as own:
+
+        def land() -> None:
+            lane, loss = flying.popleft()
+            own.enter(lane)
+            backward(loss)
+
+        for number, part in enumerate(parts):
+            if number >= lanes:
+                land()
+            if number == lanes:  # the first call may have made what all others read, such as the scale of a GradScaler
+                own.wait_for(own.streams[0])
+            own.enter(number % lanes)
+            placed = place_part(model, part, device)
+            if looked_up := look_up(model, [part], device):
+                placed["inputs_embeds"] = looked_up.pop()
+            loss = model(**placed, use_cache=False, return_logits=False, **forward).loss
+            del placed
+            flying.append((number % lanes, loss))
+            losses.append(loss.detach())
+            del loss
+        while flying:
+            land()
+    return torch.stack(losses).sum().to(device)
 
 
 def behind_prefix(model: Model) -> tuple[Model, dict[str, Any]]:

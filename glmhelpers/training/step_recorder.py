@@ -72,6 +72,7 @@ class StepRecorder:
         """Pass this as `run_step(backward=...)`: recomputed forwards are not forwards."""
         self.recording = False
         loss.backward()
+        self.recording = True
 
     def tasks(self) -> list[Task]:
         """Every micro-batch's forward and backward on every stage, in seconds since the start; waits for the GPUs."""

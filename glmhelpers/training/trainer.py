@@ -1,6 +1,6 @@
 """`transformers.Trainer`, told what a split ChatGLM needs. Everything else stays the Trainer's.
 
-training_step     whole batch on the CPU ─► micro-batches ─► one backward (`step.run_step`)
+training_step     whole batch on the CPU ─► micro-batches ─► one backward, or one for each (`pipeline.run_step`)
 evaluation_loop   the same cuts and the same chunked loss, a sum over labels, no logits
 order of rows     from seed and epoch alone, so a resumed run sees the same rows
 checkpoints       the Trainer's files, then a marker; random states of *all* GPUs; the strict way back
@@ -59,7 +59,7 @@ class GLMTrainer(Trainer):
     Args:
         model: a PeftModel on its devices.
         args: `TrainingArguments`.
-        micro_batches: parts into which a batch is cut.
+        micro_batches: parts into which a batch is cut; in_flight: how many of them are in memory at a time, None: all.
         forward: more arguments of the model's forward, such as `loss_chunk`.
         folder: where checkpoints go.
         captured: the blocks as CUDA graphs, for the steps of training.
@@ -74,6 +74,7 @@ class GLMTrainer(Trainer):
         args: TrainingArguments,
         *,
         micro_batches: int = 1,
+        in_flight: int | None = None,
         forward: Mapping[str, Any] | None = None,
         folder: str | Path | None = None,
         captured: Captured | None = None,
@@ -82,6 +83,7 @@ class GLMTrainer(Trainer):
         # With a model on one GPU of several, the Trainer would copy it to all of them (DataParallel).
         args._n_gpu = min(args.n_gpu, 1)
         self.micro_batches, self.forward, self.captured = micro_batches, dict(forward or {}), captured
+        self.in_flight = in_flight
         self.folder = expanded(folder or str(args.output_dir))
         self.batch_shape: tuple[int, ...] = (0, 0)
         self.unwrapped, self.work = None, 0
@@ -108,7 +110,7 @@ class GLMTrainer(Trainer):
     # The step --------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
-        """Forward of all micro-batches and one backward; the loss, on the device where the Trainer wants it."""
+        """Forward and backward of all micro-batches; the loss, on the device where the Trainer wants it."""
         if not all(module.training for module in walk(model)):
             model.train()
         self.batch_shape = tuple(inputs["input_ids"].shape)
@@ -123,6 +125,7 @@ class GLMTrainer(Trainer):
             num_items=num_items_in_batch,
             backward=self.accelerator.backward,
             captured=self.captured,
+            in_flight=self.in_flight,
             **self.forward,
         )
         self.guard.see(loss)

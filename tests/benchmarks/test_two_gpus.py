@@ -12,9 +12,12 @@ def test_reduced_run_gives_every_figure(tmp_path, reduced):
     by_figure = {}
     for line in lines:
         by_figure.setdefault(line["figure"], []).append(line)
-    assert {"machine", "placement", "equality", "overlap", "graphs", "parts", "trainer", "adapter", "decode"} <= set(
-        by_figure
-    )
+    figures = ("machine", "placement", "equality", "overlap", "graphs", "parts", "in_flight", "trainer", "adapter")
+    assert {*figures, "decode"} <= set(by_figure)
+    assert [(line["micro_batches"], line["in_flight"]) for line in by_figure["in_flight"]] == [
+        (parts, flying) for parts in (4, 8) for flying in (None, 2, 3)
+    ] * 2
+    assert all(line["ms"] > 0 for line in by_figure["in_flight"])
 
     recomputed, split = by_figure["equality"]
     assert recomputed["distance"] < 1e-5 < recomputed["another_seed"]

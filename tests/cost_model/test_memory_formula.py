@@ -23,6 +23,7 @@ from glmhelpers.devicemap.activation_checkpointing import recompute
 from glmhelpers.devicemap.check import part_names
 from glmhelpers.lora.layer import fuse_lora
 from glmhelpers.training.measure import predict_case
+from glmhelpers.training.pipeline import run_lanes
 from glmhelpers.utils.units import GIB, parse_size
 from tests.helpers.storage_tracker import GradientFromNowhere, StorageTracker, as_on_a_gpu
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
@@ -121,9 +122,9 @@ def test_the_first_block_keeps_less():
 
 
 def track_model(
-    config, rows, length, micro_batches, checkpointed, share, chunk, rank=8, fused=True, dtype=torch.float16
+    config, rows, length, micro_batches, checkpointed, share, chunk, rank=8, fused=True, dtype=torch.float16, lanes=None
 ):
-    """Peak of a whole training step (forward of all micro-batches, one backward), all parameters ignored."""
+    """Peak of a whole training step (forward of all micro-batches, one backward; or in lanes), parameters ignored."""
     with torch.device("meta"):
         base = ChatGLMForConditionalGeneration(config).to(dtype)
     base = base.to("meta")
@@ -140,12 +141,12 @@ def track_model(
     ids = torch.zeros(count, length, dtype=torch.long, device="meta")
     target_rows = torch.zeros(answers, dtype=torch.long, device="meta")
     tracker.ignore(ids, target_rows)
+    part, how = {"input_ids": ids, "labels": ids, "target_rows": target_rows}, {"num_items_in_batch": 10}
     with as_on_a_gpu(), tracker:
-        losses = [
-            model(input_ids=ids, labels=ids, target_rows=target_rows, num_items_in_batch=10, loss_chunk=chunk).loss
-            for _ in range(micro_batches)
-        ]
-        sum(losses).backward()
+        if lanes:
+            run_lanes(model, [part] * micro_batches, ids.device, torch.Tensor.backward, lanes, loss_chunk=chunk, **how)
+        else:
+            sum(model(**part, **how, loss_chunk=chunk).loss for _ in range(micro_batches)).backward()
     return tracker.peak
 
 

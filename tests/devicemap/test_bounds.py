@@ -16,7 +16,8 @@ def found(gpus, how):
         plan = plan_device_map(SMALL_SIZES, gpus, **how)
     except DoesNotFit as refusal:
         return refusal.changes
-    return plan.seconds, plan.peak_bytes, plan.device_map, plan.micro_batches, plan.checkpointed_layers
+    flying = plan.setting.flying
+    return plan.seconds, plan.peak_bytes, plan.device_map, plan.micro_batches, flying, plan.checkpointed_layers
 
 
 COMMON = {
@@ -50,6 +51,7 @@ COMMON = {
             "label_share": st.sampled_from([0.0, 0.01, 0.37, 1.0]),
             "lora_targets": st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple),
             "training": st.sampled_from([True, True, False]),
+            "in_flight": st.sampled_from([None, None, 1, 3]),
         }
     ),
     st.one_of(
@@ -62,6 +64,8 @@ COMMON = {
 @settings(max_examples=60, deadline=None)
 def test_bounds_exclude_no_best_plan(gpus, how, trained):
     how = {**how, **trained}
+    if how.get("in_flight"):
+        how["in_flight"] = min(how["in_flight"], how["batch_size"])
     with_bounds = found(gpus, how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bounds, "that_may_fit", lambda self, variants, ceiling=None: variants)

@@ -1,19 +1,19 @@
 """The planner against trying everything, the map's checks, limits, the time model against its simulation."""
 
 import contextlib
-from itertools import combinations_with_replacement, pairwise, product
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmhelpers.cost_model.gpus import find_gpus
-from glmhelpers.cost_model.sizes import Setting, Shape, divisors
-from glmhelpers.cost_model.step_memory import Stage, predict, slack_bytes, stage_terms
-from glmhelpers.cost_model.step_time import StageTime, lookup_seconds, schedule, stage_seconds, step_seconds
+from glmhelpers.cost_model.sizes import divisors
+from glmhelpers.cost_model.step_memory import predict
+from glmhelpers.cost_model.step_time import StageTime, schedule, step_seconds
 from glmhelpers.devicemap.check import DeviceMapError, check_device_map
 from glmhelpers.devicemap.plan import DoesNotFit, largest_batch, longest_length, plan_device_map
 from glmhelpers.utils.units import GIB
+from tests.helpers.every_plan import try_everything
 
 PUBLISHED = {
     "num_layers": 28,
@@ -24,51 +24,6 @@ PUBLISHED = {
 }
 SMALL = {**PUBLISHED, "num_layers": 6}
 TINY = {"num_layers": 8, "hidden_size": 128, "num_attention_heads": 8, "inner_hidden_size": 512, "vocab_size": 1552}
-
-
-def try_everything(config, gpus, batch, length, objective, reserve=0, **how):
-    """Every cut, embedding, number of micro-batches and (for speed) number of blocks without checkpointing."""
-    shape, cards = Shape.of(config), find_gpus(gpus)
-    units, best = shape.layers + 1, None
-    for cuts in combinations_with_replacement(range(units + 1), len(cards) - 1):
-        edges = [0, *cuts, units]
-        counts = [b - a for a, b in pairwise(edges)]
-        used = [number for number, count in enumerate(counts) if count]
-        for place, parts in product(("first", "tied", "cpu"), divisors(batch)):
-            setting = Setting(batch, length, parts, loss_chunk=512 if objective == "speed" else 128, **how)
-            stages, times, peaks = [], [], []
-            for number in used:
-                head = number == used[-1]
-                here = (place == "first" and number == used[0]) or (place == "tied" and head)
-                choices = range(counts[number] - head + 1) if objective == "speed" else [0]
-                fitting = []
-                for kept in choices:
-                    stage = Stage.of(
-                        counts[number] - head,
-                        kept,
-                        embedding=here,
-                        head=head,
-                        shared=here and head,
-                        first=number == used[0],
-                    )
-                    _, terms = stage_terms(shape, setting, stage, cards[number].gemm_workspace)
-                    total = sum(terms.values()) + slack_bytes(terms) + cards[number].context
-                    if total <= cards[number].memory - reserve:
-                        fitting.append((stage_seconds(shape, setting, stage, cards[number]), sum(terms.values())))
-                if not fitting:
-                    break
-                stages.append(number)
-                time, peak = min(fitting, key=lambda item: item[0].backward)
-                times.append(time)
-                peaks.append(peak)
-            if len(stages) < len(used):
-                continue
-            start = lookup_seconds(shape, setting, place, len(used), cards[0])
-            seconds = start + step_seconds(times, parts)
-            score = (seconds,) if objective == "speed" else (max(peaks), seconds)
-            if best is None or score < best:
-                best = score
-    return best
 
 
 ROOMS = [
@@ -104,11 +59,12 @@ def test_planner_equals_trying_every_cut(gpus, objective):
     st.sampled_from([1, 2, 6]),
     st.sampled_from([64, 512]),
     st.sampled_from(["speed", "memory"]),
-    st.sampled_from([{}, {}, {"lora_rank": 0, "prefix_length": 200}]),
+    st.sampled_from([{}, {}, {"in_flight": 1}, {"in_flight": 2}, {"lora_rank": 0, "prefix_length": 200}]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=35, deadline=None)
 def test_planner_equals_trying_every_cut_in_any_room(gpus, batch, length, objective, how):
     config = {**SMALL, "num_layers": 4}
+    how = {**how, "in_flight": min(batch, how["in_flight"])} if "in_flight" in how else how
     best = try_everything(config, gpus, batch, length, objective, **how)
     if best is None:
         with pytest.raises(DoesNotFit, match="GPU"):
@@ -144,8 +100,8 @@ def test_room_left_over_is_used_for_speed():
 
 
 def test_reserve_is_kept_free():
-    free = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024)
-    kept = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024, reserve=["2GiB", 0])
+    free = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024, in_flight=32)
+    kept = plan_device_map(PUBLISHED, ["T4", "T4"], 32, 1024, in_flight=32, reserve=["2GiB", 0])
     assert kept.total_bytes[0] <= kept.gpus[0].memory - 2 * GIB < free.total_bytes[0]
     empty = plan_device_map(PUBLISHED, ["1GiB", "T4"], reserve=["2GiB", 0])
     assert empty.fits

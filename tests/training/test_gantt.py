@@ -32,6 +32,14 @@ def test_every_micro_batch_is_seen_once_on_each_stage(parts, checkpointed):
     assert all(0 <= share < 1 for share in idle_shares(tasks))
 
 
+def test_micro_batches_that_go_back_at_once_are_seen_too():
+    model = lora(fresh_model()).train()
+    with StepRecorder(model, cut=(1, 3)) as recorder:
+        run_step(model, the_batch(), 3, in_flight=1, backward=recorder.backward)
+    order = [(task.kind, task.micro_batch) for task in recorder.tasks() if task.gpu == 1]
+    assert order == [(kind, part) for part in range(3) for kind in ("forward", "backward")]
+
+
 def test_recording_changes_no_gradient_and_leaves_no_hook():
     model = lora(fresh_model()).train()
     run_step(model, the_batch(), 2)

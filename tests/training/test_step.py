@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.devicemap.devices import head_device
@@ -119,6 +120,58 @@ def test_any_number_of_micro_batches_equals_the_whole_batch(parts, checkpointed)
         checkpoint_only(model, range(4))
     loss, want = step(model)
     again, got = step(model, micro_batches=parts)
+    assert again == pytest.approx(loss, abs=1e-5)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(), (0, 3), range(4)], ids=str)
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_any_number_in_flight_draws_the_same_dropout_and_adds_up_to_the_same(parts, layers):
+    model = lora(fresh_model(), dropout=0.3)
+    fuse_lora(model)
+    checkpoint_only(model, layers)
+    loss, want = step(model, micro_batches=parts)
+    for in_flight in range(1, parts + 2):
+        calls = []
+        again, got = step(
+            model,
+            micro_batches=parts,
+            in_flight=in_flight,
+            backward=lambda loss, calls=calls: (calls.append(loss.item()), loss.backward()),
+        )
+        assert again == pytest.approx(loss, abs=1e-6)
+        assert sum(calls) == pytest.approx(loss, abs=1e-6)
+        assert len(calls) == (parts if in_flight < parts else 1)
+        for name, gradient in want.items():
+            exactly = {"atol": 0, "rtol": 0} if in_flight >= parts else {"atol": 1e-7, "rtol": 1e-4}
+            torch.testing.assert_close(got[name], gradient, **exactly)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_no_more_micro_batches_are_kept_than_are_in_flight(in_flight):
+    """Counted by what autograd keeps of block 1's output: it goes when a micro-batch has been undone."""
+    model, kept, most = lora(fresh_model()), [], []
+
+    def count(module, args, output):
+        kept.append(StorageWeakRef(output[0].untyped_storage()))
+        most.append(sum(not storage.expired() for storage in kept))
+
+    with model.base_model.model.transformer.layers[1].register_forward_hook(count):
+        step(model, micro_batches=6, in_flight=in_flight)
+    assert most == [min(number, in_flight) for number in range(1, 7)]
+
+
+def test_embeddings_that_lie_elsewhere_are_looked_up_part_by_part_with_lanes():
+    model, order = lora(fresh_model()), []
+    loss, want = step(model)
+    block = model.base_model.model.transformer.layers[0]
+    with (
+        model.get_input_embeddings().register_forward_hook(lambda *_: order.append("look-up")),
+        block.register_forward_hook(lambda *_: order.append("forward")),
+    ):
+        again, got = step(model, micro_batches=3, in_flight=2, device=torch.device("cpu", 1))
+    assert order == ["look-up", "forward"] * 3
     assert again == pytest.approx(loss, abs=1e-5)
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
