@@ -58,7 +58,7 @@ from thuglm.prefix_mask import (
     positions_before,
     visible_of,
 )
-from thuglm.prompt import as_turns, chat_prompt, process_response
+from thuglm.prompt import as_turns, chat_prompt, check_text, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
 ALPHA = (2 * 28) ** 0.5
@@ -909,6 +909,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _chat_inputs(self, tokenizer, query: str, turns: list[tuple[str, str]], settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
         prompt = chat_prompt(query, turns)
+        for number, turn in enumerate(turns):
+            check_text("".join(turn), f"turn {number} of the history")
+        check_text(query, "the query")
         if settings.get("num_return_sequences") not in (None, 1):
             raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
@@ -928,6 +931,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             history: earlier (question, answer) turns, or role/content messages, see `as_turns`.
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
+
+        Raises:
+            TypeError: the query is no text.
+            ValueError: query or history holds half a character (see `check_text`), or the history cannot be read.
         """
         turns = as_turns(() if history is None else history)
         inputs = self._chat_inputs(tokenizer, query, turns, settings)

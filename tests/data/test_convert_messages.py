@@ -1,5 +1,7 @@
 """What convert_alpaca says where rows are refused: enough to know what to do."""
 
+import json
+
 import pytest
 
 from glmhelpers.data.convert import convert_alpaca
@@ -36,6 +38,36 @@ def test_rows_in_another_layout_are_not_passed_over_without_a_word(tmp_path, nam
     assert file.status == status
     for word in words:
         assert word in file.message
+
+
+NO_TEXTS = [
+    ({"output": ["b", "c"]}, "output is a list of 2: write one text, or a row for each"),
+    ({"output": []}, "output is a list of 0: write one text"),
+    ({"output": {"text": "b"}}, "output is a dict: write it as a text"),
+    ({"output": 5}, "output is 5 and no text: put it in quotes"),
+    ({"instruction": ["a"]}, "instruction is a list of 1: write one text"),
+    ({"input": ["x"]}, "input is a list of 1: write one text"),
+    ({"instruction": ["a"], "output": ["b", "c"]}, "messages: neither messages nor pairs"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), NO_TEXTS, ids=[str(changes) for changes, _ in NO_TEXTS])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_with_something_else_than_text_is_no_table(tmp_path, changes, words, rows):
+    """One row alone, too, is told what is wrong with it; all columns of a table are lists of one length."""
+    content = {"instruction": "a", "input": "", "output": "b", "category": "x"} | changes
+    report = convert_alpaca([row(1)] + [content] * rows, tmp_path / "of_rows.jsonl")
+    assert f"row {1 + rows}: {words}" in str(report)
+    file, _ = convert(tmp_path, json.dumps(content if rows == 1 else [content] * rows))
+    assert "table" not in file.message
+    assert words in str(file)
+
+
+def test_a_table_of_one_column_that_is_ours_is_still_told_as_one(tmp_path):
+    file, _ = convert(tmp_path, json.dumps({"frage": ["a", "b"], "output": ["c", "d"]}))
+    assert "orient='records'" in file.message
+    file, _ = convert(tmp_path, json.dumps({"version": 1, "instruction": ["a", "b"], "output": ["c", "d"]}))
+    assert "orient='records'" in file.message
 
 
 def test_rows_in_another_encoding_are_told_how_to_be_read(tmp_path):
