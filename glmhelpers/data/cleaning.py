@@ -91,8 +91,11 @@ def check_columns(columns: Mapping[str, str]) -> None:
     """Whether each column is said to be one of ours.
 
     Raises:
+        TypeError: they are no mapping.
         ValueError: one is not; a wrong name would be passed over, and every row be refused for another reason.
     """
+    if not isinstance(columns, Mapping):
+        raise TypeError(f'columns is {columns!r}; write it as {{"their name": "instruction", ...}}')
     for theirs, ours in columns.items():
         if ours not in NAMES:
             turned = f"; turn it round: {{{ours!r}: {theirs!r}}}" if theirs in NAMES else ""
@@ -126,11 +129,8 @@ def layout_hint(row: Mapping[str, Any], found: Mapping[str, str]) -> str:
     pair = [row[found[name]] for name in ("instruction", "output") if name in found]
     columns = pair if len(pair) == 2 else list(row.values()) if pair else []
     sizes = [len(value) if isinstance(value, Mapping | list) else 0 for value in columns]
-    if (
-        (len(sizes) > 1 and sizes[0] and len(set(sizes)) == 1)
-        or {"columns", "data"} <= row.keys()
-        or (row and all(map(_seems_row, row.values())))
-    ):
+    is_table = len(sizes) > 1 and sizes[0] > 0 and len(set(sizes)) == 1
+    if is_table or {"columns", "data"} <= row.keys() or (row and all(map(_seems_row, row.values()))):
         return "it is a table in one object; one object a row is needed: with pandas, to_json(..., orient='records')"
     for name, value in row.items():
         if (
@@ -198,7 +198,7 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
         ]
     own = values.get("system")
     if own is not None and not isinstance(own, str):
-        raise Refused("system is not text")
+        raise Refused("system is not text", _not_text("system", own))
     if (own or system) and (system := _clean("\n".join(filter(None, (own, system))), changes)):
         cleaned["system"] = system
     return cleaned

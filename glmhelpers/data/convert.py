@@ -130,7 +130,7 @@ def convert_alpaca(
         FileExistsError: the output is a file that would have to be read: it must not be written over.
         IsADirectoryError: the output is a folder.
         LookupError: Python knows no such encoding.
-        TypeError: the source is a dict, or a table of another library.
+        TypeError: the source is a dict, a table of another library, or neither path nor rows.
         ValueError: not one row is valid, and the message names each file and why; `columns` names no column of ours; or
             the source has no such part.
 
@@ -139,14 +139,17 @@ def convert_alpaca(
     output = expanded(output)
     source = expanded(source) if isinstance(source, str | Path) else source
     check_columns(columns or {})
+    for name, limit in (("max_prompt_chars", max_prompt_chars), ("max_answer_chars", max_answer_chars)):
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ValueError(f"{name} is {limit!r}; a whole number from 1 on, or None for no limit")
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:
         codecs.lookup(encoding)
-    flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
-    flags["part"] = part
+    options = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
+    options["part"] = part
     name = str(source) if isinstance(source, str | Path) else ROWS_SOURCE
-    report = Report(name, output, {option: value for option, value in (flags | limits).items() if value})
-    writer = _Writer(report, limits)
+    report = Report(name, output, {option: value for option, value in (options | limits).items() if value})
+    writer = _Writer(report, options, limits)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
     # Output and report take their places together; the check comes when nobody else is writing them.
@@ -181,14 +184,10 @@ def _check_output(source: Any, output: Path) -> None:
 class _Writer:
     """Reads, cleans and writes; one file after the other."""
 
-    def __init__(self, report: Report, limits: dict[str, int | None]) -> None:
-        self.report, self.limits, options = report, limits, report.options
-        self.columns, self.encoding, self.part = (
-            options.get("columns", {}),
-            options.get("encoding"),
-            options.get("part"),
-        )
-        self.dedupe, self.drop_untranslated = "dedupe" in options, "drop untranslated" in options
+    def __init__(self, report: Report, options: Mapping[str, Any], limits: dict[str, int | None]) -> None:
+        self.report, self.limits = report, limits
+        self.columns, self.encoding, self.part = options["columns"] or {}, options["encoding"], options["part"] or None
+        self.dedupe, self.drop_untranslated = options["dedupe"], options["drop untranslated"]
         self.has_limits = any(limit is not None for limit in limits.values())
         self.kept: list[_Kept] = []
         # The rows of a file mostly have the same keys.

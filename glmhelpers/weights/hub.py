@@ -108,7 +108,8 @@ class Remote:
             names = _are_set("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") or "HF_HUB_OFFLINE"
             raise SettingError(f"{names} forbids every download: take it out of the environment, restart the kernel")
         proxy = "write it as http://HOST:PORT, or take it away; for socks5:// first pip install socksio"
-        for name in PROXIES:
+        unused = "*" in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").replace(" ", "").split(",")
+        for name in () if unused else PROXIES:
             # What stands before the last @ is a name and a password.
             if (value := os.environ.get(name)) and not _is_proxy(value):
                 raise SettingError(f"{name} is {value.rpartition('@')[2]!r}, no address of a proxy: {proxy}")

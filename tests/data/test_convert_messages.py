@@ -155,3 +155,26 @@ def test_the_table_names_files_without_a_loss_if_they_are_few(tmp_path):
     text = str(convert_alpaca(source, tmp_path / "out.jsonl"))
     assert all(f"good-{number}.json" in text for number in range(3))
     assert "more files" not in text
+
+
+WRONG_SETTINGS = [
+    ({"max_answer_chars": "5"}, ValueError, "max_answer_chars is '5'; a whole number from 1 on"),
+    ({"max_prompt_chars": 0}, ValueError, "max_prompt_chars is 0; a whole number from 1 on"),
+    ({"max_prompt_chars": -1}, ValueError, "max_prompt_chars is -1"),
+    ({"columns": "output"}, TypeError, 'columns is \'output\'; write it as {"their name": "instruction"'),
+    ({"columns": ["output"]}, TypeError, r"columns is \['output'\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"), WRONG_SETTINGS, ids=[str(each) for each, *_ in WRONG_SETTINGS]
+)
+def test_a_setting_that_is_none_is_named_before_anything_is_read(tmp_path, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        convert_alpaca([row(1)], tmp_path / "out.jsonl", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_system_that_is_no_text_says_what_it_is(tmp_path):
+    file, _ = convert(tmp_path, array([row(1) | {"system": 5}, row(2)]))
+    assert "system is 5 and no text: put it in quotes" in str(file)

@@ -138,3 +138,16 @@ def test_a_row_of_a_token_file_with_something_else_than_text_is_named(tmp_path, 
     path.write_text(json.dumps({"instruction": "q", "input": "", "output": "a", name: value}))
     with pytest.raises(ValueError, match=rf"line 1 .*the row's {name} is a {type(value).__name__}; expected text"):
         encode_file(path, tokenizer())
+
+
+@pytest.mark.parametrize("settings", [{"train_sop": "no"}, {"train_sop": 1}, {"max_length": "5"}, {"max_length": 7.5}])
+def test_a_setting_of_the_tokens_that_is_none_is_named(settings):
+    """A text such as "no" is true."""
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; "):
+        encode_example(tokenizer(), {"instruction": "q", "output": "a"}, **settings)
+
+
+def test_a_folder_is_no_token_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder: name the file in it that convert_alpaca wrote"):
+        encode_file(tmp_path, tokenizer())

@@ -262,6 +262,13 @@ def test_a_proxy_that_cannot_be_reached_is_named_and_not_kept(hub, tmp_path, mon
     assert fetch(hub, tmp_path).ok
 
 
+def test_a_proxy_that_is_none_does_no_harm_where_none_is_used(hub, tmp_path, monkeypatch):
+    huggingface_hub.close_session()
+    monkeypatch.setenv("HTTP_PROXY", "https//127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "localhost, *")
+    assert fetch(hub, tmp_path).ok
+
+
 def test_no_way_to_the_server(hub, tmp_path):
     with pytest.raises(DownloadError, match=r"HF_ENDPOINT.*modelscope") as caught:
         download_weights(tmp_path, manifest=manifest_of(hub), endpoint="http://127.0.0.1:1", progress=False)
