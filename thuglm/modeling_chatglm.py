@@ -501,6 +501,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if inputs_embeds is None:
                 raise ValueError("forward needs input_ids [B, L]; or inputs_embeds [B, L, H].")
             input_ids = ids_of(inputs_embeds, table.weight, config) if all_ids is None else all_ids
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            what = type(input_ids).__name__
+            if isinstance(input_ids, Tensor):
+                what = f"{str(input_ids.dtype).removeprefix('torch.')} {list(input_ids.shape)}"
+            raise ValueError(
+                f"input_ids are {what}; expected a tensor of whole numbers, [B, L]: "
+                'tokenizer([text], return_tensors="pt") makes it'
+            )
         new = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
@@ -919,7 +927,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             settings.setdefault("max_length", self.config.max_sequence_length)
         if not settings["do_sample"]:
             settings = {k: v for k, v in settings.items() if k not in ("top_p", "temperature", "top_k")}
-        processors = LogitsProcessorList([*settings.pop("logits_processor", []), _RefuseNaN()])
+        processors = LogitsProcessorList([*(settings.pop("logits_processor", None) or []), _RefuseNaN()])
         inputs = tokenizer([prompt], return_tensors="pt").to(self.device)
         return {**inputs, **settings, "logits_processor": processors}
 
@@ -953,7 +961,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         turns = as_turns(() if history is None else history)
         inputs = self._chat_inputs(tokenizer, query, turns, {**settings, "num_beams": 1})
         streamer, leave, failed = _IdStreamer(), threading.Event(), []
-        criteria = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), _StopWhen(leave)])
+        criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), _StopWhen(leave)])
 
         def work():
             try:

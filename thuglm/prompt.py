@@ -71,7 +71,7 @@ def as_turns(history: Iterable[Any]) -> list[tuple[str, str]]:
     """
     if isinstance(history, list | tuple) and not history:
         return []  # as in most rows; the questions below take longer than the rest of their prompts
-    if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
+    if isinstance(history, str | bytes | Mapping | set | frozenset) or not isinstance(history, Iterable):
         raise ValueError(f"the history is a {type(history).__name__}; expected a list of (question, answer)")
     turns: list[tuple[str, str]] = []
     asked: str | None = None

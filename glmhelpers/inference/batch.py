@@ -8,7 +8,7 @@ One model in memory serves both: PEFT can switch the adapter off for the length 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,8 @@ def several(texts: Iterable[str], name: str = "questions") -> list[str]:
     Raises:
         TypeError: they are one text, which would be taken letter by letter, or one of them is none; it is named.
     """
+    if isinstance(texts, Mapping | set | frozenset) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is a {type(texts).__name__}: expected a list of texts")
     if isinstance(texts, str | bytes):
         hint = ", or ask with answer(model, tokenizer, question)" if name == "questions" else ""
         raise TypeError(f"{name} is one text: put it in a list{hint}")
