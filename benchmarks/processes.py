@@ -4,13 +4,14 @@
     python benchmarks/processes.py --tiny       the tiny model's sizes on the CPU, gloo (a test runs this)
 
     24 x 1024 in 8 parts      one process: 1 part, 8 parts, planned     processes: GPipe, 1F1B, interleaved
-    16 x 56, 4 x 256          one process: 1 part, planned              processes: few parts; one pipeline, or two
+    16 x 56, 4 x 256          one process: 1 part, planned, graphs      processes: few parts; one pipeline, or two (of
+                                                                        one rank each: with graphs and without)
 
 Weights are random, float16 and made on the GPUs; adapters are float32 with a GradScaler; attention runs on the kernel
 that a T4 has. First the machine is calibrated, so that the plans are made for it. Every result is printed and appended
 to OUT/processes.jsonl as it comes; a case that fails or hangs becomes a line, and the next one starts in new processes.
 What the ranks of such a case wrote on stderr is in OUT/processes.stderr.txt; if it hangs, where all their threads are.
-The last lines compare: how much faster than one part, and than the best way in one process.
+The last lines compare: how much faster than one part, and than the best way in one process without CUDA graphs.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def cases_of(tiny: bool) -> list[Case]:
     (rows, length, parts), *short = SIZES[tiny]
     long = [Case(rows, length, count) for count in (1, parts, 0)]
     cases = long + [Case(*size[:2], count, checkpointed="none") for size in short for count in (1, 0)]
+    cases += [Case(*size[:2], checkpointed="none", cuda_graphs=True) for size in short]
     twice = {"schedule": "Interleaved1F1B", "stages_per_rank": 2}
     cases += [Case(rows, length, parts, name) for name in ("1F1B", "GPipe")] + [Case(rows, length, parts, **twice)]
     cases += [Case(rows, length, 0, "1F1B"), Case(rows, length, 0, **twice)]
@@ -63,7 +65,7 @@ def cases_of(tiny: bool) -> list[Case]:
         cases.append(Case(**size, schedule="GPipe"))
         cases += [Case(**size, parts=parts, schedule=name) for name in ("1F1B", "GPipe")]
         cases.append(Case(**size, parts=parts, **twice))
-        cases.append(Case(**size, schedule="GPipe", gpus=1, pipelines=2))
+        cases += [Case(**size, schedule="GPipe", gpus=1, pipelines=2, cuda_graphs=graphs) for graphs in (False, True)]
     cases += [Case(*size[:2], 0, "GPipe", checkpointed="none") for size in short]
     return cases
 
@@ -226,16 +228,17 @@ def run_cases(cases: list[Case], tiny: bool, book: Book, until: float, keep: Pat
 
 
 def compare(book: Book) -> None:
-    """For each batch and each road, how many times as fast as one part, and as the best way in one process."""
+    """For each batch and road, how many times as fast as one part, and as the best in one process without graphs."""
     measured = [line for line in book.lines if "ms" in line]
     for rows, length in dict.fromkeys((line["rows"], line["length"]) for line in measured):
         here = [line for line in measured if (line["rows"], line["length"]) == (rows, length)]
         alone = [line for line in here if line["schedule"] == "one process"]
         if not alone:
             continue
-        best = min(line["ms"] for line in alone)
+        best = min(line["ms"] for line in alone if not line["cuda_graphs"])
         for line in here:
-            facts = {name: line[name] for name in ("schedule", "parts", "gpus", "pipelines", "stages_per_rank", "ms")}
+            names = ("schedule", "parts", "gpus", "pipelines", "stages_per_rank", "cuda_graphs", "ms")
+            facts = {name: line[name] for name in names}
             times = {
                 "against_one_part": round(alone[0]["ms"] / line["ms"], 2),
                 "against_best": round(best / line["ms"], 2),
@@ -256,11 +259,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the tiny model's sizes on the CPU")
     parser.add_argument("--seconds", type=float, default=225, help="all must be over then")
+    parser.add_argument("--sizes", nargs="+", metavar="16x56", help="only these rows x tokens")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", PROJECT / "build")))
     options = parser.parse_args()
     start = time.monotonic()
     book = Book(options.out / "processes.jsonl", "processes")
-    for count, cases in by_processes(cases_of(options.tiny)).items():
+    wanted = [case for case in cases_of(options.tiny) if case.size in (options.sizes or [case.size])]
+    for count, cases in by_processes(wanted).items():
         share = 0.5 if count == 1 else 1.0
         run_cases(cases, options.tiny, book, start + share * options.seconds)
     compare(book)

@@ -41,6 +41,7 @@ class Case:
         gpus: devices of one process, or ranks of a pipeline.
         stages_per_rank, pipelines: of the processes.
         checkpointed: "all" or "none".
+        cuda_graphs: the blocks as CUDA graphs.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Case:
     stages_per_rank: int = 1
     pipelines: int = 1
     checkpointed: str = "all"
+    cuda_graphs: bool = False
 
     @property
     def processes(self) -> int:
@@ -58,10 +60,15 @@ class Case:
         return 1 if self.schedule == "one process" else self.gpus * self.pipelines
 
     @property
+    def size(self) -> str:
+        """Rows x tokens."""
+        return f"{self.rows}x{self.length}"
+
+    @property
     def name(self) -> str:
         """For files."""
         way = f"{self.schedule} {self.pipelines}x{self.gpus}".replace(" ", "-")
-        return f"{self.rows}x{self.length}-{way}-{self.parts}"
+        return f"{self.size}-{way}-{self.parts}{'-graphs' * self.cuda_graphs}"
 
 
 class Bench:
@@ -146,7 +153,8 @@ class Bench:
     def settings(self, case: Case) -> dict[str, Any]:
         """Of the formulas, beside rows and length."""
         share = (case.length // 2) / (case.length - 1)
-        return {"dtype": str(self.dtype).removeprefix("torch."), "label_share": share}
+        kind = str(self.dtype).removeprefix("torch.")
+        return {"dtype": kind, "label_share": share, "cuda_graphs": case.cuda_graphs}
 
     def forecast(self, case: Case, places: dict[str, Any], marks: Sequence[int], parts: int) -> Prediction:
         """Predicted bytes of one process."""

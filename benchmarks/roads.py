@@ -40,6 +40,7 @@ from benchmarks.train_step import update as update_one  # noqa: E402
 from glmhelpers.cost_model.gpus import GPU, gpus_here  # noqa: E402
 from glmhelpers.cost_model.kept_rates import RATES  # noqa: E402
 from glmhelpers.cost_model.stages import is_checkpointed  # noqa: E402
+from glmhelpers.devicemap.captured import Captured  # noqa: E402
 from glmhelpers.devicemap.plan import DoesNotFit, plan_device_map  # noqa: E402
 from glmhelpers.distributed.plan import ProcessPlan, StageCut, even_blocks  # noqa: E402
 from glmhelpers.distributed.processes import Processes, joined, make_mesh  # noqa: E402
@@ -87,10 +88,13 @@ def one_process(bench: Bench, case: Case, keep: Path | None = None) -> dict[str,
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=SCALE, enabled=bench.on_gpu)
-    batch, losses = bench.batch(case), []
+    batch, losses, captured = bench.batch(case), [], Captured(model) if case.cuda_graphs else None
 
     def gradient() -> torch.Tensor:
-        return run_step(model, batch, parts, backward=lambda loss: scaler.scale(loss).backward(), loss_chunk=chunk)
+        def backward(loss: torch.Tensor) -> None:
+            scaler.scale(loss).backward()
+
+        return run_step(model, batch, parts, backward=backward, captured=captured, loss_chunk=chunk)
 
     def step() -> None:
         losses.append(gradient())
@@ -154,7 +158,8 @@ class Ranks:
         weights = {name: weight for stage in stages for name, weight in adapter_weights(stage.model).items()}
         optimizer = torch.optim.AdamW(weights.values(), lr=1e-6, fused=True)
         scaler = make_scaler(processes.device, init_scale=SCALE) if bench.on_gpu else None
-        engine, batch = PipelineStep(stages, plan, processes, scaler=scaler), bench.batch(case)
+        captured = Captured(stages[0].model) if case.cuda_graphs else None
+        engine, batch = PipelineStep(stages, plan, processes, scaler=scaler, captured=captured), bench.batch(case)
         found: list[tuple[float, float, bool]] = []
 
         def step() -> None:

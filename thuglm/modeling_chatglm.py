@@ -359,7 +359,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         look at every argument of every module, and copy modules on the CPU to a GPU for each use) are taken off.
 
         If the embedding and `lm_head` are sent to different devices, they can no longer be one tensor: `lm_head` gets
-        its own copy (1.07 GB for ChatGLM-6B). Sent to one device again, they are one tensor again, if it is frozen.
+        its own copy (1.07 GB for ChatGLM-6B). Sent to one device again, they are one tensor again, if both are frozen
+        and still equal: what was trained, or given to one of them on purpose, stays its own.
 
         Args:
             device_map: module name -> device, as for `from_pretrained`.
@@ -381,21 +382,33 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
         if head is not None and "lm_head" in device_map:
             device = torch.device(device_map["lm_head"])
+            inner = getattr(head, "base_layer", head)  # with an adapter of peft around it
             if torch.empty(0, device=device).device == embedding.weight.device:
-                if self._tied_before and not head.weight.requires_grad:
-                    head.weight = embedding.weight
+                # None: never tied. A model that was tied by hand has an empty list, and was tied as well.
+                if self._tied_before is not None and _same_frozen(inner.weight, cast(Tensor, embedding.weight)):
+                    inner.weight = embedding.weight
                     self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
                     self._tied_before = None
                 head.to(device)
             else:
-                if head.weight is embedding.weight:
-                    head.weight = nn.Parameter(embedding.weight.detach().to(device), bool(head.weight.requires_grad))
+                if inner.weight is embedding.weight:
+                    inner.weight = nn.Parameter(embedding.weight.detach().to(device), bool(inner.weight.requires_grad))
                     self._tied_before = self.all_tied_weights_keys
                 self.config.tie_word_embeddings = False
                 self.all_tied_weights_keys = {}
                 head.to(device)
         self.hf_device_map = dict(device_map)
         return self
+
+
+def _same_frozen(head: Tensor, embedding: Tensor) -> bool:
+    """Is nothing lost if the embedding takes the place of the head? They may be on different devices."""
+    if head.requires_grad or embedding.requires_grad or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    # In pieces: there may be no room for both matrices on one GPU. On "meta" there are no values to lose.
+    pairs = zip(head.split(8192), embedding.split(8192), strict=True)
+    nothing = head.is_meta or embedding.is_meta
+    return nothing or all(torch.equal(mine.to(theirs.device), theirs) for mine, theirs in pairs)
 
 
 IGNORED_KEYWORDS = frozenset(

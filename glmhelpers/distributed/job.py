@@ -48,6 +48,8 @@ class Job:
         schedule, stages_per_rank, micro_batches: see `ProcessPlan`.
         checkpointed: "all", "none", or a number n for the first n blocks.
         loss_chunk: rows of logits alive at once.
+        cuda_graphs: 1: as in `train`, for short rows; where each process has the whole model (`blocks` has one number)
+            and one micro-batch.
         rows_per_step: of all pipelines together.
         max_steps ... seed: as in `TrainingArguments`.
         lora_rank, alpha, dropout, targets, adapter_seed: see `attach_lora`; targets separated by commas.
@@ -71,6 +73,7 @@ class Job:
     micro_batches: int = 4
     checkpointed: str = "all"
     loss_chunk: int = DEFAULT_CHUNK
+    cuda_graphs: int = 0
     rows_per_step: int = 16
     max_steps: int = 1000
     learning_rate: float = 2e-4
@@ -138,7 +141,13 @@ class Job:
         homes = dict(zip(part_names(layers), [ends[0], *ends, ends[-1], ends[-1]], strict=True))
         chosen = int(self.checkpointed) if self.checkpointed.isdecimal() else self.checkpointed
         cut = {"micro_batches": self.micro_batches, "stages_per_rank": self.stages_per_rank}
-        return ProcessPlan.of(homes, layers, self.schedule, chosen, **cut)
+        plan = ProcessPlan.of(homes, layers, self.schedule, chosen, **cut)
+        if self.cuda_graphs and not plan.whole:
+            raise ValueError(
+                f"cuda_graphs with {plan}: graphs are for processes with the whole model and one micro-batch each; "
+                f'use blocks="{layers}", micro_batches=1, or leave cuda_graphs out'
+            )
+        return plan
 
     def training_arguments(self) -> SimpleNamespace:
         """What `run_settings` and guards read of `TrainingArguments`, with the values it would have.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, get_scheduler
 
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.distributed.checkpoint import Store, base_of, settings_of, start_from
 from glmhelpers.distributed.job import OWN_TO_A_NODE, Job
 from glmhelpers.distributed.processes import Processes, StartError, agree, facts_here
@@ -127,7 +128,8 @@ def train(job: Job, processes: Processes) -> list[dict[str, Any]]:
     )
     scheduler = get_scheduler(job.lr_scheduler_type, optimizer, job.warmup_steps, job.max_steps)
     scaler = make_scaler(processes.device) if job.on_gpu else None
-    engine = PipelineStep(stages, plan, processes, job.loss_chunk, scaler)
+    captured = Captured(stages[0].model) if job.cuda_graphs and job.on_gpu else None
+    engine = PipelineStep(stages, plan, processes, job.loss_chunk, scaler, captured)
     folder = run_folder(job.output, settings)
     store = Store(folder, stages, optimizer, scheduler, scaler, processes, job.save_total_limit)
     guard = Guard(lambda: last_complete(folder, say=lambda _: None))

@@ -106,6 +106,12 @@ class ProcessPlan:
         return len(self.blocks)
 
     @property
+    def whole(self) -> bool:
+        """Does each rank have the whole model and one part: a forward and a backward pass, as one process has them?
+        Such steps can be CUDA graphs; the schedules of pipelines go backward in another order than graphs do."""
+        return self.ranks == self.stages_per_rank == self.micro_batches == 1
+
+    @property
     def stages(self) -> list[StageCut]:
         """All stages in the order of the forward pass; stage s is on rank s modulo `ranks`, as torch wants it."""
         total, start, cuts = self.ranks * self.stages_per_rank, 0, []

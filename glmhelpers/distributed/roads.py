@@ -17,7 +17,7 @@ from typing import Any
 from glmhelpers.cost_model.gpus import GPU, find_gpus
 from glmhelpers.cost_model.sizes import Setting, Shape, divisors
 from glmhelpers.cost_model.stages import Stage
-from glmhelpers.cost_model.step_memory import hidden_bytes, lora_bytes, slack_bytes
+from glmhelpers.cost_model.step_memory import hidden_bytes, lora_bytes, slack_bytes, stage_terms
 from glmhelpers.cost_model.step_time import StageTime, Task, stage_seconds
 from glmhelpers.devicemap.plan import DoesNotFit, Plan, plan_device_map
 from glmhelpers.devicemap.schedules import all_reduce_seconds, rank_terms, run_order, work_order
@@ -110,6 +110,7 @@ def forecast_processes(
         )
     rows = -(-batch_size // (pipelines * plan.micro_batches)) * plan.micro_batches
     setting = Setting(rows, seq_length, plan.micro_batches, **settings)
+    setting = replace(setting, cuda_graphs=setting.cuda_graphs and plan.whole)
     terms, totals = _bytes(shape, setting, plan, cards, pipelines)
     tasks = _tasks(shape, setting, plan, cards)
     lora = lora_bytes(shape, setting, max(plan.blocks))
@@ -137,7 +138,11 @@ def _bytes(
         rank = number % plan.ranks
         key = rank, gpu.gemm_workspace
         if key not in known:
-            known[key] = rank_terms(shape, setting, held[rank], orders[rank], gpu.gemm_workspace, pipelines)
+            if setting.recorded:  # the step of one process, and buckets for the sum of gradients
+                known[key] = dict(stage_terms(shape, setting, held[rank][0][1], gpu.gemm_workspace)[1])
+                known[key]["gradients"] += known[key]["lora"] * (pipelines > 1)
+            else:
+                known[key] = rank_terms(shape, setting, held[rank], orders[rank], gpu.gemm_workspace, pipelines)
         found.append(known[key])
     nccl = NCCL_BYTES * (len(cards) > 1)
     totals = [
@@ -167,7 +172,8 @@ def compare_roads(config: Any, gpus: Any, batch_size: int, seq_length: int, **se
         config: ChatGLMConfig, or a dict with its keys.
         gpus: as for `plan_device_map`; "here" for this machine as it was measured.
         batch_size: rows of a step; seq_length: tokens in a row.
-        settings: further fields of `sizes.Setting`: lora_rank, loss_chunk, label_share ...
+        settings: further fields of `sizes.Setting`: lora_rank, loss_chunk, label_share ...; cuda_graphs counts for one
+            process, and for ranks that have the whole model and one part.
 
     Raises:
         DoesNotFit: no road fits; as for `plan_device_map`.

@@ -15,6 +15,7 @@ not sent at the start (`init_sync=False`): every rank has read the same files an
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from glmhelpers.cost_model.sizes import padded_length
+from glmhelpers.devicemap.captured import Captured, fits_graphs
 from glmhelpers.devicemap.devices import to_device
 from glmhelpers.distributed.plan import ProcessPlan
 from glmhelpers.distributed.processes import Processes
 from glmhelpers.distributed.stage import StageModule
-from glmhelpers.training.pipeline import target_rows
+from glmhelpers.training.pipeline import pad_part, target_rows
 from thuglm.chunked_loss import DEFAULT_CHUNK, IGNORE_INDEX
 
 
@@ -59,6 +62,7 @@ class PipelineStep:
         processes: the ranks.
         loss_chunk: rows of logits alive at once.
         scaler: for a float16 base.
+        captured: the blocks as CUDA graphs, of a plan that is `whole`; short rows are padded to one of a few lengths.
     """
 
     def __init__(
@@ -68,9 +72,10 @@ class PipelineStep:
         processes: Processes,
         loss_chunk: int = DEFAULT_CHUNK,
         scaler: torch.amp.GradScaler | None = None,
+        captured: Captured | None = None,
     ):
         self.stages, self.plan, self.processes = stages, plan, processes
-        self.loss_chunk, self.scaler = loss_chunk, scaler
+        self.loss_chunk, self.scaler, self.captured = loss_chunk, scaler, captured
         self.modules: list[Any] = list(stages)
         if processes.pipelines > 1:
             group = processes.mesh["dp"].get_group()
@@ -95,12 +100,18 @@ class PipelineStep:
         """
         device, self.num_items, self.losses = self.processes.device, len(target_rows(batch["labels"])), []
         mine = my_rows(batch, self.processes.pipelines, self.processes.pipeline, self.plan.micro_batches)
+        rows, length = mine["input_ids"].shape
+        padded = [(rows, padded_length(length))]
+        replayed = self.captured is not None and fits_graphs(padded)
+        if replayed:
+            mine = pad_part(mine, padded[0][1])
         if mine["input_ids"].shape != self.shape:
             self._announce(mine["input_ids"].shape)
         ids, mask = (to_device(mine[name], device) for name in ("input_ids", "attention_mask"))
         given = (ids,) if self.stages[0].cut.first else ()
         target = mine["labels"] if self.stages[-1].cut.last else None
-        self.schedule.step(*given, target=target, return_outputs=False, ids=ids, attention_mask=mask)
+        with self.captured.step(padded) if self.captured is not None and replayed else nullcontext():
+            self.schedule.step(*given, target=target, return_outputs=False, ids=ids, attention_mask=mask)
         return torch.stack(self.losses).sum() if self.losses else torch.zeros((), device=device)
 
     @torch.no_grad()

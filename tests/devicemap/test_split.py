@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmhelpers.cost_model.step_memory import predict
@@ -200,3 +201,60 @@ def test_a_head_that_was_copied_is_one_tensor_again_on_one_device(config):
     model.lm_head.to_empty(device="cpu")
     model.place(whole)
     assert model.lm_head.weight is not model.transformer.word_embeddings.weight
+
+
+def test_a_head_tied_by_hand_is_one_tensor_again_on_one_device(config):
+    """As in a model that was untied before, whose list of tied weights is empty."""
+    model = ChatGLMForConditionalGeneration(config).requires_grad_(False)
+    whole = dict.fromkeys(("transformer", "lm_head"), "cpu")
+    model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+    model.lm_head.weight = model.transformer.word_embeddings.weight
+    for _ in range(2):
+        model.place(whole | {"lm_head": "meta"})
+        assert model.lm_head.weight is not model.transformer.word_embeddings.weight
+        model.place(whole)
+        assert model.lm_head.weight is model.transformer.word_embeddings.weight
+
+
+@pytest.mark.parametrize(
+    "change", ["never tied", "replaced", "filled", "embedding filled", "embedding trained", "dtype"]
+)
+def test_a_head_of_its_own_is_kept_on_one_device(config, change):
+    model = ChatGLMForConditionalGeneration(config).requires_grad_(False)
+    embedding, head = model.transformer.word_embeddings, model.lm_head
+    whole = dict.fromkeys(("transformer", "lm_head"), "cpu")
+    if change == "never tied":
+        model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+        head.weight = torch.nn.Parameter(embedding.weight.clone(), requires_grad=False)
+    model.place(whole | {"lm_head": "meta"})
+    # Values do not come back from "meta": what a GPU would have held.
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    if change == "replaced":
+        head.weight = torch.nn.Parameter(torch.ones_like(head.weight), requires_grad=False)
+    elif change == "filled":
+        head.weight.data[-1, -1] += 1
+    elif change == "embedding filled":
+        embedding.weight.data[0, 0] += 1
+    elif change == "embedding trained":
+        embedding.weight.requires_grad_(True)
+    elif change == "dtype":
+        head.double()
+    before = head.weight.detach().clone()
+    model.place(whole)
+    assert head.weight is not embedding.weight
+    assert torch.equal(head.weight, before)
+
+
+def test_a_head_with_an_adapter_is_untied_and_tied_like_any_other(config):
+    model = ChatGLMForConditionalGeneration(config)
+    whole = dict.fromkeys(("transformer", "lm_head"), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    assert model.lm_head.base_layer.weight is model.transformer.word_embeddings.weight
+    model.place(whole | {"lm_head": "meta"})
+    assert {parameter.device.type for parameter in model.lm_head.parameters()} == {"meta"}
+    model.lm_head.lora_A.to_empty(device="cpu")  # values do not come back from "meta"
+    model.lm_head.lora_B.to_empty(device="cpu")
+    model.place(whole)
+    assert model.lm_head.base_layer.weight is model.transformer.word_embeddings.weight

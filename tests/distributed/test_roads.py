@@ -7,7 +7,7 @@ import pytest
 
 from glmhelpers.cost_model.gpus import find_gpu
 from glmhelpers.cost_model.sizes import divisors
-from glmhelpers.devicemap.plan import DoesNotFit
+from glmhelpers.devicemap.plan import DoesNotFit, plan_device_map
 from glmhelpers.distributed import ProcessPlan, compare_roads, forecast_processes, roads_table
 from thuglm import ChatGLMConfig
 
@@ -61,6 +61,18 @@ def test_an_own_host_for_each_rank_counts_where_launches_are_slow():
     alone, pipeline = (min(r.seconds for r in roads if r.name.startswith(name)) for name in ("one process", "pp 2"))
     assert alone == pytest.approx(2 * 28 * 5e-3, rel=0.1)
     assert alone / pipeline > 1.8
+
+
+def test_graphs_spare_the_host_of_ranks_that_have_the_whole_model_and_take_their_pool():
+    names = ("launch_forward", "launch_again", "launch_backward")
+    slow = [replace(find_gpu("H100"), **dict.fromkeys(names, 5e-3))] * 2
+    eager, graphs = ({r.name: r for r in compare_roads(CONFIG, slow, 16, 56, cuda_graphs=on)} for on in (False, True))
+    assert eager["dp 2"].seconds > 28 * 10e-3 > 5 * graphs["dp 2"].seconds
+    assert graphs["dp 2"].peak_bytes[0] > eager["dp 2"].peak_bytes[0]
+    assert graphs["pp 2, 1F1B"] == eager["pp 2, 1F1B"], "a pipeline's schedule has another order than graphs have"
+    alone = plan_device_map(CONFIG, slow[0], 8, 56, cuda_graphs=True, micro_batches=1, checkpointed="none")
+    buckets = alone.breakdown[0]["lora"]
+    assert graphs["dp 2"].peak_bytes[0] == alone.peak_bytes[0] + buckets
 
 
 def test_one_f_one_b_holds_less_than_gpipe_and_needs_no_second_forward():

@@ -1,6 +1,6 @@
 """Plans for processes, and stages that read and hold their own part and nothing else; no process is started."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -78,6 +78,15 @@ def test_rows_of_all_pipelines_are_the_batch_without_overlap(pipelines, parts):
 def test_job_survives_its_command_line():
     job = Job("base", "rows.jsonl", "out", blocks="15,13", learning_rate=3e-5, dropout=0.0, max_length=512)
     assert Job.parse(job.arguments()) == job
+
+
+def test_graphs_are_for_processes_with_the_whole_model_and_one_part():
+    job = Job("base", "rows.jsonl", "out", blocks="8", micro_batches=1, cuda_graphs=1)
+    assert Job.parse(job.arguments()) == job
+    assert job.plan(8, 2).whole
+    for changes in ({"blocks": "", "schedule": "GPipe"}, {"blocks": "5,3", "schedule": "GPipe"}, {"micro_batches": 2}):
+        with pytest.raises(ValueError, match='use blocks="8", micro_batches=1, or leave cuda_graphs out'):
+            replace(job, **changes).plan(8, 2)
 
 
 def test_options_are_no_short_forms_of_what_starts_the_program():

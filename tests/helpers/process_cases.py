@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from glmhelpers.cost_model.placement import Placement, part_names
+from glmhelpers.devicemap.captured import Captured
 from glmhelpers.distributed import loop
 from glmhelpers.distributed.job import Job
 from glmhelpers.distributed.plan import ProcessPlan
@@ -25,6 +26,7 @@ from glmhelpers.distributed.processes import StartError, joined
 from glmhelpers.distributed.stage import build_stage
 from glmhelpers.distributed.step import PipelineStep, make_scaler, update
 from glmhelpers.lora.attach import adapter_weights
+from tests.helpers.graph_home import Home
 from thuglm import ChatGLMConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -93,14 +95,17 @@ CASES = {
         "pp=2 Interleaved1F1B none": ("tiny", (4, 4), "Interleaved1F1B", "none", 4),
         "dp=2 all": ("tiny", (8,), "1F1B", "all", 1),
         "dp=2 none": ("tiny", (8,), "GPipe", "none", 1),
+        "dp=2 recorded, all": ("tiny", (8,), "GPipe", "all", 1, True),
+        "dp=2 recorded, some": ("tiny", (8,), "1F1B", 3, 1, True),
     },
 }
-"""Processes -> name -> (checkpoint, blocks of each rank, schedule, checkpointed blocks, stages of each rank)."""
+"""Processes -> name -> (checkpoint, blocks of each rank, schedule, checkpointed blocks, stages of each rank, and
+whether its blocks are recorded, by a stand-in for CUDA graphs)."""
 
 
-def one_step(folders, checkpoint, counts, schedule, checkpointed, stages_per_rank):
+def one_step(folders, checkpoint, counts, schedule, checkpointed, stages_per_rank, recorded=False):
     """(loss, LoRA gradients) of one batch, gathered from all ranks; also that replicas agree to the bit."""
-    settings = {"micro_batches": 4, "stages_per_rank": stages_per_rank, "checkpointed": checkpointed}
+    settings = {"micro_batches": 1 if recorded else 4, "stages_per_rank": stages_per_rank, "checkpointed": checkpointed}
     plan = ProcessPlan.of(placed(*counts), sum(counts), schedule, **settings)
     with joined_again(plan.ranks) as processes:
         stages = [
@@ -110,7 +115,11 @@ def one_step(folders, checkpoint, counts, schedule, checkpointed, stages_per_ran
         ]
         for stage in stages:
             draw_adapter(stage.model)
-        loss = PipelineStep(stages, plan, processes)(a_batch(ChatGLMConfig.from_pretrained(folders[checkpoint])))
+        captured = Captured(stages[0].model, Home) if recorded else None
+        loss = PipelineStep(stages, plan, processes, captured=captured)(
+            a_batch(ChatGLMConfig.from_pretrained(folders[checkpoint]))
+        )
+        assert captured is None or (all(captured.known.values()) and captured.known)
         dist.all_reduce(loss)
         mine = {n: w.grad for stage in stages for n, w in adapter_weights(stage.model).items()}
         everybody = [None] * dist.get_world_size()
