@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -190,8 +190,8 @@ class _Writer:
         self.dedupe, self.drop_untranslated = options["dedupe"], options["drop untranslated"]
         self.has_limits = any(limit is not None for limit in limits.values())
         self.kept: list[_Kept] = []
-        # The rows of a file mostly have the same keys.
-        self.find_columns = lru_cache(256)(partial(find_columns, columns=self.columns))
+        self.report.columns_unseen = list(self.columns)
+        self.find_columns = lru_cache(256)(self._find_columns)  # the rows of a file mostly have the same keys
 
     def write_all(self, source: Any, file: BinaryIO) -> None:
         if not isinstance(source, str | Path):
@@ -202,6 +202,10 @@ class _Writer:
             for path, open_file in self._of_part(source, files):
                 notes = Notes()
                 self._write_rows(path, self._rows(path, open_file, notes), notes, file)
+
+    def _find_columns(self, names: tuple) -> dict[str, str]:
+        self.report.columns_unseen = [name for name in self.report.columns_unseen if name not in names]
+        return find_columns(names, self.columns)
 
     def _of_part(self, source: Path, files: list[SourceFile]) -> list[SourceFile]:
         """The files to read, of the part of the data set that is wanted."""
@@ -304,9 +308,8 @@ class _Writer:
     def _check_limits(self, row: dict[str, Any]) -> None:
         if not self.has_limits:
             return
-        for (name, limit), text in zip(
-            self.limits.items(), (with_input(row["instruction"], row["input"]), row["output"]), strict=True
-        ):
+        texts = with_input(row["instruction"], row["input"]), row["output"]
+        for (name, limit), text in zip(self.limits.items(), texts, strict=True):
             if limit is not None and len(text) > limit:
                 raise Refused(f"{name} {limit} characters")
 

@@ -178,3 +178,14 @@ def test_a_setting_that_is_none_is_named_before_anything_is_read(tmp_path, setti
 def test_a_system_that_is_no_text_says_what_it_is(tmp_path):
     file, _ = convert(tmp_path, array([row(1) | {"system": 5}, row(2)]))
     assert "system is 5 and no text: put it in quotes" in str(file)
+
+
+def test_a_column_that_no_row_has_is_told(tmp_path):
+    """Misspelled, it would be passed over, and another column be read in its place."""
+    rows = [row(1) | {"better": "b"}, row(2) | {"better": "c"}]
+    report = convert_alpaca(rows, tmp_path / "out.jsonl", columns={"beter": "output", "instruction": "instruction"})
+    assert report.columns_unseen == ["beter"]
+    assert "columns names 'beter', which no row has: is it spelled so?" in str(report)
+    report = convert_alpaca(rows, tmp_path / "out.jsonl", columns={"better": "output"})
+    assert report.columns_unseen == []
+    assert "which no row has" not in str(report)
