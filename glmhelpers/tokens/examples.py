@@ -107,7 +107,7 @@ def chunks(path: Path, settings: Settings, report: TokenReport) -> Iterator[Chun
 def _in_columns(lines: list[bytes], settings: Settings, report: TokenReport) -> Chunk | None:
     """The examples of lines that hold a question, an input and an answer each, and no more; None if some do not."""
     joined = b",".join(lines)
-    if _HALF.search(joined):
+    if b"\\u" in joined and _HALF.search(joined):
         return None
     try:
         rows = json.loads(f"[{joined.decode()}]")
