@@ -5,12 +5,15 @@
     python benchmarks/calibrate.py --slow-host 5     the same on a host that needs 5 ms more for each block and pass
     python benchmarks/calibrate.py --cases 4x1024    only these rows x tokens
 
-1. measure_machine(): a line with every rate, and how long it took.
+1. measure_machine(): a line with every rate, and how long it took, part by part. Then the host's rates again, on one
+   GPU and split over all, with few blocks and with many: how much they vary, and what a cut costs the host.
 2. For each case (rows x tokens), number of GPUs, and all or no blocks checkpointed: the plan under that rule, its
-   seconds by the catalogue and by the calibration, the seconds measured, peaks predicted and measured.
+   seconds by the catalogue and by the calibration, the seconds measured, peaks predicted and measured. `ms` is the
+   median of all steps in about 0.6 s, three at least, and `difference` compares with that; `least_ms` is the step that
+   was disturbed least: the difference between the two is the host's noise.
 3. For each case: the planner's free choice for all GPUs, and every number of micro-batches timed on them and on one
    GPU, until they are far slower: is the choice the fastest? `slower` is how much slower it is than the best of
-   those, 0 if it is the best.
+   those, 0 if it is the best; `slower_least` the same of the least, which tells noise from a wrong choice.
 
 One JSON line each, printed at once; an error is one of them. No trial is begun `--budget-s` seconds after the start.
 """
@@ -22,6 +25,7 @@ import statistics
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +42,13 @@ from glmhelpers.cost_model.kept_rates import RATES, keep_rates
 from glmhelpers.devicemap import DoesNotFit, plan_device_map
 from glmhelpers.devicemap.plan import Plan
 from glmhelpers.training import measure_machine, run_step
-from glmhelpers.training.calibration import clear_workspaces
+from glmhelpers.training.calibration import HOST_BLOCKS, clear_workspaces, host_launches
 from glmhelpers.training.measure import prepare, random_batch
+from glmhelpers.utils.timing import Laps, repeated
 from thuglm import ChatGLMConfig
 
+STEPS = 0.6
+"""Seconds of steps under a plan: a dozen of the short ones, which the host's noise moves most."""
 HOPELESS = 1.7
 """So many times as slow as fewer parts: yet more parts are not timed."""
 OUT_OF_TIME = "out of time: --budget-s"
@@ -55,6 +62,15 @@ def wait() -> None:
         torch.cuda.synchronize(index)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds of a step, median and least of all, and the peak of each GPU in bytes."""
+
+    ms: float
+    least_ms: float
+    peaks: list[int]
+
+
 class Trial:
     """A model with adapters that is laid out by one plan after the other, and timed."""
 
@@ -64,8 +80,8 @@ class Trial:
         model.tie_weights()
         self.model, self.config = prepare(model, []), config
 
-    def run(self, plan: Plan, rows: int, length: int, repeats: int) -> tuple[float, list[int]]:
-        """Median seconds of a step under a plan, and the peak of each GPU in bytes."""
+    def run(self, plan: Plan, rows: int, length: int, repeats: int) -> Timed:
+        """Steps under a plan for `STEPS` seconds, at least `repeats`, behind one that is not timed."""
         plan.apply(self.model)
         gc.collect()
         clear_workspaces()  # those of the streams that another plan used
@@ -73,8 +89,9 @@ class Trial:
         # A new one each time: the last one's moments lie where the adapters were before.
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6)
-        batch, times = random_batch(self.config, rows, length), []
-        for number in range(repeats + 1):
+        batch = random_batch(self.config, rows, length)
+
+        def step() -> float:
             for index in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(index)
             wait()
@@ -85,9 +102,11 @@ class Trial:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             wait()
-            times.append(time.perf_counter() - begin if number else 0.0)
+            return 1e3 * (time.perf_counter() - begin)
+
+        times = repeated(STEPS, step, repeats)
         peaks = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
-        return statistics.median(times[1:]), peaks
+        return Timed(round(statistics.median(times), 1), round(min(times), 1), peaks)
 
 
 def say(**line: Any) -> None:
@@ -104,7 +123,7 @@ def main() -> None:
     """Measure the machine, then every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="steps under a plan at least, however long they are")
     parser.add_argument("--budget-s", type=float, default=240)
     parser.add_argument("--slow-host", type=float, default=0.0, metavar="MS", help="wait before each block and pass")
     parser.add_argument("--cases", nargs="+", default=[f"{rows}x{length}" for rows, length in CASES])
@@ -126,8 +145,15 @@ def measure(options: argparse.Namespace) -> None:
     names = [torch.cuda.get_device_name(index) for index in range(len(gpus))]
     rates = [{name: getattr(gpu, name) for name in RATES} for gpu in gpus]
     took = {"seconds": round(found.seconds, 2), "start_seconds": round(found.start_seconds, 2)}
+    took |= {"parts": {part: round(seconds, 2) for part, seconds in found.parts.items()}}
     how = {"notes": found.notes, "slow_host_ms": options.slow_host}
     say(what="rates", gpus=names, torch=torch.__version__, **took, **how, rates=rates)
+    split = [f"cuda:{index}" for index in range(len(gpus))]
+    for devices in 2 * ([["cuda:0"], split] if len(split) > 1 else [["cuda:0"]]):
+        for blocks in (HOST_BLOCKS, 2 * HOST_BLOCKS):
+            launches = host_launches(devices, ChatGLMConfig(), Laps(), blocks)
+            ms = {name: round(1e3 * seconds, 2) for name, seconds in launches.items()}
+            say(what="host", gpus=len(devices), blocks=blocks, launch_ms=ms)
     trial = Trial(config, len(gpus))
     for rows, length in (map(int, case.split("x")) for case in options.cases):
         for part in (partial(one_case, catalogue=catalogue), one_choice):
@@ -156,7 +182,7 @@ def one_case(
             except DoesNotFit:
                 say(what="case", rows=rows, length=length, gpus=count, checkpointed=rule, skipped="does not fit")
                 continue
-            seconds, peaks = trial.run(plan, rows, length, repeats)
+            timed = trial.run(plan, rows, length, repeats)
             say(
                 what="case",
                 rows=rows,
@@ -166,11 +192,12 @@ def one_case(
                 blocks=[len(blocks) for blocks in plan.blocks],
                 micro_batches=plan.micro_batches,
                 in_flight=plan.setting.in_flight,
-                ms=round(1e3 * seconds, 1),
+                ms=timed.ms,
+                least_ms=timed.least_ms,
                 predicted_ms=round(1e3 * plan.seconds, 1),
-                difference=round(plan.seconds / seconds - 1, 3),
-                catalogue_difference=round(by_catalogue.seconds / seconds - 1, 3),
-                peak_bytes=peaks,
+                difference=round(1e3 * plan.seconds / timed.ms - 1, 3),
+                catalogue_difference=round(1e3 * by_catalogue.seconds / timed.ms - 1, 3),
+                peak_bytes=timed.peaks,
                 predicted_peak_bytes=list(plan.peak_bytes),
             )
 
@@ -181,8 +208,10 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         say(what="choice", rows=rows, length=length, skipped=OUT_OF_TIME)
         return
     chosen = plan_device_map(trial.config, gpus, rows, length, label_share=0.5)
-    took, _ = trial.run(chosen, rows, length, repeats)
+    took = trial.run(chosen, rows, length, repeats)
     others: dict[str, Any] = {}
+    predicted: dict[str, float] = {}
+    least = [took.least_ms]
     for count in sorted({1, len(gpus)}):
         fastest = float("inf")
         for parts in parts_of(rows):
@@ -194,11 +223,13 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
             if time.perf_counter() > deadline:
                 others[name] = OUT_OF_TIME
                 continue
-            others[name] = round(1e3 * trial.run(plan, rows, length, repeats)[0], 1)
+            timed = trial.run(plan, rows, length, repeats)
+            others[name], predicted[name] = timed.ms, round(1e3 * plan.seconds, 1)
+            least.append(timed.least_ms)
             fastest = min(fastest, others[name])
             if others[name] > HOPELESS * fastest:
                 break
-    timed = [ms for ms in others.values() if ms != OUT_OF_TIME] or [1e3 * took]
+    medians = [ms for ms in others.values() if ms != OUT_OF_TIME] or [took.ms]
     say(
         what="choice",
         rows=rows,
@@ -206,10 +237,13 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         blocks=[len(blocks) for blocks in chosen.blocks],
         micro_batches=chosen.micro_batches,
         in_flight=chosen.setting.in_flight,
-        ms=round(1e3 * took, 1),
+        ms=took.ms,
+        least_ms=took.least_ms,
         predicted_ms=round(1e3 * chosen.seconds, 1),
         others_ms=others,
-        slower=round(max(0.0, 1e3 * took / min(timed) - 1), 3),
+        others_predicted_ms=predicted,
+        slower=round(max(0.0, took.ms / min(medians) - 1), 3),
+        slower_least=round(took.least_ms / min(least) - 1, 3),
     )
 
 

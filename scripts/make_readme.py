@@ -73,7 +73,8 @@ def files_map() -> str:
         listed = subprocess.run(["git", "ls-files", name], cwd=PROJECT, capture_output=True, text=True, check=True)
         paths = [PROJECT / line for line in listed.stdout.split() if line.endswith((".py", ".sh"))]
         lines += ["", f"**`{name}/`**", "", "| file | what it is about |", "|---|---|"]
-        lines += [f"| [{path.name}]({name}/{path.name}) | {first_line(path)} |" for path in paths if path.exists()]
+        here = [(path.relative_to(PROJECT / name).as_posix(), path) for path in paths if path.exists()]
+        lines += [f"| [{inside}]({name}/{inside}) | {first_line(path)} |" for inside, path in here]
     return "\n".join(lines[1:])
 
 

@@ -10,7 +10,9 @@ The first release (v1.0) shuffled the vocabulary and carried 20,000 image tokens
 newer code and then talk nonsense, so they are recognised here and refused.
 """
 
+import json
 import os
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -28,6 +30,21 @@ IS_PACKED = (
 def is_v1_0(vocab_size: int | None, bos_token_id: int | None = None) -> bool:
     """Whether these sizes are those of the first release."""
     return vocab_size == V1_0_VOCAB_SIZE or (bos_token_id or 0) >= V1_0_FIRST_SPECIAL_ID
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a config.json that is none: transformers says of it no more than that, or that an int is not iterable."""
+    advice = f"fetch it again (notebook 01), or ask verify_weights({str(path.parent)!r}) for the command that mends it"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: {advice}")
+    text = path.read_bytes()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = f"no whole JSON ({error})" if text.strip() else f"empty ({len(text)} bytes)"
+        raise OSError(f"{path} is {what}: {advice}") from None
+    if not isinstance(found, dict):
+        raise OSError(f"{path} holds {str(found)[:40]!r} and no settings: {advice}")
 
 
 @strict
@@ -104,8 +121,16 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers, with ~ in a path written out."""
-        return super().get_config_dict(os.path.expanduser(pretrained_model_name_or_path), **kwargs)
+        """As in transformers, with ~ in a path written out.
+
+        Raises:
+            FileNotFoundError: there is no config.json in the folder; with the defaults it would be another model.
+            OSError: it is no JSON object (the kind of error that transformers has for it).
+        """
+        name = os.path.expanduser(pretrained_model_name_or_path)
+        if os.path.isdir(name):
+            _check_file(Path(name, kwargs.get("subfolder") or "", kwargs.get("_configuration_file") or "config.json"))
+        return super().get_config_dict(name, **kwargs)
 
     @property
     def ends(self) -> frozenset[int]:

@@ -58,7 +58,7 @@ from thuglm.prefix_mask import (
     positions_before,
     visible_of,
 )
-from thuglm.prompt import as_turns, chat_prompt, process_response
+from thuglm.prompt import as_turns, chat_prompt, check_text, process_response
 
 # The original passes no num_layers to its blocks: each keeps the default 28, whatever the depth of the model.
 ALPHA = (2 * 28) ** 0.5
@@ -382,16 +382,17 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
         if head is not None and "lm_head" in device_map:
             device = torch.device(device_map["lm_head"])
+            inner = getattr(head, "base_layer", head)  # with an adapter of peft around it
             if torch.empty(0, device=device).device == embedding.weight.device:
                 # None: never tied. A model that was tied by hand has an empty list, and was tied as well.
-                if self._tied_before is not None and _same_frozen(head.weight, embedding.weight):
-                    head.weight = embedding.weight
+                if self._tied_before is not None and _same_frozen(inner.weight, cast(Tensor, embedding.weight)):
+                    inner.weight = embedding.weight
                     self.config.tie_word_embeddings, self.all_tied_weights_keys = True, self._tied_before
                     self._tied_before = None
                 head.to(device)
             else:
-                if head.weight is embedding.weight:
-                    head.weight = nn.Parameter(embedding.weight.detach().to(device), bool(head.weight.requires_grad))
+                if inner.weight is embedding.weight:
+                    inner.weight = nn.Parameter(embedding.weight.detach().to(device), bool(inner.weight.requires_grad))
                     self._tied_before = self.all_tied_weights_keys
                 self.config.tie_word_embeddings = False
                 self.all_tied_weights_keys = {}
@@ -513,6 +514,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if inputs_embeds is None:
                 raise ValueError("forward needs input_ids [B, L]; or inputs_embeds [B, L, H].")
             input_ids = ids_of(inputs_embeds, table.weight, config) if all_ids is None else all_ids
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            what = type(input_ids).__name__
+            if isinstance(input_ids, Tensor):
+                what = f"{str(input_ids.dtype).removeprefix('torch.')} {list(input_ids.shape)}"
+            raise ValueError(
+                f"input_ids are {what}; expected a tensor of whole numbers, [B, L]: "
+                'tokenizer([text], return_tensors="pt") makes it'
+            )
         new = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
         if use_cache is None:
             use_cache = config.use_cache and not self.training
@@ -921,6 +930,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _chat_inputs(self, tokenizer, query: str, turns: list[tuple[str, str]], settings: dict) -> dict:
         """The arguments of `generate` for one turn, with the published sampling settings where none are given."""
         prompt = chat_prompt(query, turns)
+        for number, turn in enumerate(turns):
+            check_text("".join(turn), f"turn {number} of the history")
+        check_text(query, "the query")
         if settings.get("num_return_sequences") not in (None, 1):
             raise ValueError("num_return_sequences: a turn has one answer; chat with the same history several times.")
         settings = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "num_beams": 1, **settings}
@@ -928,7 +940,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             settings.setdefault("max_length", self.config.max_sequence_length)
         if not settings["do_sample"]:
             settings = {k: v for k, v in settings.items() if k not in ("top_p", "temperature", "top_k")}
-        processors = LogitsProcessorList([*settings.pop("logits_processor", []), _RefuseNaN()])
+        processors = LogitsProcessorList([*(settings.pop("logits_processor", None) or []), _RefuseNaN()])
         inputs = tokenizer([prompt], return_tensors="pt").to(self.device)
         return {**inputs, **settings, "logits_processor": processors}
 
@@ -940,6 +952,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             history: earlier (question, answer) turns, or role/content messages, see `as_turns`.
             settings: any argument of `generate`; published defaults: `do_sample=True, top_p=0.7, temperature=0.95,
                 max_length=2048`.
+
+        Raises:
+            TypeError: the query is no text.
+            ValueError: query or history holds half a character (see `check_text`), or the history cannot be read.
         """
         turns = as_turns(() if history is None else history)
         inputs = self._chat_inputs(tokenizer, query, turns, settings)
@@ -958,7 +974,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         turns = as_turns(() if history is None else history)
         inputs = self._chat_inputs(tokenizer, query, turns, {**settings, "num_beams": 1})
         streamer, leave, failed = _IdStreamer(), threading.Event(), []
-        criteria = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), _StopWhen(leave)])
+        criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), _StopWhen(leave)])
 
         def work():
             try:

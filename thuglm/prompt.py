@@ -38,6 +38,31 @@ CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def check_text(text: Any, name: str) -> None:
+    """Whether a text can be read by a tokenizer.
+
+    Args:
+        text: what was given.
+        name: what to call it in a message.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it holds half a character (a lone surrogate), as broken JSON escapes and lost bytes leave it.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}; expected text")
+    if half := _HALF.search(text):
+        raise ValueError(
+            f"{name} holds half a character, {half[0]!r}, at place {half.start()} "
+            f"({text[max(0, half.start() - 10) : half.end() + 10]!r}): read it again with the right encoding, or put "
+            "U+FFFD in its place, as convert_alpaca does, with "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        )
+
+
 def as_turns(history: Iterable[Any]) -> list[tuple[str, str]]:
     """A history as (question, answer) turns: of such pairs, of role/content messages, or of both.
 
@@ -46,7 +71,7 @@ def as_turns(history: Iterable[Any]) -> list[tuple[str, str]]:
     """
     if isinstance(history, list | tuple) and not history:
         return []  # as in most rows; the questions below take longer than the rest of their prompts
-    if isinstance(history, str | Mapping):
+    if isinstance(history, str | bytes | Mapping | set | frozenset) or not isinstance(history, Iterable):
         raise ValueError(f"the history is a {type(history).__name__}; expected a list of (question, answer)")
     turns: list[tuple[str, str]] = []
     asked: str | None = None

@@ -19,12 +19,12 @@ is the usual 2-D one (1 = real token); the model builds the prefix mask and the 
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from thuglm.prompt import CHAT_TEMPLATE
+from thuglm.prompt import CHAT_TEMPLATE, check_text
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
 LONGEST_BLANK = 80
@@ -192,7 +192,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """Text -> pieces. The text around a special token is stripped, as the published tokenizer does; that around an
-        ordinary token of `add_tokens` is not."""
+        ordinary token of `add_tokens` is not.
+
+        Raises:
+            TypeError, ValueError: see `check_text`.
+        """
+        check_text(text, "the text")
         special, added = set(self.all_special_tokens), self.added_tokens_encoder
         parts = self.tokens_trie.split(text)
         pieces: list[str] = []
@@ -219,7 +224,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             texts: any texts.
+
+        Raises:
+            TypeError, ValueError: one of them is no text, or holds half a character; its number is named.
         """
+        if isinstance(texts, str | bytes):
+            raise TypeError("texts is one text: put it in a list")
+        try:
+            return self._text_ids(texts)
+        except (TypeError, AttributeError, RuntimeError):  # SentencePiece's own words for either name no text
+            for number, text in enumerate(texts):
+                check_text(text, f"text {number}")
+            raise
+
+    def _text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         # tokens_trie.data: first character of a token -> those behind it, or "" where it ends. To go through a text
         # takes far longer than to look for two characters in it.
         doubtful = {
@@ -252,6 +270,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """A text, or each text of a list, as ids; as it is where there are none, or where it is something else."""
         if isinstance(text, str):
             return self.text_ids([text])[0] or text
+        if isinstance(text, list) and any(isinstance(each, str) for each in text):
+            for number, each in enumerate(text):
+                if not isinstance(each, str | list | tuple):
+                    check_text(each, f"text {number}")
         if isinstance(text, list) and all(isinstance(each, str) for each in text):
             return [ids or each for ids, each in zip(self.text_ids(text), text, strict=True)]
         return text
@@ -301,6 +323,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """As in transformers. With the published template the ids are those of `tokenizer(text)`: they end with
         `[gMASK] <sop>`, which no text can spell."""
         render = super().apply_chat_template
+        if chat_template is None and self.chat_template == CHAT_TEMPLATE:
+            _check_contents(conversation)
         if not tokenize or chat_template is not None or self.chat_template != CHAT_TEMPLATE:
             return render(conversation, tools, documents, chat_template, tokenize=tokenize, **settings)
         names = settings.keys() & {"padding", "truncation", "max_length", "return_tensors"}
@@ -340,6 +364,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if os.path.abspath(path) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, path)
         return (path,)
+
+
+def _check_contents(messages) -> None:
+    """Refuse what is no text, of a conversation or several: transformers would hand "<bytes>" to the template. None,
+    numbers and lists come to the template as they are, which refuses them."""
+    for number, message in enumerate(messages):
+        if isinstance(message, list | tuple):
+            _check_contents(message)
+        elif isinstance(message, Mapping) and not isinstance(message.get("content"), int | float | list | None):
+            check_text(message["content"], f"the content of message {number}")
 
 
 __all__ = ["ChatGLMTokenizer"]

@@ -91,8 +91,11 @@ def check_columns(columns: Mapping[str, str]) -> None:
     """Whether each column is said to be one of ours.
 
     Raises:
+        TypeError: they are no mapping.
         ValueError: one is not; a wrong name would be passed over, and every row be refused for another reason.
     """
+    if not isinstance(columns, Mapping):
+        raise TypeError(f'columns is {columns!r}; write it as {{"their name": "instruction", ...}}')
     for theirs, ours in columns.items():
         if ours not in NAMES:
             turned = f"; turn it round: {{{ours!r}: {theirs!r}}}" if theirs in NAMES else ""
@@ -122,8 +125,12 @@ def layout_hint(row: Mapping[str, Any], found: Mapping[str, str]) -> str:
         row: the only object of a file.
         found: from `find_columns`.
     """
-    lists = [isinstance(row[found[name]], Mapping | list) for name in ("instruction", "output") if name in found]
-    if any(lists) or {"columns", "data"} <= row.keys() or (row and all(map(_seems_row, row.values()))):
+    # A row whose output is a list is no table: there both are lists, of one length; or all are, where one is not found.
+    pair = [row[found[name]] for name in ("instruction", "output") if name in found]
+    columns = pair if len(pair) == 2 else list(row.values()) if pair else []
+    sizes = [len(value) if isinstance(value, Mapping | list) else 0 for value in columns]
+    is_table = len(sizes) > 1 and sizes[0] > 0 and len(set(sizes)) == 1
+    if is_table or {"columns", "data"} <= row.keys() or (row and all(map(_seems_row, row.values()))):
         return "it is a table in one object; one object a row is needed: with pandas, to_json(..., orient='records')"
     for name, value in row.items():
         if (
@@ -191,7 +198,7 @@ def clean_row(row: Any, found: Mapping[str, str], changes: Counter) -> dict[str,
         ]
     own = values.get("system")
     if own is not None and not isinstance(own, str):
-        raise Refused("system is not text")
+        raise Refused("system is not text", _not_text("system", own))
     if (own or system) and (system := _clean("\n".join(filter(None, (own, system))), changes)):
         cleaned["system"] = system
     return cleaned
@@ -255,10 +262,22 @@ def _needed(value: Any, name: str, changes: Counter) -> str:
     if value is None:
         raise Refused(f"no {name}")
     if not isinstance(value, str):
-        raise Refused(f"{name} is not text")
+        raise Refused(f"{name} is not text", _not_text(name, value))
     if not (text := _clean(value, changes, indent=name == "output")):
         raise Refused(f"no {name}")
     return text
+
+
+def _not_text(name: str, value: Any) -> str:
+    """What a value is that is no text, and how it becomes one."""
+    what, how = f"a {type(value).__name__}", "write it as a text"
+    if isinstance(value, list):
+        what, how = f"a list of {len(value)}", "write one text, or a row for each"
+    elif isinstance(value, bytes):
+        what, how = "bytes", "decode them first"
+    elif isinstance(value, int | float):
+        what, how = f"{value} and no text", "put it in quotes"
+    return f"{name} is {what}: {how}"
 
 
 def _about(value: Any, changes: Counter) -> str:
@@ -268,7 +287,7 @@ def _about(value: Any, changes: Counter) -> str:
         changes[NUMBER] += 1
         return str(value)
     if not isinstance(value, str):
-        raise Refused("input is not text")
+        raise Refused("input is not text", _not_text("input", value))
     text = _clean(value, changes, indent=True)
     if text and _says_none(text):
         changes[PLACEHOLDER] += 1

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -130,7 +130,7 @@ def convert_alpaca(
         FileExistsError: the output is a file that would have to be read: it must not be written over.
         IsADirectoryError: the output is a folder.
         LookupError: Python knows no such encoding.
-        TypeError: the source is a dict, or a table of another library.
+        TypeError: the source is a dict, a table of another library, or neither path nor rows.
         ValueError: not one row is valid, and the message names each file and why; `columns` names no column of ours; or
             the source has no such part.
 
@@ -139,14 +139,17 @@ def convert_alpaca(
     output = expanded(output)
     source = expanded(source) if isinstance(source, str | Path) else source
     check_columns(columns or {})
+    for name, limit in (("max_prompt_chars", max_prompt_chars), ("max_answer_chars", max_answer_chars)):
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ValueError(f"{name} is {limit!r}; a whole number from 1 on, or None for no limit")
     limits = {"prompt longer than": max_prompt_chars, "answer longer than": max_answer_chars}
     if encoding is not None:
         codecs.lookup(encoding)
-    flags = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
-    flags["part"] = part
+    options = {"dedupe": dedupe, "drop untranslated": drop_untranslated, "columns": columns, "encoding": encoding}
+    options["part"] = part
     name = str(source) if isinstance(source, str | Path) else ROWS_SOURCE
-    report = Report(name, output, {option: value for option, value in (flags | limits).items() if value})
-    writer = _Writer(report, limits)
+    report = Report(name, output, {option: value for option, value in (options | limits).items() if value})
+    writer = _Writer(report, options, limits)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write, such as {output / 'train.jsonl'}")
     # Output and report take their places together; the check comes when nobody else is writing them.
@@ -181,18 +184,14 @@ def _check_output(source: Any, output: Path) -> None:
 class _Writer:
     """Reads, cleans and writes; one file after the other."""
 
-    def __init__(self, report: Report, limits: dict[str, int | None]) -> None:
-        self.report, self.limits, options = report, limits, report.options
-        self.columns, self.encoding, self.part = (
-            options.get("columns", {}),
-            options.get("encoding"),
-            options.get("part"),
-        )
-        self.dedupe, self.drop_untranslated = "dedupe" in options, "drop untranslated" in options
+    def __init__(self, report: Report, options: Mapping[str, Any], limits: dict[str, int | None]) -> None:
+        self.report, self.limits = report, limits
+        self.columns, self.encoding, self.part = options["columns"] or {}, options["encoding"], options["part"] or None
+        self.dedupe, self.drop_untranslated = options["dedupe"], options["drop untranslated"]
         self.has_limits = any(limit is not None for limit in limits.values())
         self.kept: list[_Kept] = []
-        # The rows of a file mostly have the same keys.
-        self.find_columns = lru_cache(256)(partial(find_columns, columns=self.columns))
+        self.report.columns_unseen = list(self.columns)
+        self.find_columns = lru_cache(256)(self._find_columns)  # the rows of a file mostly have the same keys
 
     def write_all(self, source: Any, file: BinaryIO) -> None:
         if not isinstance(source, str | Path):
@@ -203,6 +202,10 @@ class _Writer:
             for path, open_file in self._of_part(source, files):
                 notes = Notes()
                 self._write_rows(path, self._rows(path, open_file, notes), notes, file)
+
+    def _find_columns(self, names: tuple) -> dict[str, str]:
+        self.report.columns_unseen = [name for name in self.report.columns_unseen if name not in names]
+        return find_columns(names, self.columns)
 
     def _of_part(self, source: Path, files: list[SourceFile]) -> list[SourceFile]:
         """The files to read, of the part of the data set that is wanted."""
@@ -305,9 +308,8 @@ class _Writer:
     def _check_limits(self, row: dict[str, Any]) -> None:
         if not self.has_limits:
             return
-        for (name, limit), text in zip(
-            self.limits.items(), (with_input(row["instruction"], row["input"]), row["output"]), strict=True
-        ):
+        texts = with_input(row["instruction"], row["input"]), row["output"]
+        for (name, limit), text in zip(self.limits.items(), texts, strict=True):
             if limit is not None and len(text) > limit:
                 raise Refused(f"{name} {limit} characters")
 

@@ -104,8 +104,10 @@ def numbered(source: Iterable[Any]) -> Iterator[Found]:
     """The rows of an iterable.
 
     Raises:
-        TypeError: it is a dict, or a table of another library.
+        TypeError: it is a dict, a table of another library, or no iterable at all.
     """
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise TypeError(f"source is a {type(source).__name__}; give a list of rows, or the path of a file")
     if isinstance(source, Mapping):
         if source and all(hasattr(each, "column_names") for each in source.values()):
             raise TypeError(f"source is a data set in parts; give one of them: source[{next(iter(source))!r}]")

@@ -80,6 +80,7 @@ class Report:
         placeholders: inputs such as "No input" that became "".
         changes: what was done to texts and conversations that does not change what they say -> times.
         parts: the parts of a data set (train, test, validation) that the files' names tell of, if all were read.
+        columns_unseen: names in the option `columns` that no row has: mostly a slip of the pen.
     """
 
     source: str
@@ -90,6 +91,7 @@ class Report:
     placeholders: int = 0
     changes: Counter = field(default_factory=Counter)
     parts: list[str] = field(default_factory=list)
+    columns_unseen: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -125,6 +127,10 @@ class Report:
             lines.append(f"inputs that only said that there is none (无输入, No input ...): {self.placeholders:,}")
         if any(self.changes.values()):
             lines.append(f"changed on the way: {_counts(+self.changes)}")
+        if self.columns_unseen:
+            lines.append(
+                f"columns names {', '.join(map(repr, self.columns_unseen))}, which no row has: is it spelled so?"
+            )
         if len(self.parts) > 1:
             one = "train" if "train" in self.parts else self.parts[0]
             lines.append(

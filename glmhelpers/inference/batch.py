@@ -8,7 +8,7 @@ One model in memory serves both: PEFT can switch the adapter off for the length 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +58,27 @@ def answers(
         ValueError: several answers to each question are asked for; or a history that `as_turns` cannot read.
         RuntimeError: the model is writing another answer, as in a chat window.
     """
-    prompts = _prompts(tokenizer, _several(questions), history, template)
+    prompts = _prompts(tokenizer, several(questions), history, template)
     with held_alone(model):
         return _answers(model, tokenizer, prompts, max_new_tokens, batch_size, **settings)
 
 
-def _several(questions: Iterable[str]) -> list[str]:
-    if isinstance(questions, str):
-        raise TypeError("questions is one text: put it in a list, or ask with answer(model, tokenizer, question)")
-    return list(questions)
+def several(texts: Iterable[str], name: str = "questions") -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        TypeError: they are one text, which would be taken letter by letter, or one of them is none; it is named.
+    """
+    if isinstance(texts, Mapping | set | frozenset) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is a {type(texts).__name__}: expected a list of texts")
+    if isinstance(texts, str | bytes):
+        hint = ", or ask with answer(model, tokenizer, question)" if name == "questions" else ""
+        raise TypeError(f"{name} is one text: put it in a list{hint}")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{number}] is {text!r}, a {type(text).__name__}: expected text")
+    return texts
 
 
 def _prompts(tokenizer: Any, questions: Iterable[str], history: Sequence[Any], template: str) -> list[str]:
@@ -120,7 +132,7 @@ def compare(
     """
     if is_merged(model):
         raise ValueError("the adapter is merged into the weights now: leave `with merged_in_memory(...)` first")
-    questions, both = _several(questions), []
+    questions, both = several(questions), []
     prompts = _prompts(tokenizer, questions, history, template)
     with held_alone(model):
         for context in (model.disable_adapter(), nullcontext()):
@@ -130,7 +142,8 @@ def compare(
 
 
 def share_right(texts: Sequence[str], expected: Sequence[str]) -> float:
-    """Share (0 to 1) of the answers that are right, see `is_right`."""
+    """Share (0 to 1) of the answers that are right, see `is_right`; a TypeError for what is no list of texts."""
+    texts, expected = several(texts, "texts"), several(expected, "expected")
     return sum(is_right(text, want) for text, want in zip(texts, expected, strict=True)) / max(1, len(texts))
 
 

@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 from peft import PeftModel
@@ -51,6 +52,11 @@ class Generation:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("max_new_tokens", Integral), ("temperature", Real), ("top_p", Real)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {value!r}: it must be a {'whole ' * (kind is Integral)}number")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed is {self.seed!r}: it must be a whole number of at most 64 bits, or None")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: it must be 1 or more")
         if not 0 <= self.temperature < float("inf"):
@@ -284,9 +290,9 @@ class ChatSession:
                         break
                     yield answer
         except GeneratorExit:  # the reader left: what was shown is part of the conversation
-            self.history.append((question, answer.text))
+            self.history = [*self.history, (question, answer.text)]
             raise
-        self.history.append((question, answer.text))
+        self.history = [*self.history, (question, answer.text)]
         yield answer
 
     def _fit(self, question: str) -> tuple[Any, int, tuple[str, ...]]:

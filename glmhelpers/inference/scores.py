@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmhelpers.inference.batch import Comparison, answers, is_right, is_whole, share_right
+from glmhelpers.inference.batch import Comparison, answers, is_right, is_whole, several, share_right
 from glmhelpers.inference.model_state import held_alone
 from glmhelpers.utils.types import Model
 
@@ -224,8 +224,10 @@ def score_texts(texts: Sequence[str], references: Sequence[str]) -> Scores:
     """Score answers against references by the recipe of the module's docstring.
 
     Raises:
+        TypeError: texts or references are one text, or one of them is none.
         ValueError: none at all, numbers differ, or a reference is empty (its row is named).
     """
+    texts, references = several(texts, "texts"), several(references, "references")
     if not texts or len(texts) != len(references):
         raise ValueError(f"{len(texts)} answers and {len(references)} references: as many of each, at least one")
     if empty := [row for row, reference in enumerate(references) if not words(reference)]:

@@ -140,10 +140,12 @@ def encode_file(path: str | Path, tokenizer: Any, cache: str | Path | None = Non
         what became of the rows.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file. IsADirectoryError: it is a folder.
         ValueError: a line is no row (the message names it), or not one example is left.
     """
     path, chosen = expanded(path), Settings(**settings)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file in it that convert_alpaca wrote")
     # The present file, also where a conversion was killed before it gave the file its name.
     rows, encoder = current(path.parent, path.name, path.name), _Encoder(tokenizer, chosen)
     name = f"{path.stem}-{cache_key(rows, tokenizer, chosen)}.arrow"

@@ -9,6 +9,7 @@ to make its prompt: so all are asked at once, and only the answer "not quite" le
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ import numpy as np
 from glmhelpers.tokens.prompts import TEMPLATES, build_prompt, with_input
 from glmhelpers.tokens.report import Settings, TokenReport
 from glmhelpers.tokens.texts import unclean
-from thuglm.prompt import as_turns
+from thuglm.prompt import as_turns, check_text
 
 CHUNK = 2048
 """Rows that are in memory at one time."""
 _columns = itemgetter("instruction", "input", "output")
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape of half a character, with or without the other half behind it."""
 
 
 @dataclass
@@ -47,14 +50,28 @@ def examples_of(row: Mapping[str, Any], settings: Settings) -> Iterator[tuple[st
 
     Args:
         row: `instruction`, `output` and, if there are any, `input`, `history` ([[question, answer], ...]), `system`.
+
+    Raises:
+        TypeError: one of these is no text.
+        ValueError: one of them holds half a character (see `check_text`), or the history cannot be read.
     """
     history = as_turns(row.get("history") or [])
+    check_texts(row, history)
     system = row.get("system") or ""
     if settings.answers == "all":
         for turn, (question, answer) in enumerate(history):
             yield build_prompt(question, history[:turn], settings.template, system=system), answer
     query, about = row["instruction"], row.get("input") or ""
     yield build_prompt(query, history, settings.template, about, system), row["output"]
+
+
+def check_texts(row: Mapping[str, Any], history: list[tuple[str, str]]) -> None:
+    """`check_text` of all texts of a row; `history` is its own, read."""
+    for name in ("instruction", "output", "input", "system"):
+        if name in ("instruction", "output") or row.get(name) is not None:
+            check_text(row[name], f"the row's {name}")
+    for number, turn in enumerate(history):
+        check_text("".join(turn), f"turn {number} of the row's history")
 
 
 def split_key(row: Mapping[str, Any]) -> float:
@@ -90,6 +107,8 @@ def chunks(path: Path, settings: Settings, report: TokenReport) -> Iterator[Chun
 def _in_columns(lines: list[bytes], settings: Settings, report: TokenReport) -> Chunk | None:
     """The examples of lines that hold a question, an input and an answer each, and no more; None if some do not."""
     joined = b",".join(lines)
+    if b"\\u" in joined and _HALF.search(joined):
+        return None
     try:
         rows = json.loads(f"[{joined.decode()}]")
         queries, inputs, answers = zip(*map(_columns, rows), strict=True)
@@ -128,6 +147,8 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
         texts = row["instruction"], row["output"]
+        if None not in texts:  # "is empty" says more
+            check_texts(row, as_turns(row.get("history") or []))
         row["history"] = as_turns(row.get("history") or [])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -39,14 +39,14 @@ def build_prompt(
         The prompt, without [gMASK] and <sop>: the tokenizer adds these.
 
     Raises:
-        TypeError: the query is no text.
+        TypeError: the query, the input or the system is no text.
         ValueError: the template has no such name, or a turn of the history cannot be read.
     """
     if template not in TEMPLATES:
         raise ValueError(f"no template is called {template!r}; use one of {sorted(TEMPLATES)}")
     turns = [(clean_text(question), clean_text(answer, indent=True)) for question, answer in as_turns(history)]
-    prompt = TEMPLATES[template](_text(query), turns, clean_text(input, indent=True))
-    return f"{system}\n{prompt}" if (system := clean_text(system)) else prompt
+    prompt = TEMPLATES[template](_text(query, "query"), turns, _text(input, "input", indent=True))
+    return f"{system}\n{prompt}" if (system := _text(system, "system")) else prompt
 
 
 def with_input(query: str, input: str = "") -> str:
@@ -54,10 +54,10 @@ def with_input(query: str, input: str = "") -> str:
     return f"{query}\n{input}" if input else query
 
 
-def _text(query: str) -> str:
-    if not isinstance(query, str):
-        raise TypeError(f"the query is a {type(query).__name__}; expected text")
-    return clean_text(query)
+def _text(text: str, name: str, indent: bool = False) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"the {name} is a {type(text).__name__}; expected text")
+    return clean_text(text, indent=indent)
 
 
 def _chatglm(query: str, history: History, input: str) -> str:

@@ -40,8 +40,10 @@ class Settings:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
-        if self.max_length is not None and self.max_length < 5:
-            raise ValueError(f"max_length is {self.max_length}; 5 tokens hold one of prompt and answer each")
+        if not isinstance(self.train_sop, bool):
+            raise ValueError(f"train_sop is {self.train_sop!r}; use True or False")
+        if self.max_length is not None and not (isinstance(self.max_length, int) and self.max_length >= 5):
+            raise ValueError(f"max_length is {self.max_length!r}; a whole number from 5 on, the tokens of one example")
 
 
 @dataclass

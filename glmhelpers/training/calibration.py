@@ -14,17 +14,20 @@ A step of a split model is slow for one of two reasons: the GPUs compute, or the
 starts all kernels. The catalogue knows the first for one card and guesses the second for all. Here both are measured;
 `kept_rates` keeps them, and from then on every plan for this machine counts with them.
 
-Each measurement has a share of the time and repeats until that is used up, however slow the machine is. The blocks are
-modules of their own, as in a model, but all of them on one GPU share one block's frozen weights.
+Each measurement has a share of the time and repeats until that is used up, however slow the machine is. Its first time,
+which loads kernels, is not part of that: else two repeats would be all that is left. The blocks are modules of their
+own, as in a model, but all of them on one GPU share one block's frozen weights.
+
+The host is timed on one GPU, in short steps without and with checkpointing in turn, and of each figure the lower
+quartile counts (`utils.timing` says why). What it does at a cut between two GPUs is in no figure.
 """
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,33 +42,35 @@ from glmhelpers.devicemap.check import part_names
 from glmhelpers.training.measure import prepare, random_batch
 from glmhelpers.training.pipeline import run_step
 from glmhelpers.utils.markdown import markdown_table
+from glmhelpers.utils.timing import Laps, lower_quartile, repeated
 from glmhelpers.utils.units import MIB
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 TOKENS, ROWS, LENGTH = 2048, 2, 1024
-GPU_BLOCKS, HOST_BLOCKS, PARTS = 6, 12, 2
+GPU_BLOCKS, HOST_BLOCKS, PARTS = 4, 6, 2
 """Blocks that are run to time a GPU and the host, and micro-batches of the step that times the host: a GPU takes some
 1,000 kernels ahead of its work, and a host that waits for room is not timed."""
-PRODUCTS, PASSES, COPIES, STEPS = 0.04, 0.4, 0.1, 0.4
+PRODUCTS, PASSES, COPIES, STEPS = 0.04, 0.25, 0.1, 0.8
 """Seconds for each of the four products, for blocks, for copies, and for the host's steps (with and without)."""
 SLEEP = 60_000_000
-"""Cycles of the GPU's clock, 30 to 40 ms: usually longer than the host needs to start the blocks' kernels."""
+"""Cycles of the GPU's clock, 30 to 40 ms, at first; then twice as long as the host needed to start the kernels of the
+pass before, which may be the shorter one; a quarter of this at least and four times this at most."""
 PLAUSIBLE = 1.5
 """No share is larger: some reach 1.2, where a cache serves what the model counts as memory."""
 SMALL_VOCABULARY: dict[str, Any] = {"vocab_size": 1000}
 SPECIAL: dict[str, Any] = {"bos_token_id": 4, "eos_token_id": 5, "mask_token_id": 0, "gmask_token_id": 1}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The GPUs of this machine as the planner takes them now, how long it took to start CUDA on them and to measure
-    them, and what could not be measured, in words."""
+    them, what could not be measured, in words, and the seconds of each part of the measurement."""
 
     gpus: list[GPU]
     seconds: float
     start_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A Markdown table: one column a GPU, measured beside what the catalogue says."""
@@ -94,37 +99,40 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     begun, count = time.perf_counter(), torch.cuda.device_count()
     names = [torch.cuda.get_device_name(index) for index in range(count)]
     notes: list[str] = []
-    started = begun
+    started, parts = begun, {}
     if count and (refresh or not set(names) <= set(kept_rates())):
         for index in range(count):
             x = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float16)
             x.mm(x)
             torch.cuda.synchronize(index)
-        started = time.perf_counter()
+        laps = Laps()
+        started = laps.since
         keep_rates({})  # shares are parts of the catalogue's rates
         sizes = config or ChatGLMConfig()
-        host = host_launches(["cuda:0", f"cuda:{count - 1}"] if count > 1 else ["cuda:0"], sizes)
+        # On one GPU: what the host does at a cut would count as its few blocks' time here, and 28 times in a plan.
+        host = host_launches(["cuda:0"], sizes, laps)
         link = {"link": copy_rate(0, 1)} if count > 1 else {}
+        laps.end("copies")
         cards = gpus_here()
         measured = {}
         for index, name in enumerate(names):
             if name not in measured:
-                measured[name] = {**card_rates(index, cards[index], sizes, notes), **link, **host}
+                measured[name] = {**card_rates(index, cards[index], sizes, notes, laps), **link, **host}
         keep_rates(measured)
         clear_workspaces()
         torch.cuda.empty_cache()
-    return Calibration(gpus_here(), time.perf_counter() - started, started - begun, tuple(notes))
+        laps.end("giving back")
+        parts = laps.parts
+    return Calibration(gpus_here(), time.perf_counter() - started, started - begun, tuple(notes), parts)
 
 
-def card_rates(index: int, card: GPU, config: Any, notes: list[str]) -> dict[str, float]:
+def card_rates(index: int, card: GPU, config: Any, notes: list[str], laps: Laps) -> dict[str, float]:
     """Shares of the datasheet's rates that one GPU reaches, and what cuBLAS and the driver take on it.
 
     Shares that cannot be are left out, so that the catalogue's count, and `notes` says so.
     """
     device = torch.device("cuda", index)
     hidden, inner = config.hidden_size, config.inner_hidden_size
-    free, total = torch.cuda.mem_get_info(device)
-    taken = total - free - torch.cuda.memory_reserved(device)
     with torch.cuda.device(device), torch.no_grad():
         workspace = _workspace()
         seconds, operations = 0.0, 0.0
@@ -134,8 +142,9 @@ def card_rates(index: int, card: GPU, config: Any, notes: list[str]) -> dict[str
             seconds += min(repeated(PRODUCTS, partial(gpu_seconds, partial(F.linear, x, weight))))
             operations += 2.0 * TOKENS * wide * narrow
             del weight, x
+    laps.end("products")
     shares: dict[str, Any] = {"matrix_share": operations / seconds / card.matrix_rate}
-    passes = block_passes(device, config)
+    passes = block_passes(device, config, laps)
     found = shares | shares_of(*passes, replace(card, **shares), config)
     if not all(0 < share <= PLAUSIBLE for share in found.values()) or sum(passes) < 2 * seconds:
         notes.append(
@@ -144,17 +153,11 @@ def card_rates(index: int, card: GPU, config: Any, notes: list[str]) -> dict[str
             "program at work on this GPU? Measure again: measure_machine(refresh=True)"
         )
         found = {}
-    # Other processes count as the driver's, which no context of 2 GB and more is.
+    # Now that this GPU has loaded its kernels. Other processes count as the driver's: no context has 2 GB and more.
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
     sizes = {"gemm_workspace": workspace, "context": taken if taken < 2048 * MIB else 0}
     return found | {name: float(size) for name, size in sizes.items() if size > 0}
-
-
-def repeated(seconds: float, measure: Callable[[], T], least: int = 2) -> list[T]:
-    """What `measure` says, again and again for some seconds, at least `least` times; the first time is left out."""
-    end, found = time.perf_counter() + seconds, [measure()]
-    while len(found) <= least or time.perf_counter() < end:
-        found.append(measure())
-    return found[1:]
 
 
 def clear_workspaces() -> bool:
@@ -227,9 +230,10 @@ def random_blocks(devices: list[str], config: Any, blocks: int) -> Any:
         return prepare(model.place(places), [])
 
 
-def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
+def block_passes(device: torch.device, config: Any, laps: Laps) -> tuple[float, float]:
     """Seconds of GPU time of one block, forward and backward, for `ROWS` rows of `LENGTH` tokens."""
     model, cycles = random_blocks([str(device)], config, GPU_BLOCKS), SLEEP
+    laps.end("model for the GPU")
     batch = {name: ids.to(device) for name, ids in random_batch(model.config, ROWS, LENGTH).items()}
 
     def behind_sleep(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -246,8 +250,8 @@ def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
         end.record()
         torch.cuda.synchronize(device)
         slept = begin.elapsed_time(awake) / 1e3
-        # Next time as long as this host needs; the first call loads kernels and needs much longer than any other.
-        cycles = int(min(max(1.5 * cycles * host / slept, SLEEP), 4 * SLEEP))
+        # The first call loads kernels and needs much longer than any other.
+        cycles = int(min(max(2 * cycles * host / slept, SLEEP / 4), 4 * SLEEP))
         return awake.elapsed_time(end) / 1e3 / GPU_BLOCKS, result
 
     def passes() -> tuple[float, float]:
@@ -255,7 +259,9 @@ def block_passes(device: torch.device, config: Any) -> tuple[float, float]:
         return ahead, behind_sleep(loss.backward)[0]
 
     with torch.cuda.device(device):
-        forward, backward = zip(*repeated(PASSES, passes), strict=True)
+        found = repeated(PASSES, passes, warm=lambda: laps.end("first passes"))
+    laps.end("passes")
+    forward, backward = zip(*found, strict=True)
     return min(forward), min(backward)
 
 
@@ -292,18 +298,17 @@ def shares_of(forward: float, backward: float, card: GPU, config: Any) -> dict[s
     return {"attention_share": 1 / x, "memory_share": 1 / y}
 
 
-def host_launches(devices: list[str], config: Any) -> dict[str, float]:
+def host_launches(devices: list[str], config: Any, laps: Laps, blocks: int = HOST_BLOCKS) -> dict[str, float]:
     """Seconds that the host needs to start one block of this model: forward, forward again, backward; and once a step.
 
     A whole step with adapters, micro-batches, loss, clipping and Adam, split over these devices, on so few tokens that
     nothing waits for a GPU. What a micro-batch needs besides its blocks (masks, head, loss) is shared out among the
     blocks of the whole model.
     """
-    model = random_blocks(devices, config, HOST_BLOCKS)
-    each, layers = 1 / (HOST_BLOCKS * PARTS), config.num_layers
-    plain = _steps(model)
-    checkpoint_only(model, range(HOST_BLOCKS))
-    again = _steps(model)
+    model = random_blocks(devices, config, blocks)
+    laps.end("model for the host")
+    plain, again = _steps(model, laps)
+    each, layers = 1 / (blocks * PARTS), config.num_layers
     return {
         # Head and loss are about as many kernels as a block.
         "launch_forward": (layers * each * plain["blocks"] + plain["beside"] / PARTS) / (layers + 1),
@@ -313,15 +318,17 @@ def host_launches(devices: list[str], config: Any) -> dict[str, float]:
     }
 
 
-def _steps(model: Any) -> dict[str, float]:
-    """Seconds of the host in a step, medians of some: in blocks and beside them, backward, and once."""
+def _steps(model: Any, laps: Laps) -> list[dict[str, float]]:
+    """Seconds of the host in a step: in blocks and beside them, backward, and once; with no block checkpointed, and
+    with all."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     batch, layers = random_batch(model.config, PARTS, 16), model.get_base_model().transformer.layers
     starts: list[float] = []
     ends: list[float] = []
 
-    def step() -> dict[str, float]:
+    def step(checkpointed: range) -> dict[str, float]:
+        checkpoint_only(model, checkpointed)
         starts.clear()
         ends.clear()
         marks = [time.perf_counter()]
@@ -347,12 +354,16 @@ def _steps(model: Any) -> dict[str, float]:
         layers[0].register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
         layers[-1].register_forward_hook(lambda *_: ends.append(time.perf_counter())),
     ]
+    rules = (range(0), range(len(layers)))
     try:
-        steps = repeated(STEPS, step)
+        turns = repeated(STEPS, lambda: [step(rule) for rule in rules], warm=lambda: laps.end("first steps"))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: statistics.median(one[name] for one in steps) for name in steps[0]}
+    laps.end("steps")
+    return [
+        {name: lower_quartile([one[name] for one in steps]) for name in steps[0]} for steps in zip(*turns, strict=True)
+    ]
 
 
 def _text(name: str, gpu: GPU) -> str:

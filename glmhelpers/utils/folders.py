@@ -28,7 +28,22 @@ MAX_SECONDS = 15.0
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with ~ and ~user written out, as a shell would; a name that only begins with ~ stays what it is."""
+    """`path` with ~ and ~user written out, as a shell would; a name that only begins with ~ stays what it is.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, which would mean the folder one happens to be in; or no file system knows such names.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{path!r} is a {type(path).__name__}: expected the path of a file or folder")
+    if path == "":
+        raise ValueError("the path is empty: name a file or folder; '.' is the folder that you are in")
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ValueError(f"{str(path)!r} is no path: there is a character in it that no file's name can have")
     return Path(os.path.expanduser(path))
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from glmhelpers.utils.files import alone, clear_leftovers, need_disk, room_for, whole_file, write_json
+from glmhelpers.utils.files import alone, clear_leftovers, make_writable, need_disk, room_for, whole_file, write_json
 from glmhelpers.utils.folders import expanded
 from glmhelpers.utils.progress import TextProgress
 from glmhelpers.weights.layout import HEAD
@@ -46,7 +46,7 @@ def convert_to_safetensors(
     Raises:
         FileNotFoundError: there are no `.bin` shards.
         OSError: errno ENOSPC, the disk is too small; nothing has been written. EBUSY, another process is converting
-            to this folder.
+            to this folder. Others: the output cannot be written, such as FileExistsError where it is a file.
         RuntimeError: a copy differs from its original.
     """
     folder = expanded(folder)
@@ -62,7 +62,7 @@ def _convert_all(folder: Path, output: Path, replace: bool, progress: bool) -> P
     kept = {path: [name for name in read_entries(path) if _is_wanted(name)] for path in shards}
     sizes = {path: sum(read_entries(path)[name].nbytes for name in names) for path, names in kept.items() if names}
     to_do = {path: size for path, size in sizes.items() if _target_name(path) not in done}
-    output.mkdir(parents=True, exist_ok=True)
+    make_writable(output, ", nothing was converted: give another folder as output")
     for path in to_do:  # of a call that was killed: up to 2 GB that nobody would look for
         clear_leftovers(output, _target_name(path), ".tmp")
     need = (max(to_do.values(), default=0) if replace else sum(to_do.values())) + SPARE_BYTES
@@ -94,7 +94,8 @@ def _target_name(path: Path) -> str:
 def _check_complete(folder: Path, shards: list[Path], done: set[str]) -> None:
     """Every shard number is there in one of the two formats, also when an earlier call was interrupted."""
     if not shards:
-        raise FileNotFoundError(f"{folder} has no .bin shards: there is nothing to convert")
+        what = "has no .bin shards" if folder.is_dir() else "is no folder, so it has no .bin shards"
+        raise FileNotFoundError(f"{folder} {what}: there is nothing to convert; give the folder that holds them")
     there = {_target_name(path) for path in shards} | done
     if match := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", _target_name(shards[0])):
         for number in range(1, int(match[1]) + 1):

@@ -107,16 +107,22 @@ class Remote:
         if constants.HF_HUB_OFFLINE:
             names = _are_set("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") or "HF_HUB_OFFLINE"
             raise SettingError(f"{names} forbids every download: take it out of the environment, restart the kernel")
+        proxy = "write it as http://HOST:PORT, or take it away; for socks5:// first pip install socksio"
+        unused = "*" in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").replace(" ", "").split(",")
+        for name in () if unused else PROXIES:
+            # What stands before the last @ is a name and a password.
+            if (value := os.environ.get(name)) and not _is_proxy(value):
+                raise SettingError(f"{name} is {value.rpartition('@')[2]!r}, no address of a proxy: {proxy}")
         try:
             get_session()
-        except (ImportError, ValueError, RuntimeError, OSError) as error:
-            # OSError: certificates that cannot be read; the others: a proxy's address.
-            about_certificates = isinstance(error, OSError)
-            names = _are_set(*(("SSL_CERT_FILE", "SSL_CERT_DIR") if about_certificates else PROXIES))
+        except OSError as error:
+            name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+            found = f"{name} is {os.environ.get(name)!r}, which cannot be used ({error})"
             how = "name a file of certificates that is there, or take it out of the environment"
-            if not about_certificates:
-                how = "write it as http://HOST:PORT, or take it away; for socks5:// first pip install socksio"
-            raise SettingError(f"{names or 'the environment'} cannot be used ({error}): {how}") from None
+            raise SettingError(f"{found}: {how}") from None
+        except Exception as error:  # httpx has several, of other kinds with each version, for a proxy that is none
+            names = _are_set(*PROXIES, "NO_PROXY", "no_proxy") or "the environment"
+            raise SettingError(f"{names} cannot be used ({error}): {proxy}") from None
 
     def _endpoint(self) -> str | None:
         # Read now and not at import: a learner sets the mirror in a cell, long after the import.
@@ -200,6 +206,16 @@ def is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _is_proxy(text: str) -> bool:
+    """Whether a text is the address of a proxy, with or without the scheme in front."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        known = parts.scheme in ("http", "https", "socks5", "socks5h")
+        return known and bool((parts.hostname or "").strip()) and parts.port != 0 and not parts.path.startswith("//")
     except ValueError:
         return False
 
@@ -343,7 +359,10 @@ def explain(error: Exception, name: str, url: str) -> str:
         how = "is the clock right? In a network that looks into what is sent, SSL_CERT_FILE must name its certificates"
         return f"the certificate of {url} is not trusted here ({error}): {how}; then {AGAIN}"
     if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError"):
-        proxy = f" through the proxy of {names}" if (names := _are_set(*PROXIES)) else ""
+        scheme = urlsplit(url).scheme
+        names = _are_set(*(name for name in PROXIES if name.lower() in (f"{scheme}_proxy", "all_proxy")))
+        proxy = f" through the proxy of {names}" if names else ""
+        internet += f", and whether {names} is right" if names else ""
         mirror = "set HF_ENDPOINT to a mirror that you can reach, or choose source='modelscope'"
         return f"there is no way to {url}{proxy} ({error}): look after the network{internet}, {mirror}; then {AGAIN}"
     return f"the connection broke off in {name} ({type(error).__name__}: {error}): {AGAIN}{internet}"

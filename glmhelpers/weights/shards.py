@@ -82,7 +82,10 @@ def list_shards(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if found := sorted(folder.glob(pattern)):
             return found
-    raise FileNotFoundError(f"no shard in {folder}: neither {' nor '.join(SHARD_PATTERNS)}{snapshot_hint(folder)}")
+    what = f"neither {' nor '.join(SHARD_PATTERNS)}{snapshot_hint(folder)}"
+    if not folder.is_dir():
+        what = "it is a file, the folder that holds it is wanted" if folder.exists() else "there is no such folder"
+    raise FileNotFoundError(f"no shard in {folder}: {what}; download_weights(folder) brings the published ones")
 
 
 def snapshot_hint(folder: Path) -> str:

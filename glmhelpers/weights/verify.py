@@ -25,7 +25,7 @@ from glmhelpers.utils.folders import expanded
 from glmhelpers.weights.consistency import EMBEDDING, Problem, check_consistency, read_pieces
 from glmhelpers.weights.manifest import checksums, mending_command, read_manifest, total_bytes
 from glmhelpers.weights.shards import ShardError, read_entries, snapshot_hint
-from thuglm.configuration_chatglm import is_v1_0
+from thuglm.configuration_chatglm import ChatGLMConfig, is_v1_0
 
 LFS_HEADER = b"version https://git-lfs"
 
@@ -151,23 +151,26 @@ def check_readable(folder: Path, name: str) -> Problem | None:
 def check_config(folder: Path, facts: dict[str, Any]) -> list[Problem]:
     """Problems of config.json against the "config" of a manifest: it is small, but decides how all files are read.
 
-    What the manifest does not say, and what config.json leaves out, is no problem.
+    What the manifest does not say is no problem; for what config.json leaves out the model's default counts.
     """
-    path, wanted = folder / "config.json", facts.get("config")
-    if not wanted:
-        return []
+    path, wanted = folder / "config.json", facts.get("config") or {}
     try:
         found = read_json(path)
     except FileNotFoundError:
+        if not wanted:
+            return []
         return [Problem(path.name, "missing", f"{path.name} is not in {short(folder)}")]
     except OSError as error:
         return [Problem(path.name, "missing", f"{path.name} cannot be read ({error.strerror})")]
     except ValueError as error:
         return [Problem(path.name, "truncated", f"{path.name} is not whole JSON ({error})")]
+    if not isinstance(found, dict):
+        return [Problem(path.name, "version", f"{path.name} holds {str(found)[:40]!r} and no settings")]
     for key, value in wanted.items():
-        if not isinstance(found, dict) or found.get(key, value) != value:
-            says = found.get(key) if isinstance(found, dict) else found
-            text = f"{path.name} says {key} {says}, the manifest says {value}: it is of another model"
+        says = found.get(key, vars(ChatGLMConfig).get(key, value))
+        if says != value:
+            what = f"says {key} {says}" if key in found else f"leaves out {key}, which means {says}"
+            text = f"{path.name} {what}, the manifest says {value}: it is of another model"
             return [Problem(path.name, "version", text)]
     return []
 

@@ -17,6 +17,7 @@ from glmhelpers.devicemap.activation_checkpointing import checkpoint_only
 from glmhelpers.training import calibration
 from glmhelpers.training.measure import prepare, random_batch
 from glmhelpers.training.pipeline import run_step
+from glmhelpers.utils.timing import Laps
 from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 LAYERS, ROWS, LENGTH = 6, 4, 512
@@ -71,7 +72,7 @@ def measured(launch, monkeypatch):
     with monkeypatch.context() as patch, slow_host(launch, machine.only_host):
         patch.setattr(calibration, "STEPS", 0.0)
         patch.setattr(calibration.time, "perf_counter", lambda: machine.host)
-        rates = calibration.host_launches(["cpu"], TINY)
+        rates = calibration.host_launches(["cpu"], TINY, Laps())
     assert rates == pytest.approx(
         {
             "launch_forward": launch * LAYERS / (LAYERS + 1),  # nothing is waited for in front of the head
@@ -81,6 +82,26 @@ def measured(launch, monkeypatch):
         },
     )
     return replace(CATALOGUE["T4"], **rates)
+
+
+def test_a_host_that_is_disturbed_most_of_the_time_is_measured_as_if_it_were_not(monkeypatch):
+    """In bursts that are longer than a step: of 20 steps and their first, 13 take three times as long."""
+    machine, launch, steps = MadeUp(), 1e-3, []
+
+    def wait(block, kind, seconds):
+        machine.host += seconds * (3 if len(steps) % 10 < 6 else 1)
+
+    def counted(*arguments, **keywords):
+        steps.append(run_step(*arguments, **keywords))
+
+    blocks = calibration.HOST_BLOCKS * calibration.PARTS
+    monkeypatch.setattr(calibration, "STEPS", 10 * 2 * 5 * blocks * launch)
+    monkeypatch.setattr(calibration, "run_step", counted)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: machine.host)
+    with slow_host(launch, wait):
+        rates = calibration.host_launches(["cpu"], TINY, Laps())
+    assert 20 <= len(steps) <= 30
+    assert [rates[f"launch_{name}"] for name in ("again", "backward")] == pytest.approx([launch, launch])
 
 
 def test_a_slower_host_changes_the_plan_and_the_plan_is_the_best_of_those_timed(monkeypatch):

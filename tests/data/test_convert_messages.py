@@ -1,5 +1,7 @@
 """What convert_alpaca says where rows are refused: enough to know what to do."""
 
+import json
+
 import pytest
 
 from glmhelpers.data.convert import convert_alpaca
@@ -36,6 +38,36 @@ def test_rows_in_another_layout_are_not_passed_over_without_a_word(tmp_path, nam
     assert file.status == status
     for word in words:
         assert word in file.message
+
+
+NO_TEXTS = [
+    ({"output": ["b", "c"]}, "output is a list of 2: write one text, or a row for each"),
+    ({"output": []}, "output is a list of 0: write one text"),
+    ({"output": {"text": "b"}}, "output is a dict: write it as a text"),
+    ({"output": 5}, "output is 5 and no text: put it in quotes"),
+    ({"instruction": ["a"]}, "instruction is a list of 1: write one text"),
+    ({"input": ["x"]}, "input is a list of 1: write one text"),
+    ({"instruction": ["a"], "output": ["b", "c"]}, "messages: neither messages nor pairs"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), NO_TEXTS, ids=[str(changes) for changes, _ in NO_TEXTS])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_with_something_else_than_text_is_no_table(tmp_path, changes, words, rows):
+    """One row alone, too, is told what is wrong with it; all columns of a table are lists of one length."""
+    content = {"instruction": "a", "input": "", "output": "b", "category": "x"} | changes
+    report = convert_alpaca([row(1)] + [content] * rows, tmp_path / "of_rows.jsonl")
+    assert f"row {1 + rows}: {words}" in str(report)
+    file, _ = convert(tmp_path, json.dumps(content if rows == 1 else [content] * rows))
+    assert "table" not in file.message
+    assert words in str(file)
+
+
+def test_a_table_of_one_column_that_is_ours_is_still_told_as_one(tmp_path):
+    file, _ = convert(tmp_path, json.dumps({"frage": ["a", "b"], "output": ["c", "d"]}))
+    assert "orient='records'" in file.message
+    file, _ = convert(tmp_path, json.dumps({"version": 1, "instruction": ["a", "b"], "output": ["c", "d"]}))
+    assert "orient='records'" in file.message
 
 
 def test_rows_in_another_encoding_are_told_how_to_be_read(tmp_path):
@@ -123,3 +155,37 @@ def test_the_table_names_files_without_a_loss_if_they_are_few(tmp_path):
     text = str(convert_alpaca(source, tmp_path / "out.jsonl"))
     assert all(f"good-{number}.json" in text for number in range(3))
     assert "more files" not in text
+
+
+WRONG_SETTINGS = [
+    ({"max_answer_chars": "5"}, ValueError, "max_answer_chars is '5'; a whole number from 1 on"),
+    ({"max_prompt_chars": 0}, ValueError, "max_prompt_chars is 0; a whole number from 1 on"),
+    ({"max_prompt_chars": -1}, ValueError, "max_prompt_chars is -1"),
+    ({"columns": "output"}, TypeError, 'columns is \'output\'; write it as {"their name": "instruction"'),
+    ({"columns": ["output"]}, TypeError, r"columns is \['output'\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"), WRONG_SETTINGS, ids=[str(each) for each, *_ in WRONG_SETTINGS]
+)
+def test_a_setting_that_is_none_is_named_before_anything_is_read(tmp_path, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        convert_alpaca([row(1)], tmp_path / "out.jsonl", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_system_that_is_no_text_says_what_it_is(tmp_path):
+    file, _ = convert(tmp_path, array([row(1) | {"system": 5}, row(2)]))
+    assert "system is 5 and no text: put it in quotes" in str(file)
+
+
+def test_a_column_that_no_row_has_is_told(tmp_path):
+    """Misspelled, it would be passed over, and another column be read in its place."""
+    rows = [row(1) | {"better": "b"}, row(2) | {"better": "c"}]
+    report = convert_alpaca(rows, tmp_path / "out.jsonl", columns={"beter": "output", "instruction": "instruction"})
+    assert report.columns_unseen == ["beter"]
+    assert "columns names 'beter', which no row has: is it spelled so?" in str(report)
+    report = convert_alpaca(rows, tmp_path / "out.jsonl", columns={"better": "output"})
+    assert report.columns_unseen == []
+    assert "which no row has" not in str(report)

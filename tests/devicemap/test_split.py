@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmhelpers.cost_model.step_memory import predict
@@ -242,3 +243,18 @@ def test_a_head_of_its_own_is_kept_on_one_device(config, change):
     model.place(whole)
     assert head.weight is not embedding.weight
     assert torch.equal(head.weight, before)
+
+
+def test_a_head_with_an_adapter_is_untied_and_tied_like_any_other(config):
+    model = ChatGLMForConditionalGeneration(config)
+    whole = dict.fromkeys(("transformer", "lm_head"), "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    assert model.lm_head.base_layer.weight is model.transformer.word_embeddings.weight
+    model.place(whole | {"lm_head": "meta"})
+    assert {parameter.device.type for parameter in model.lm_head.parameters()} == {"meta"}
+    model.lm_head.lora_A.to_empty(device="cpu")  # values do not come back from "meta"
+    model.lm_head.lora_B.to_empty(device="cpu")
+    model.place(whole)
+    assert model.lm_head.base_layer.weight is model.transformer.word_embeddings.weight

@@ -189,3 +189,59 @@ def test_a_model_that_was_just_trained_answers_without_dropout():
     assert doors() == want
     assert net.training
     assert all(module.training for module in net.modules() if isinstance(module, torch.nn.Dropout))
+
+
+# Values of another kind --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: it must be a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot': it must be a number"),
+        ({"top_p": None}, "top_p is None: it must be a number"),
+        ({"seed": "x"}, "seed is 'x': it must be a whole number"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424: it must be a whole number of at most 64 bits"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_before_anything_is_asked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Generation(**settings)
+
+
+def test_what_has_no_order_is_no_history_and_no_list_of_questions():
+    """Python orders a set of texts otherwise in each process; a mapping would be asked its keys."""
+    with pytest.raises(ValueError, match="the history is a set; expected a list"):
+        model().chat(tokenizer(), "再见", set(PAIRS), **GREEDY)
+    for questions in ({"你好"}, {"你好": "再见"}, 5):
+        with pytest.raises(TypeError, match=r"questions is a (set|dict|int): expected a list of texts"):
+            answers(model(), tokenizer(), questions)
+
+
+def test_an_answer_after_a_history_that_is_a_tuple_is_not_lost():
+    session = ChatSession(model(), tokenizer(), settings=Generation(temperature=0, max_new_tokens=8))
+    session.history = tuple(PAIRS)
+    answer = session.chat("再见")
+    assert session.history == [*PAIRS, ("再见", answer.text)]
+
+
+def test_none_for_a_list_of_processors_is_an_empty_list():
+    want = model().chat(tokenizer(), "你好", **GREEDY)
+    assert model().chat(tokenizer(), "你好", logits_processor=None, stopping_criteria=None, **GREEDY) == want
+    *_, last = model().stream_chat(tokenizer(), "你好", **GREEDY)
+    *_, same = model().stream_chat(tokenizer(), "你好", logits_processor=None, stopping_criteria=None, **GREEDY)
+    assert same == last
+
+
+@pytest.mark.parametrize(
+    ("ids", "what"),
+    [
+        ([[5, 6]], "list"),
+        (torch.tensor([5, 6]), r"int64 \[2\]"),
+        (torch.tensor([[5.0, 6.0]]), r"float32 \[1, 2\]"),
+        (torch.tensor([[[5, 6]]]), r"int64 \[1, 1, 2\]"),
+    ],
+)
+def test_ids_that_are_none_are_named(ids, what):
+    with pytest.raises(ValueError, match=rf"input_ids are {what}; expected a tensor of whole numbers, \[B, L\]"):
+        model()(input_ids=ids)

@@ -12,6 +12,7 @@ from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_time import block_seconds
 from glmhelpers.devicemap import plan_device_map
 from glmhelpers.training import calibration, measure_machine
+from glmhelpers.utils.timing import Laps
 from tests.helpers.reference import CHECKPOINT
 from thuglm import ChatGLMConfig
 
@@ -107,22 +108,11 @@ def test_one_host_serves_all_cards():
 
 def test_the_host_is_measured_by_a_real_step(monkeypatch):
     monkeypatch.setattr(calibration, "STEPS", 0.0)
-    found = calibration.host_launches(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT))
+    laps = Laps()
+    found = calibration.host_launches(["cpu"], ChatGLMConfig.from_pretrained(CHECKPOINT), laps)
     assert set(found) == {"launch_forward", "launch_again", "launch_backward", "launch_step"}
     assert all(0 < seconds < 1 for seconds in found.values())
-
-
-@pytest.mark.parametrize(("each", "times"), [(0.1, 9), (0.3, 3), (5.0, 2)])
-def test_a_measurement_ends_with_its_time_however_slow_it_is(monkeypatch, each, times):
-    """The first is left out, two are wanted at least."""
-    clock = [0.0]
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
-
-    def measure():
-        clock[0] += each
-        return clock[0]
-
-    assert len(calibration.repeated(0.95, measure)) == times
+    assert list(laps.parts) == ["model for the host", "first steps", "steps"]
 
 
 def test_every_block_runs_and_those_of_a_device_share_their_weights():
@@ -183,4 +173,6 @@ def test_a_gpu_is_measured_once_and_plans_count_with_it():
         assert 0.2 < gpu.memory_share < 1.2
         assert 1e-5 < gpu.launch_forward < 1e-2
     assert first.notes == ()
+    assert sum(first.parts.values()) == pytest.approx(first.seconds, abs=0.1)
+    assert again.parts == {}
     assert list(plan_device_map(ChatGLMConfig(), "here", 1, 64).gpus) == one_host(first.gpus)

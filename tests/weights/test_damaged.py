@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from glmhelpers.weights import manifest
 from glmhelpers.weights.consistency import check_consistency
+from glmhelpers.weights.convert import convert_to_safetensors
 from glmhelpers.weights.download import download_weights
 from glmhelpers.weights.loading import load_model
 from glmhelpers.weights.shards import list_shards, read_entries
 from glmhelpers.weights.verify import verify_weights
-from thuglm import ChatGLMConfig, ChatGLMTokenizer
+from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-chatglm"
 SECOND = "pytorch_model-00002-of-00008.bin"
@@ -173,3 +174,66 @@ def test_a_file_system_without_links_gets_copies(folder, tmp_path, monkeypatch, 
     with pytest.raises(OSError, match="are free") as caught:
         download_weights(tmp_path / "newer", folder, manifest=folder / "weights_manifest.json", progress=False)
     assert caught.value.errno == errno.ENOSPC
+
+
+NO_CONFIGS = {
+    "lost": (None, "is not there"),
+    "empty": (b"", r"is empty \(0 bytes\)"),
+    "blank": (b" \n", r"is empty \(2 bytes\)"),
+    "cut": (b'{"vocab_size": 12', "is no whole JSON"),
+    "a list": (b"[]", r"holds '\[\]' and no settings"),
+    "a number": (b"5", "holds '5' and no settings"),
+    "null": (b"null", "holds 'None' and no settings"),
+    "of another encoding": ('{"a": "你好"}'.encode("gbk"), "is no whole JSON.*utf-8"),
+    "deep": (b"[" * 100_000, "is no whole JSON"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_a_config_that_is_none_is_named_with_what_mends_it(folder, name):
+    content, what = NO_CONFIGS[name]
+    path = folder / "config.json"
+    path.write_bytes(content or b"")
+    if content is None:
+        path.unlink()
+    for load in (load_model, ChatGLMConfig.from_pretrained, ChatGLMForConditionalGeneration.from_pretrained):
+        with pytest.raises(OSError, match=rf"config.json {what}.*verify_weights\({str(folder)!r}\)"):
+            load(folder)
+    shutil.copy(TINY / "weights_manifest.json", folder)
+    (problem,) = verify_weights(folder).problems
+    assert (problem.file, "Mend: " in problem.message) == ("config.json", True), "the advice is a good one"
+
+
+@pytest.mark.parametrize("name", set(NO_CONFIGS) - {"lost"})
+def test_a_config_that_is_none_is_a_problem_whatever_the_manifest_says(folder, name):
+    (folder / "config.json").write_bytes(NO_CONFIGS[name][0])
+    assert [problem.file for problem in verify_weights(folder).problems] == ["config.json"]
+
+
+def test_what_a_config_leaves_out_is_the_default(folder):
+    """`{}` is the configuration of the full-size model: load_model says so, and sends its reader to verify_weights."""
+    shutil.copy(TINY / "weights_manifest.json", folder)
+    (folder / "config.json").write_text(json.dumps({key: CONFIG[key] for key in CONFIG if key != "hidden_size"}))
+    with pytest.raises(ValueError, match=r"config.json makes it \[.*, 4096\]"):
+        load_model(folder)
+    (problem,) = verify_weights(folder).problems
+    assert "leaves out hidden_size, which means 4096, the manifest says 128" in problem.message
+
+
+@pytest.mark.parametrize("below", ["", "w"])
+def test_converting_onto_a_file_says_what_to_do(folder, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        OSError, match=r"file.* cannot be written \(.*nothing was converted: give another folder as output"
+    ):
+        convert_to_safetensors(folder, tmp_path / "file" / below, progress=False)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert convert_to_safetensors(folder, tmp_path / "another", progress=False) == tmp_path / "another"
+
+
+def test_a_folder_of_shards_that_is_none_is_named(folder, tmp_path):
+    for place, what in ((folder / "ice_text.model", "it is a file, the folder"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(FileNotFoundError, match=rf"{place.name}: .*{what}.*download_weights"):
+            load_model(place)
+        with pytest.raises(FileNotFoundError, match=rf"{place.name} is no folder.*give the folder that holds them"):
+            convert_to_safetensors(place, tmp_path / "out", progress=False)

@@ -211,7 +211,18 @@ SETTINGS = [
     ({"HF_TOKEN": "hf_abc def"}, "HF_TOKEN"),
     ({"ALL_PROXY": "socks5://user:secret@127.0.0.1:1"}, "ALL_PROXY.*socksio"),
     ({"https_proxy": "socks://127.0.0.1:1"}, "https_proxy"),
-    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE"),
+    *(
+        ({"HTTPS_PROXY": f"{scheme}user:secret@{place}"}, f"HTTPS_PROXY is '{place}', no address of a proxy: write it")
+        for scheme in ("http://", "")
+        for place in ("127.0.0.1:abc", "127.0.0.1:99999", "127.0.0.1:0", ":80")
+    ),
+    ({"HTTP_PROXY": "https//127.0.0.1:1"}, "HTTP_PROXY is 'https//127.0.0.1:1', no address of a proxy"),
+    ({"ALL_PROXY": "http://"}, "ALL_PROXY is 'http://', no address of a proxy"),
+    ({"all_proxy": " "}, "all_proxy is ' ', no address of a proxy"),
+    ({"http_proxy": "ftp://127.0.0.1:1"}, "http_proxy is 'ftp://127.0.0.1:1', no address of a proxy"),
+    ({"HTTP_PROXY": "http://[::1"}, "HTTP_PROXY is 'http://\\[::1', no address of a proxy"),
+    ({"HTTP_PROXY": "http://ü ser:1"}, "HTTP_PROXY.* cannot be used .*write it as"),
+    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE is '/nowhere/ca.pem', which cannot be used .*No such file"),
     ({"SSL_CERT_FILE": __file__}, "SSL_CERT_FILE"),
 ]
 
@@ -245,8 +256,16 @@ def test_a_proxy_that_cannot_be_reached_is_named_and_not_kept(hub, tmp_path, mon
     huggingface_hub.close_session()
     with monkeypatch.context() as patch:
         patch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-        with pytest.raises(DownloadError, match="through the proxy of HTTP_PROXY"):
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:2")  # not asked for an address that begins with http
+        with pytest.raises(DownloadError, match=r"through the proxy of HTTP_PROXY \(.*whether HTTP_PROXY is right"):
             fetch(hub, tmp_path)
+    assert fetch(hub, tmp_path).ok
+
+
+def test_a_proxy_that_is_none_does_no_harm_where_none_is_used(hub, tmp_path, monkeypatch):
+    huggingface_hub.close_session()
+    monkeypatch.setenv("HTTP_PROXY", "https//127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "localhost, *")
     assert fetch(hub, tmp_path).ok
 
 
