@@ -34,9 +34,13 @@ def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @cache
+def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def side_stream(device: torch.device, lane: int = 0) -> torch.cuda.Stream:
     """One stream beside the default one for each GPU and lane; each new one costs a workspace of cuBLAS, some 8 MiB."""
-    return torch.cuda.Stream(device)
+    return _stream(device, lane)
 
 
 class Lanes:
@@ -47,7 +51,7 @@ class Lanes:
         self.devices = found if len(found) > 1 else []
         self.streams = [[side_stream(device, lane) for device in self.devices] for lane in range(count)]
         if count > 1 and self.devices:
-            # Gradients of all lanes add up in the streams of one: torch from 2.12 on warns of it.
+            # Gradients of all lanes add up in the streams of one; newer versions of torch warn of it.
             warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
             if warn:
                 warn(False)
