@@ -118,6 +118,7 @@ class Group:
         own = {ORDER: json.dumps(order), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "4"}
         own |= {"PYTHONFAULTHANDLER": "1"}  # for `abort`
         self.processes: list[subprocess.Popen[str]] = []
+        self.notes: list[str] = []
         with ExitStack() as files:
             for rank in range(count):
                 errors = files.enter_context(self.errors(rank).open("w"))
@@ -142,6 +143,8 @@ class Group:
         for text in lines:
             if rank == 0 and text.startswith("{"):
                 self.said.put(text)
+            elif text.startswith("["):  # a note
+                self.notes.append(f"rank {rank}: {text.strip()}")
         if self.processes[rank].wait() or rank == 0:
             self.said.put(None)
 
@@ -191,8 +194,8 @@ class Group:
                 process.wait(max(0.0, until - time.monotonic()))
 
     def all_words(self) -> str:
-        """All of it, rank by rank."""
-        return "\n".join(f"---- rank {rank}\n{text}" for rank, text in enumerate(self.texts()))
+        """All of it, rank by rank, behind what they said on stdout."""
+        return "\n".join(self.notes) + "\n".join(f"---- rank {rank}\n{text}" for rank, text in enumerate(self.texts()))
 
     def end(self) -> None:
         """Let nothing stay behind."""

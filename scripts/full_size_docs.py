@@ -8,8 +8,9 @@
     python scripts/full_size_docs.py --check              # every tag of a notebook on the page has its section, every
                                                           # link of any notebook its aim
 
-A section has the text that the cell printed and its pictures, from each road on which it says something else. Which
-machine gave them stands above. Notebooks link to their sections: `../docs/full_size/README.md#NAME`.
+A section has the text that the cell printed and its pictures, from each road on which it says something else. What a
+road ran on the CPU, with the toy, is left out. Which machine gave the rest stands above. Notebooks link to their
+sections: `../docs/full_size/README.md#NAME`.
 """
 
 import argparse
@@ -122,6 +123,10 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
         "but for the workspaces of its kernels. The weights are the tiny model's, grown to the full size",
         "([scripts/grow_checkpoint.py](../../scripts/grow_checkpoint.py)): it answers as the tiny model does.",
         "",
+        "Plans are those for T4s. Cards many times as fast wait for Python when short rows are cut into so many parts,",
+        "so two GPUs may train more slowly here than one. The host's peak counts the pages of the weights' files that",
+        "were mapped, which the system takes back when it needs them.",
+        "",
         "## The rehearsal",
         "",
         (folder / "table.md").read_text(encoding="utf-8").strip(),
@@ -129,6 +134,7 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
     ]
     rows = [row for path in sorted(folder.glob("[0-9]_gpus.json")) for row in json.loads(path.read_text())]
     failed = {(row["gpus"], row["notebook"]) for row in rows if not row.get("ok", True)}
+    toys = {(row["gpus"], row["notebook"]) for row in rows if not any(row.get("peak_bytes", [1]))}  # on the CPU
     kept = {
         path.stem for road in roads for path in road.glob("*.ipynb") if (int(road.name[0]), path.stem) not in failed
     }
@@ -142,7 +148,7 @@ def write_page(folder: Path, page: Path = PAGE) -> None:
         found: dict[str, dict[str, NotebookNode]] = {}
         for road in roads:
             path, gpus = road / f"{stem}.ipynb", int(road.name[0])
-            if not path.is_file() or (gpus, stem) in failed:
+            if not path.is_file() or (gpus, stem) in failed | toys:
                 continue
             for name, cell in tagged(nbformat.read(path, as_version=4)).items():
                 if not cell.outputs or any(output.output_type == "error" for output in cell.outputs):

@@ -132,6 +132,12 @@ def measured() -> str:
             "calibrate.py",
         ),
         (
+            "24 x 1024 tokens on two GPUs: one process in one part and as planned; one process for each GPU",
+            _roads(found["processes"]),
+            "processes.py",
+        ),
+        ("4 x 1024 tokens on two GPUs in 4 parts: eager; as CUDA graphs", _graphs(found["two_gpus"]), "two_gpus.py"),
+        (
             "rows of real lengths, 16 a step: tokens a second against the same rows padded to 1024",
             f"{alike['times']} times as many",
             "rows.py",
@@ -148,6 +154,21 @@ def _planned(lines: list[dict]) -> str:
     (choice,) = (x for x in lines if x["what"] == "choice" and x["length"] == 1024 and x["blocks"] == [14, 14])
     others = choice["others_ms"]
     return f"{others['2 GPUs, 4 parts']:.0f} and {choice['ms']:.0f} ms; {others['1 GPUs, 1 parts']:.0f} ms"
+
+
+def _roads(lines: list[dict]) -> str:
+    """A step of 24 x 1024 in one process, in one part and as planned, and the fastest in one process for each GPU."""
+    long = [line for line in lines if line.get("length") == 1024]
+    alone = [line for line in long if line["schedule"] == "one process"]
+    whole, planned = (next(x["ms"] for x in alone if x["parts"] == 1), next(x["ms"] for x in alone if x["planned"]))
+    return f"{whole:.0f} and {planned:.0f} ms; {min(x['ms'] for x in long if x not in alone):.0f} ms"
+
+
+def _graphs(lines: list[dict]) -> str:
+    """Every turn without graphs, then every turn with."""
+    turns = [line for line in lines if line["figure"] == "graphs"]
+    eager, graphs = ([f"{x['ms']:.0f}" for x in turns if x["way"] == way] for way in ("eager", "graphs"))
+    return f"{' and '.join(eager)} ms; {' and '.join(graphs)} ms"
 
 
 def _steps(lines: list[dict]) -> list[tuple[str, str, str]]:

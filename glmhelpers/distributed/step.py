@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from glmhelpers.cost_model.sizes import padded_length
 from glmhelpers.devicemap.captured import Captured, fits_graphs
-from glmhelpers.devicemap.devices import to_device
+from glmhelpers.devicemap.devices import side_stream, to_device
 from glmhelpers.distributed.plan import ProcessPlan
 from glmhelpers.distributed.processes import Processes
 from glmhelpers.distributed.stage import StageModule
@@ -78,8 +78,11 @@ class PipelineStep:
         self.loss_chunk, self.scaler, self.captured = loss_chunk, scaler, captured
         self.modules: list[Any] = list(stages)
         if processes.pipelines > 1:
-            group = processes.mesh["dp"].get_group()
-            with warnings.catch_warnings():  # of torch 2.13, whose successor of broadcast_buffers still sends them once
+            group, device = processes.mesh["dp"].get_group(), processes.device
+            # Gradients add up in the stream that is current now, and a recording must not reach beyond its own.
+            recording = torch.cuda.stream(side_stream(device)) if captured and device.type == "cuda" else nullcontext()
+            with recording, warnings.catch_warnings():
+                # Of torch 2.13, whose successor of broadcast_buffers still sends them once.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
                 self.modules = [
                     DistributedDataParallel(stage, process_group=group, broadcast_buffers=False, init_sync=False)

@@ -63,8 +63,15 @@ SPECIAL: dict[str, Any] = {"bos_token_id": 4, "eos_token_id": 5, "mask_token_id"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The GPUs of this machine as the planner takes them now, how long it took to start CUDA on them and to measure
-    them, what could not be measured, in words, and the seconds of each part of the measurement."""
+    """The GPUs of this machine as the planner takes them now.
+
+    Attributes:
+        gpus: with measured rates.
+        seconds: that measuring took.
+        start_seconds: that CUDA took to start and to load each kernel that a step needs, as any first step would.
+        notes: what could not be measured, in words.
+        parts: seconds of each part of both but CUDA's own start; "first ..." is loading.
+    """
 
     gpus: list[GPU]
     seconds: float
@@ -87,7 +94,8 @@ class Calibration:
 def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
     """Measure the GPUs and the host of this machine, or take what was kept of an earlier time.
 
-    Needs some 1.5 GB on each GPU for about 3 seconds, once CUDA has started: call it before a model is loaded.
+    Needs some 1.5 GB on each GPU for 2 seconds, once CUDA has started and loaded its kernels, which took 6 on an H200:
+    call it before a model is loaded.
 
     Args:
         config: ChatGLMConfig whose shapes the products have; None: those of ChatGLM-6B.
@@ -123,7 +131,9 @@ def measure_machine(config: Any = None, refresh: bool = False) -> Calibration:
         torch.cuda.empty_cache()
         laps.end("giving back")
         parts = laps.parts
-    return Calibration(gpus_here(), time.perf_counter() - started, started - begun, tuple(notes), parts)
+    loading = sum(seconds for part, seconds in parts.items() if part.startswith("first "))
+    measuring = time.perf_counter() - started - loading
+    return Calibration(gpus_here(), measuring, started - begun + loading, tuple(notes), parts)
 
 
 def card_rates(index: int, card: GPU, config: Any, notes: list[str], laps: Laps) -> dict[str, float]:

@@ -140,8 +140,8 @@ class Explored:
 
     def question(self) -> "Explored":
         """This state without what the planner chooses: equal for all states that have the same best plan."""
-        chosen = {"cuts": (), "micro_batches": 1, "in_flight": 0, "checkpointed": 0, "embedding": "tied"}
-        return replace(self, **chosen, loss_chunk=512, skipped=None)
+        chosen: dict[str, Any] = {"micro_batches": 1, "in_flight": 0, "checkpointed": 0, "embedding": "tied"}
+        return replace(self, cuts=(), **chosen, loss_chunk=512, skipped=None)
 
     def best(self, objective: str) -> "Explored":
         """The planner's choice of cuts, embedding, micro-batches and checkpointed blocks for these settings.

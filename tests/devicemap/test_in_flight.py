@@ -12,8 +12,8 @@ from tests.devicemap.test_device_map import PUBLISHED, SMALL
 
 
 def test_memory_that_lanes_leave_saves_running_blocks_again():
-    whole = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024, in_flight=24)
-    few = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024)
+    whole = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024)
+    few = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024, in_flight=2)
     assert whole.setting.flying == whole.micro_batches
     assert (few.setting.in_flight, few.checkpointed_layers) == (2, [])
     assert len(whole.checkpointed_layers) > 14
@@ -25,11 +25,19 @@ def test_memory_that_lanes_leave_saves_running_blocks_again():
     assert (again.peak_bytes, again.total_bytes) == (few.peak_bytes, few.total_bytes)
 
 
+def test_on_one_gpu_one_at_a_time_saves_running_blocks_again():
+    whole = plan_device_map(PUBLISHED, "T4", 4, 1024, in_flight=4)
+    one = plan_device_map(PUBLISHED, "T4", 4, 1024)
+    assert (one.setting.in_flight, one.micro_batches) == (1, 4)
+    assert len(one.checkpointed_layers) < len(whole.checkpointed_layers)
+    assert one.seconds < 0.9 * whole.seconds
+
+
 def test_where_nothing_is_gained_all_stay_in_flight():
-    for gpus, batch in ((["H100", "H100"], 24), (["T4", "T4"], 1)):
+    for gpus, batch in ((["H100"], 24), (["T4"], 1), (["T4", "T4"], 24)):
         assert plan_device_map(PUBLISHED, gpus, batch, 1024).setting.in_flight is None
-    assert plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024, "memory").setting.in_flight is None
-    prefix = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 512, prefix_length=64)
+    assert plan_device_map(PUBLISHED, ["T4"], 8, 1024, "memory").setting.in_flight is None
+    prefix = plan_device_map(PUBLISHED, ["T4"], 4, 512, prefix_length=64, in_flight=1)
     assert prefix.setting.flying == prefix.micro_batches
 
 
@@ -112,6 +120,7 @@ def test_the_schedule_of_lanes_is_one_that_a_step_can_have():
 
 
 def test_the_drawn_schedule_of_a_plan_ends_with_its_seconds():
-    plan = plan_device_map(PUBLISHED, ["T4", "T4"], 24, 1024)
-    assert plan.setting.waves
-    assert max(task.end for task in plan.schedule) == pytest.approx(plan.seconds)
+    for gpus, lanes in ((["T4", "T4"], 2), (["T4"], 1)):
+        plan = plan_device_map(PUBLISHED, gpus, 4, 1024, in_flight=lanes)
+        assert plan.setting.waves
+        assert max(task.end for task in plan.schedule) == pytest.approx(plan.seconds)

@@ -70,6 +70,9 @@ assert 2 < head / block < 3
 assert f"A block weighs {gib(2 * block)} GiB, the tied matrix {gib(2 * head)} GiB" in text
 assert fast.fits
 assert fast.seconds <= plan.seconds
+one, four = (plan_device_map(config, ["T4"], 4, 1024, in_flight=flying) for flying in (1, 4))
+assert f"{fast.seconds:.1f} s a step against {one.seconds:.1f} below" in text
+assert f"{len(four.checkpointed_layers)} of its 28 blocks again, and a step would take {four.seconds:.1f} s" in text
 assert [explorer.device_map[f"transformer.layers.{layer}"] for layer in (15, 16)] == [0, 1]
 # The explorer's diamond belongs to the very plan that was measured.
 assert (ran.peak_bytes, [len(blocks) for blocks in ran.blocks]) == (seen["predicted_peak_bytes"], seen["cut"])

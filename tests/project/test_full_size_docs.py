@@ -60,6 +60,17 @@ def test_a_cell_that_failed_is_refused(rehearsal):
         docs.write_page(rehearsal, rehearsal / "README.md")
 
 
+def test_what_ran_on_the_cpu_is_left_out(rehearsal):
+    for road, peak in (("1_gpus", 0), ("2_gpus", 7)):
+        row = {"gpus": int(road[0]), "notebook": "01_weights", "ok": True, "peak_bytes": [peak]}
+        (rehearsal / f"{road}.json").write_text(json.dumps([row]))
+    docs.write_page(rehearsal, rehearsal / "README.md")
+    text = (rehearsal / "README.md").read_text()
+    assert "**2 GPUs**" in text
+    assert "**1 GPU**" not in text
+    assert "was not kept" not in text
+
+
 def test_what_the_table_calls_failed_is_left_out(rehearsal):
     notebook = new_notebook(cells=[new_code_cell("x", metadata={"tags": ["full-size-loading"]})])
     for road, stem in (("1_gpus", "01_weights"), ("2_gpus", "02_rows")):
