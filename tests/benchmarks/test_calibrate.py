@@ -36,7 +36,9 @@ def test_short_steps_are_timed_often_and_long_ones_three_times(monkeypatch, each
 
     monkeypatch.setattr(calibrate, "run_step", run_step)
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock[0])
-    plan = SimpleNamespace(apply=lambda model: [], micro_batches=1, setting=SimpleNamespace(loss_chunk=128))
+    plan = SimpleNamespace(
+        apply=lambda model: [], micro_batches=1, setting=SimpleNamespace(loss_chunk=128, in_flight=None)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         timed = trial.run(plan, 1, 16, 3)
