@@ -105,15 +105,15 @@ class PipelineStep:
         mine = my_rows(batch, self.processes.pipelines, self.processes.pipeline, self.plan.micro_batches)
         rows, length = mine["input_ids"].shape
         padded = [(rows, padded_length(length))]
-        replayed = self.captured is not None and fits_graphs(padded)
-        if replayed:
+        captured = self.captured if fits_graphs(padded) else None
+        if captured is not None:
             mine = pad_part(mine, padded[0][1])
         if mine["input_ids"].shape != self.shape:
             self._announce(mine["input_ids"].shape)
         ids, mask = (to_device(mine[name], device) for name in ("input_ids", "attention_mask"))
         given = (ids,) if self.stages[0].cut.first else ()
         target = mine["labels"] if self.stages[-1].cut.last else None
-        with self.captured.step(padded) if self.captured is not None and replayed else nullcontext():
+        with nullcontext() if captured is None else captured.step(padded):
             self.schedule.step(*given, target=target, return_outputs=False, ids=ids, attention_mask=mask)
         return torch.stack(self.losses).sum() if self.losses else torch.zeros((), device=device)
 
