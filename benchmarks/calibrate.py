@@ -4,6 +4,7 @@
     python benchmarks/calibrate.py --tiny            the tiny sizes on a machine with a GPU: to see that it runs
     python benchmarks/calibrate.py --slow-host 5     the same on a host that needs 5 ms more for each block and pass
     python benchmarks/calibrate.py --cases 4x1024    only these rows x tokens
+    python benchmarks/calibrate.py --cap 14.75 --parts flight --cases 24x1024    a T4's memory, and only point 4
 
 1. measure_machine(): a line with every rate, and how long it took, part by part. Then the host's rates again, on one
    GPU and split over all, with few blocks and with many: how much they vary, and what a cut costs the host.
@@ -14,6 +15,8 @@
 3. For each case: the planner's free choice for all GPUs, and every number of micro-batches timed on them and on one
    GPU, until they are far slower: is the choice the fastest? `slower` is how much slower it is than the best of
    those, 0 if it is the best; `slower_least` the same of the least, which tells noise from a wrong choice.
+4. For each case, where memory is short: the best plan for all GPUs with every micro-batch in flight, and with as many
+   as there are GPUs, in turns; `faster` is the ratio of the medians, `predicted_faster` what the planner expects of it.
 
 One JSON line each, printed at once; an error is one of them. No trial is begun `--budget-s` seconds after the start.
 """
@@ -25,7 +28,7 @@ import statistics
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from glmhelpers.training import measure_machine, run_step
 from glmhelpers.training.calibration import HOST_BLOCKS, clear_workspaces, host_launches
 from glmhelpers.training.measure import prepare, random_batch
 from glmhelpers.utils.timing import Laps, repeated
+from glmhelpers.utils.units import GIB
 from thuglm import ChatGLMConfig
 
 STEPS = 0.6
@@ -53,6 +57,9 @@ HOPELESS = 1.7
 """So many times as slow as fewer parts: yet more parts are not timed."""
 OUT_OF_TIME = "out of time: --budget-s"
 CASES = ((16, 56), (4, 256), (4, 1024), (1, 2048), (24, 1024))
+PARTS = ("host", "case", "choice", "flight")
+TURNS = 2
+"""Times that each of the two plans of point 4 is run."""
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
 
 
@@ -127,6 +134,8 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=240)
     parser.add_argument("--slow-host", type=float, default=0.0, metavar="MS", help="wait before each block and pass")
     parser.add_argument("--cases", nargs="+", default=[f"{rows}x{length}" for rows, length in CASES])
+    parser.add_argument("--cap", type=float, metavar="GIB", help="of each GPU, plan for and take no more than this")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this machine has no GPU that torch can use: there is nothing to calibrate")
@@ -141,27 +150,36 @@ def measure(options: argparse.Namespace) -> None:
     keep_rates({})
     catalogue = gpus_here()
     found = measure_machine(refresh=True)
-    gpus = found.gpus
+    gpus = capped(found.gpus, options.cap) if options.cap else found.gpus
     names = [torch.cuda.get_device_name(index) for index in range(len(gpus))]
     rates = [{name: getattr(gpu, name) for name in RATES} for gpu in gpus]
     took = {"seconds": round(found.seconds, 2), "start_seconds": round(found.start_seconds, 2)}
     took |= {"parts": {part: round(seconds, 2) for part, seconds in found.parts.items()}}
-    how = {"notes": found.notes, "slow_host_ms": options.slow_host}
+    how = {"notes": found.notes, "slow_host_ms": options.slow_host, "cap_gib": options.cap}
     say(what="rates", gpus=names, torch=torch.__version__, **took, **how, rates=rates)
     split = [f"cuda:{index}" for index in range(len(gpus))]
-    for devices in 2 * ([["cuda:0"], split] if len(split) > 1 else [["cuda:0"]]):
+    ways = 2 * ([["cuda:0"], split] if len(split) > 1 else [["cuda:0"]])
+    for devices in ways if "host" in options.parts else []:
         for blocks in (HOST_BLOCKS, 2 * HOST_BLOCKS):
             launches = host_launches(devices, ChatGLMConfig(), Laps(), blocks)
             ms = {name: round(1e3 * seconds, 2) for name, seconds in launches.items()}
             say(what="host", gpus=len(devices), blocks=blocks, launch_ms=ms)
     trial = Trial(config, len(gpus))
+    known = {"case": partial(one_case, catalogue=catalogue), "choice": one_choice, "flight": one_flight}
     for rows, length in (map(int, case.split("x")) for case in options.cases):
-        for part in (partial(one_case, catalogue=catalogue), one_choice):
+        for part in (known[name] for name in options.parts if name in known):
             try:
                 part(trial, rows, length, gpus, repeats=options.repeats, deadline=deadline)
             except Exception as error:  # of one case: the others go on
                 say(what="error", rows=rows, length=length, error=f"{type(error).__name__}: {error}"[:600])
                 traceback.clear_frames(error.__traceback__)
+
+
+def capped(gpus: list[GPU], cap: float) -> list[GPU]:
+    """The same GPUs with `cap` GiB of memory, and from now on no more of it to be had."""
+    for index, gpu in enumerate(gpus):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / gpu.memory), index)
+    return [replace(gpu, memory=min(gpu.memory, int(cap * GIB))) for gpu in gpus]
 
 
 def one_case(
@@ -245,6 +263,39 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
         slower=round(max(0.0, took.ms / min(medians) - 1), 3),
         slower_least=round(took.least_ms / min(least) - 1, 3),
     )
+
+
+def one_flight(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int, deadline: float) -> None:
+    """Point 4 for one case."""
+    plans, timed = {}, {}
+    for name, flying in (("all", rows), ("few", len(gpus))):
+        plans[name] = plan_device_map(trial.config, gpus, rows, length, label_share=0.5, in_flight=flying)
+        timed[name] = []
+    for name in TURNS * tuple(plans):
+        if time.perf_counter() > deadline:
+            say(what="flight", rows=rows, length=length, skipped=OUT_OF_TIME)
+            return
+        timed[name].append(trial.run(plans[name], rows, length, repeats))
+    ms = {name: statistics.median(each.ms for each in turns) for name, turns in timed.items()}
+    for name, plan in plans.items():
+        say(
+            what="flight",
+            rows=rows,
+            length=length,
+            way=name,
+            blocks=[len(blocks) for blocks in plan.blocks],
+            micro_batches=plan.micro_batches,
+            in_flight=plan.setting.in_flight,
+            checkpointed=len(plan.checkpointed_layers),
+            ms=[each.ms for each in timed[name]],
+            least_ms=min(each.least_ms for each in timed[name]),
+            predicted_ms=round(1e3 * plan.seconds, 1),
+            difference=round(1e3 * plan.seconds / ms[name] - 1, 3),
+            peak_bytes=timed[name][-1].peaks,
+            predicted_peak_bytes=list(plan.peak_bytes),
+            faster=round(ms["all"] / ms[name], 3),
+            predicted_faster=round(plans["all"].seconds / plan.seconds, 3),
+        )
 
 
 if __name__ == "__main__":

@@ -287,14 +287,13 @@ class Captured:
             try:
                 self.known[shapes] = self.record(shapes)
             except (RuntimeError, NotImplementedError) as error:
-                self.known[shapes] = None
                 no_room, cause = False, cast(BaseException | None, error)
                 while cause is not None:
                     traceback.clear_frames(cause.__traceback__)  # with what has been recorded so far
                     no_room, cause = no_room or isinstance(cause, torch.OutOfMemoryError), cause.__context__
-                if no_room:
-                    self.give_up()
-                self.no_room = no_room
+                failed = [other for other, found in self.known.items() if found is None]
+                self.forget()  # the others are recorded anew, or there would be two pools for good
+                self.known, self.no_room = {} if no_room else dict.fromkeys([*failed, shapes]), no_room
                 self.say_without("no room for them" if no_room else str(error).splitlines()[0])
         return self.known.get(shapes)
 

@@ -116,6 +116,10 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+UNENDED: list[torch.cuda.CUDAGraph] = []
+"""Recordings that could not be ended. Torch's allocator of pinned memory asks them for ever whether they last."""
+
+
 class Recorded:
     """Work on a GPU that `run()` starts again; `make(*fixed())` must use fixed tensors only and return what is kept."""
 
@@ -128,7 +132,11 @@ class Recorded:
                 self.fixed = fixed()
                 self.result = make(*self.fixed)
             finally:
-                self.graph.capture_end()
+                try:
+                    self.graph.capture_end()
+                except RuntimeError:
+                    UNENDED.append(self.graph)
+                    raise
 
     def run(self) -> None:
         """Start it in the current stream of its GPU."""
@@ -168,11 +176,13 @@ class OnDevice:
 
     def mend(self) -> None:
         """Where a recording could not be ended, torch goes on as if it lasted: its allocator would never again give
-        memory back, and (up to 2.11) its generator refuse to draw. End it; another recording sets the generator right.
+        memory back, record no more into that pool, and (up to 2.11) its generator refuse to draw. End what can be
+        ended, and leave the pool to what lies in it; another recording, in a new one, sets the generator right.
         """
         with suppress(RuntimeError):  # it was ended
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
+            self.pool = torch.cuda.graph_pool_handle()
         self.open_pool()
 
     def close(self) -> None:

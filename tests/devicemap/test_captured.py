@@ -151,6 +151,26 @@ def test_what_is_let_go_is_really_let_go():
     assert kept.isnan().all()
 
 
+def test_where_one_length_cannot_be_recorded_the_others_still_are(monkeypatch, capsys):
+    def record(shapes):
+        tried.append(shapes)
+        if len(set(tried)) == 2 and shapes != tried[0]:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return recorded(shapes)
+
+    model, tried = lora(fresh_model(), 0.2).train(), []
+    want = trained_on(model, lengths(), Never(model))
+    captured = Captured(model, Home)
+    recorded = captured.record
+    monkeypatch.setattr(captured, "record", record)
+    assert_same(trained_on(model, lengths(), captured), want)
+    first, failed, third = tried[:3]
+    assert tried == [first, failed, third, first]
+    assert {shapes for shapes, layers in captured.known.items() if layers is None} == {failed}
+    said = "[NOTE] steps run without CUDA graphs: CUDA error: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize(("room", "masked"), [(0, False), (1, True), (3, False), (7, True), (20, False)])
 def test_no_room_while_recording_frees_all_and_says_so_once(room, masked, monkeypatch, capsys):
     model = lora(fresh_model(), 0.2).train()
