@@ -56,6 +56,10 @@ PEFT_LORA = (9.5, 14, 14, 14)
 """The same for one adapter, forward and backward, for each hidden-sized piece of its (input, output, input, output):
 dropout, thin products and sums in `glmhelpers.lora.layer`; in peft also casts to float32 and scaling. With dropout."""
 
+LANES_START = 0.5
+"""Lanes begin together and work on the same GPU until they are out of step: so much of what a micro-batch needs on the
+other GPUs is lost, once. On two H200s (`two_gpus.py --only parts`, 24 x 1024) 0.54 in 8 parts and 0.47 in 12."""
+
 
 @dataclass(frozen=True)
 class StageTime:
@@ -158,8 +162,8 @@ def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int, in_fl
     """Seconds of a step: forward pass, backward pass.
 
     Each takes sum + (micro_batches - 1) * slowest stage, or the time of all its launches if that is longer. With fewer
-    in flight it is the same, for then passes only take turns; but one comes by every (sum / in_flight) at most, which
-    is longer where there are more stages than that.
+    in flight passes only take turns; but one comes by every (sum / in_flight) at most, which is longer where there are
+    more stages than that, and lanes need a while to get out of each other's way (`LANES_START`).
 
     Args:
         total: the sum over the stages.
@@ -171,8 +175,11 @@ def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int, in_fl
     ahead, back = slowest.forward, slowest.backward
     if lanes:
         ahead, back = max(ahead, total.forward / lanes), max(back, total.backward / lanes)
-    forward = max(total.forward + again * ahead, micro_batches * total.launch_forward)
-    return forward + max(total.backward + again * back, micro_batches * total.launch_backward)
+    lost = LANES_START if lanes else 0.0
+    forward = total.forward + again * ahead + lost * (total.forward - ahead)
+    backward = total.backward + again * back + lost * (total.backward - back)
+    launched = (micro_batches * launch for launch in (total.launch_forward, total.launch_backward))
+    return sum(map(max, (forward, backward), launched))
 
 
 def step_seconds(times: Sequence[StageTime], micro_batches: int, in_flight: int | None = None) -> float:

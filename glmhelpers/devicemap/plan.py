@@ -259,9 +259,9 @@ def plan_device_map(
         devices: index of each GPU on its machine, ascending; by default 0, 1, ...
         cuda_graphs: count the memory of recorded micro-batches, and hardly any time of the host for them; None:
             where that makes the step faster. `train` uses graphs for other plans too if there is room (`graphs_fit`).
-        in_flight: micro-batches in memory at a time, at most `batch_size`, which is all. As many as there are GPUs
-            leave memory that saves running blocks again. None: on one GPU and for "speed", 1 if that is faster; on
-            several all of them, since lanes (see `training.pipeline`) were not timed on GPUs yet.
+        in_flight: micro-batches in memory at a time, fixed, at most `batch_size`, which is all. None: where all of
+            them at a time fit, and the objective is "speed", as many as there are GPUs if that is faster: the memory
+            that it leaves saves running blocks again (lanes, see `training.pipeline`).
         settings: further fields of `sizes.Setting`, such as lora_rank, prefix_length, base_bits, loss_chunk
             (SMALL_LOSS_CHUNK by default when the objective is "memory"), training.
 
@@ -282,8 +282,8 @@ def plan_device_map(
         replace(setting, micro_batches=batch_size, in_flight=in_flight)  # refuses what is no such number
     search = Search(room, objective, checkpointed, embedding)
     settled = variants(setting, micro_batches, in_flight)
-    if in_flight is None and objective == "speed" and len(room.gpus) == 1 and search.fits(settled):
-        settled += [each for each in variants(setting, micro_batches, 1) if each.waves]
+    if in_flight is None and objective == "speed" and search.fits(settled):
+        settled += [each for each in variants(setting, micro_batches, len(room.gpus)) if each.waves]
     found = search.best(settled)
     if found and cuda_graphs is None and objective == "speed":
         recorded = [each for each in variants(replace(setting, cuda_graphs=True), micro_batches) if each.replayed]

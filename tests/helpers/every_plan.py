@@ -9,13 +9,13 @@ from glmhelpers.cost_model.step_time import lookup_seconds, stage_seconds, step_
 
 
 def try_everything(config, gpus, batch, length, objective, reserve=0, in_flight=None, **how):
-    """Every cut, embedding, number of micro-batches and (for speed) number of blocks without checkpointing; on one GPU
-    also one micro-batch in flight, if all of them would do too."""
+    """Every cut, embedding, number of micro-batches and (for speed) number of blocks without checkpointing; then as
+    many micro-batches in flight as there are GPUs, if all of them would do too."""
     arguments = (config, gpus, batch, length, objective, reserve)
     best = try_all(*arguments, in_flight or batch, **how)
-    if best is None or in_flight or objective == "memory" or len(gpus) > 1:
+    if best is None or in_flight or objective == "memory":
         return best
-    return min(best, try_all(*arguments, 1, **how) or best)
+    return min(best, try_all(*arguments, min(batch, len(gpus)), **how) or best)
 
 
 def try_all(config, gpus, batch, length, objective, reserve, in_flight, **how):

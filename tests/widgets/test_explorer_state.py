@@ -389,12 +389,12 @@ def test_devices_of_this_machine_can_be_read():
 
 
 def test_the_best_plan_with_few_micro_batches_in_flight_can_be_shown_and_changed():
-    explorer = Explorer(PUBLISHED, "T4", 1, batch_size=4, seq_length=1024)
+    explorer = Explorer(PUBLISHED, "T4", 2, batch_size=24, seq_length=1024)
     explorer.best()
-    assert explorer.controls["in_flight"].value == explorer.plan.setting.in_flight == 1
+    assert explorer.controls["in_flight"].value == explorer.plan.setting.in_flight == 2
     assert "This is the best plan for speed." in explorer.message.value
     held = explorer.plan.peak_bytes
     explorer.controls["in_flight"].value = 0
     assert explorer.plan.setting.in_flight is None
     assert all(more > less for more, less in zip(explorer.plan.peak_bytes, held, strict=True))
-    assert "1 in flight" in explorer.message.value
+    assert "2 in flight" in explorer.message.value
