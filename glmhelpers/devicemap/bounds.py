@@ -72,9 +72,9 @@ class Need(NamedTuple):
         """The peak on this card."""
         return self.peak + self.workspaces * card.gemm_workspace
 
-    def fits(self, card: GPU, usable: int) -> bool:
-        """Is so much enough on this card?"""
-        return self.total + self.workspaces * card.gemm_workspace + card.context <= usable
+    def lack(self, card: GPU, usable: int) -> int:
+        """Bytes that are too few on this card; 0 or less where they are enough."""
+        return self.total + self.workspaces * card.gemm_workspace + card.context - usable
 
 
 class Costs:
@@ -88,7 +88,7 @@ class Costs:
     def __init__(self, shape: Shape, setting: Setting, smooth: bool = False):
         self.shape, self.setting, self.parts = shape, setting, setting.micro_batches
         self.block = weight_bytes(shape, setting, Stage.of(1))
-        self.options: dict[tuple, dict[int, Need]] = {}
+        self.options: dict[tuple, dict[int, Need | None]] = {}
         self._smooth = smooth
         self._needs: dict[tuple, Need] = {}
         self._times: dict[tuple, StageTime] = {}
@@ -242,4 +242,4 @@ class Bounds:
             max(slowest[0], head, even / sum(1 / rate[0] for rate in rates)),
             max(slowest[1], layers / sum(1 / seconds for seconds in back) * setting.training),
         )
-        return pass_seconds(total, slow, costs.parts)
+        return pass_seconds(total, slow, costs.parts, setting.flying)

@@ -152,15 +152,19 @@ class Search:
         costs = self._costs(setting)
         return min((self._least_lack(costs, place) for place in self.embeddings), key=max)
 
-    def _options(self, costs: Costs, gpu: int, flags: tuple[bool, ...]) -> dict[int, Need]:
-        """Number of blocks -> the fastest stage of so many that fits."""
-        key = self.bounds.alike[gpu], flags
-        if key not in costs.options:
-            most = min(self.room.shape.layers, self.room.usable[gpu] // costs.block)
-            least = self.room.shape.layers if flags[1] and flags[3] else 1 - flags[1]  # the only one has all blocks
-            found = ((count, self._fastest(costs, gpu, count, flags)) for count in range(least, most + 1))
-            costs.options[key] = {count: need for count, need in found if need}
-        return costs.options[key]
+    def _options(self, costs: Costs, gpu: int, flags: tuple[bool, ...], limit: float) -> dict[int, Need]:
+        """Number of blocks -> the fastest stage of so many that fits, without those that surely take longer than a step
+        may, `limit` seconds."""
+        card, setting, layers = self.room.gpus[gpu], costs.setting, self.room.shape.layers
+        forward, _, backward, *_ = costs.rates(self.bounds.speed[gpu], card)
+        least = layers if flags[1] and flags[3] else 1 - flags[1]  # the only one has all blocks
+        most = min(layers, self.room.usable[gpu] // costs.block)
+        most = int(min(most, (limit + SAME) / (costs.parts * (forward + backward * setting.training))))
+        known = costs.options.setdefault((self.bounds.alike[gpu], flags), {})
+        for count in range(least, most + 1):
+            if count not in known:
+                known[count] = self._fastest(costs, gpu, count, flags)
+        return {count: need for count in range(least, most + 1) if (need := known[count])}
 
     def _fastest(self, costs: Costs, gpu: int, count: int, flags: tuple[bool, ...]) -> Need | None:
         """With as few checkpointed blocks as there is memory for; None where nothing fits."""
@@ -170,16 +174,21 @@ class Search:
             # Beside what comes and goes, each block more without checkpointing takes `more`; the first may take less.
             rest = usable - costs.need(count, 0, flags).lasting
             kept = max(0, min(count, rest // costs.more + 2)) if costs.more > 0 else count
-        for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
-            if (need := costs.need(count, number, flags)).fits(card, usable):
-                return need
-        return None
+        while (lack := (need := costs.need(count, kept, flags)).lack(card, usable)) > 0:
+            if self.checkpointed != "auto" or kept == 0:
+                return None
+            # Each block less frees `more`, or somewhat more than that at an end of the row: none that fits is left out.
+            kept = max(0, kept - max(1, lack // costs.more if costs.more > 0 else 1))
+        return need
 
-    def _tables(self, costs: Costs, gpu: int, place: str) -> list[dict[int, Need]]:
+    def _tables(self, costs: Costs, gpu: int, place: str, limit: float = float("inf")) -> list[dict[int, Need]]:
         """Options of this GPU: as the first one, as the only one, in the middle, as the last one."""
         kinds = [(True, False, gpu < self.last), (True, True, True), (False, False, 0 < gpu < self.last)]
         kinds.append((False, True, gpu > 0))
-        return [self._options(costs, gpu, stage_flags(place, first, head)) if can else {} for first, head, can in kinds]
+        return [
+            self._options(costs, gpu, stage_flags(place, first, head), limit) if can else {}
+            for first, head, can in kinds
+        ]
 
     def _peaks(self, costs: Costs, place: str) -> list[list[dict[int, int]]]:
         """For each GPU its tables, with the peak alone."""
@@ -238,7 +247,7 @@ class Search:
                         found[count] = need.stage, time
             return found
 
-        first, only, middle, last = map(timed, self._tables(costs, gpu, place))
+        first, only, middle, last = map(timed, self._tables(costs, gpu, place, limit))
 
         def moves(done: int, on: dict, ends: dict) -> list[tuple[int, Stage, StageTime]]:
             found = [(done + count, *piece) for count, piece in on.items() if done + count <= layers]
