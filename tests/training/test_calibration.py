@@ -11,10 +11,11 @@ from glmhelpers.cost_model.gpus import CATALOGUE, find_gpus, gpus_here, known_gp
 from glmhelpers.cost_model.sizes import Setting, Shape
 from glmhelpers.cost_model.step_time import block_seconds
 from glmhelpers.devicemap import plan_device_map
+from glmhelpers.lora.attach import attach_lora
 from glmhelpers.training import calibration, measure_machine
 from glmhelpers.utils.timing import Laps
 from tests.helpers.reference import CHECKPOINT
-from thuglm import ChatGLMConfig
+from thuglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 T4 = CATALOGUE["T4"]
 RATES = {"matrix_share": 0.5, "launch_forward": 2e-3, "context": 200 * 2**20}
@@ -113,6 +114,24 @@ def test_the_host_is_measured_by_a_real_step(monkeypatch):
     assert set(found) == {"launch_forward", "launch_again", "launch_backward", "launch_step"}
     assert all(0 < seconds < 1 for seconds in found.values())
     assert list(laps.parts) == ["model for the host", "first steps", "steps"]
+
+
+@pytest.mark.parametrize("layers", [8, 28])
+def test_clipping_goes_through_the_adapters_of_the_whole_model(layers, monkeypatch):
+    config = ChatGLMConfig.from_pretrained(CHECKPOINT, num_layers=layers)
+    monkeypatch.setattr(calibration, "STEPS", 0.0)
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def counted(parameters, norm):
+        seen.append([parameter.grad.shape for parameter in parameters])
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted)
+    calibration.host_launches(["cpu"], config, Laps())
+    whole = attach_lora(ChatGLMForConditionalGeneration(config))
+    shapes = sorted(parameter.shape for parameter in whole.parameters() if parameter.requires_grad)
+    assert len(seen) >= 2
+    assert all(sorted(step) == shapes for step in seen)
 
 
 def test_every_block_runs_and_those_of_a_device_share_their_weights():
