@@ -15,8 +15,9 @@
 3. For each case: the planner's free choice for all GPUs, and every number of micro-batches timed on them and on one
    GPU, until they are far slower: is the choice the fastest? `slower` is how much slower it is than the best of
    those, 0 if it is the best; `slower_least` the same of the least, which tells noise from a wrong choice.
-4. For each case, where memory is short: the best plan for all GPUs with every micro-batch in flight, and with as many
-   as there are GPUs, in turns; `faster` is the ratio of the medians, `predicted_faster` what the planner expects of it.
+4. For each case, where memory is short: the best plan for all GPUs in one part, with every micro-batch in flight, and
+   with as many as there are GPUs, in turns; `faster` is the ratio of the medians of the second and this one, and
+   `against_one_part` of the first and this one; `predicted_faster` is what the planner expects.
 
 One JSON line each, printed at once; an error is one of them. No trial is begun `--budget-s` seconds after the start.
 """
@@ -59,7 +60,7 @@ OUT_OF_TIME = "out of time: --budget-s"
 CASES = ((16, 56), (4, 256), (4, 1024), (1, 2048), (24, 1024))
 PARTS = ("host", "case", "choice", "flight")
 TURNS = 2
-"""Times that each of the two plans of point 4 is run."""
+"""Times that each plan of point 4 is run."""
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-chatglm"
 
 
@@ -268,8 +269,9 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
 def one_flight(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int, deadline: float) -> None:
     """Point 4 for one case."""
     plans, timed = {}, {}
-    for name, flying in (("all", rows), ("few", len(gpus))):
-        plans[name] = plan_device_map(trial.config, gpus, rows, length, label_share=0.5, in_flight=flying)
+    ways = {"one": {"micro_batches": 1}, "all": {"in_flight": rows}, "few": {"in_flight": len(gpus)}}
+    for name, way in ways.items():
+        plans[name] = plan_device_map(trial.config, gpus, rows, length, label_share=0.5, **way)
         timed[name] = []
     for name in TURNS * tuple(plans):
         if time.perf_counter() > deadline:
@@ -293,6 +295,7 @@ def one_flight(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
             difference=round(1e3 * plan.seconds / ms[name] - 1, 3),
             peak_bytes=timed[name][-1].peaks,
             predicted_peak_bytes=list(plan.peak_bytes),
+            against_one_part=round(ms["one"] / ms[name], 3),
             faster=round(ms["all"] / ms[name], 3),
             predicted_faster=round(plans["all"].seconds / plan.seconds, 3),
         )

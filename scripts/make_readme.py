@@ -93,10 +93,7 @@ def predicted() -> str:
 
 def measured() -> str:
     """The table of figures from the result files, each with its program."""
-    found = {
-        path.stem.removesuffix("_h100"): [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (PROJECT / "benchmarks" / "results").glob("*_h100.jsonl")
-    }
+    found, newer = _results("h100"), _results("h200")
     placed = {line["batch"]: line["peak_bytes"] for line in found["two_gpus"] if line["figure"] == "placement"}
     memory, config = found["train_step_memory"], ChatGLMConfig()
     worst = max(abs(predict_case(config, line) / line["peak_bytes"] - 1) for line in memory)
@@ -132,9 +129,19 @@ def measured() -> str:
             "calibrate.py",
         ),
         (
-            "24 x 1024 tokens on two GPUs: one process in one part and as planned; one process for each GPU",
+            "24 x 1024 tokens on two GPUs: one process in one part and in 8; one process for each GPU",
             _roads(found["processes"]),
             "processes.py",
+        ),
+        (
+            "24 x 1024 tokens on two H200s held to 14.75 GiB: in one part; all parts in memory; two, as planned",
+            _lanes(newer["flight"]),
+            "calibrate.py --cap 14.75 --parts flight",
+        ),
+        (
+            "16 x 56 tokens on two H200s: one process; one for each GPU with the whole model; the same as CUDA graphs",
+            _copies(newer["processes"]),
+            "processes.py --sizes 16x56",
         ),
         ("4 x 1024 tokens on two GPUs in 4 parts: eager; as CUDA graphs", _graphs(found["two_gpus"]), "two_gpus.py"),
         (
@@ -149,6 +156,29 @@ def measured() -> str:
     return "\n".join([*lines, *(f"| {what} | {figure} | `{program}` |" for what, figure, program in rows)])
 
 
+def _results(card: str) -> dict[str, list[dict]]:
+    """What each program printed on such cards."""
+    return {
+        path.stem.removesuffix(f"_{card}"): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (PROJECT / "benchmarks" / "results").glob(f"*_{card}.jsonl")
+    }
+
+
+def _lanes(lines: list[dict]) -> str:
+    """A step of 24 x 1024 in each of three ways, the mean of its turns in the last call."""
+    ways = {line["way"]: line["ms"] for line in lines if (line["what"], line.get("rows")) == ("flight", 24)}
+    return "; ".join(f"{sum(ways[way]) / len(ways[way]):.0f}" for way in ("one", "all", "few")) + " ms"
+
+
+def _copies(lines: list[dict]) -> str:
+    """A step of 16 x 56 in one process, and with the whole model on each GPU, eager and replayed, in the last call."""
+    last = max(number for number, line in enumerate(lines) if "machine" in line)
+    timed = [line for line in lines[last:] if line.get("length") == 56 and line.get("figure") != "compare"]
+    one = next(x["ms"] for x in timed if x["schedule"] == "one process")
+    two = {x["cuda_graphs"]: x["ms"] for x in timed if x["pipelines"] == 2}
+    return f"{one:.0f}; {two[False]:.0f}; {two[True]:.0f} ms"
+
+
 def _planned(lines: list[dict]) -> str:
     """A step of 4 x 1024 as the catalogue plans it (in 4 parts), as the calibrated planner does, and on one GPU."""
     (choice,) = (x for x in lines if x["what"] == "choice" and x["length"] == 1024 and x["blocks"] == [14, 14])
@@ -157,7 +187,8 @@ def _planned(lines: list[dict]) -> str:
 
 
 def _roads(lines: list[dict]) -> str:
-    """A step of 24 x 1024 in one process, in one part and as planned, and the fastest in one process for each GPU."""
+    """A step of 24 x 1024 in one process, all micro-batches in flight: in one part and as planned then; and the fastest
+    in one process for each GPU."""
     long = [line for line in lines if line.get("length") == 1024]
     alone = [line for line in long if line["schedule"] == "one process"]
     whole, planned = (next(x["ms"] for x in alone if x["parts"] == 1), next(x["ms"] for x in alone if x["planned"]))

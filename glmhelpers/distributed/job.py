@@ -49,7 +49,7 @@ class Job:
         checkpointed: "all", "none", or a number n for the first n blocks.
         loss_chunk: rows of logits alive at once.
         cuda_graphs: 1: as in `train`, for short rows; where each process has the whole model (`blocks` has one number)
-            and one micro-batch. Not proven on GPUs yet.
+            and one micro-batch.
         rows_per_step: of all pipelines together.
         max_steps ... seed: as in `TrainingArguments`.
         lora_rank, alpha, dropout, targets, adapter_seed: see `attach_lora`; targets separated by commas.
