@@ -73,6 +73,16 @@ assert fast.seconds <= plan.seconds
 one, four = (plan_device_map(config, ["T4"], 4, 1024, in_flight=flying) for flying in (1, 4))
 assert f"{fast.seconds:.1f} s a step against {one.seconds:.1f} below" in text
 assert f"{len(four.checkpointed_layers)} of its 28 blocks again, and a step would take {four.seconds:.1f} s" in text
+
+# Micro-batches in flight: what the planner takes by itself, and what was measured.
+alone = plan_device_map(config, ["T4", "T4"], 24, 1024)
+assert (alone.setting.in_flight, alone.seconds) == (2, long.seconds)
+measured_lanes = [
+    json.loads(x) for x in (project / "benchmarks/results/flight_h200.jsonl").read_text(encoding="utf-8").splitlines()
+]
+ways = {x["way"]: x["ms"] for x in measured_lanes if (x["what"], x.get("rows")) == ("flight", 24)}
+one_ms, all_ms, few_ms = (sum(ways[way]) / len(ways[way]) for way in ("one", "all", "few"))
+assert f"{one_ms:.0f} ms in one part, {all_ms:.0f} with all parts in flight, {few_ms:.0f} in two lanes" in text
 assert [explorer.device_map[f"transformer.layers.{layer}"] for layer in (15, 16)] == [0, 1]
 # The explorer's diamond belongs to the very plan that was measured.
 assert (ran.peak_bytes, [len(blocks) for blocks in ran.blocks]) == (seen["predicted_peak_bytes"], seen["cut"])
