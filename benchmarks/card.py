@@ -85,7 +85,8 @@ def training_step(config: Any, gpus: list[GPU], rows: int, length: int, repeats:
                 torch.cuda.reset_peak_memory_stats(index)
         wait()
         begin = time.perf_counter()
-        run_step(model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
+        how = {"loss_chunk": plan.setting.loss_chunk, "in_flight": plan.setting.in_flight}
+        run_step(model, batch, plan.micro_batches, **how)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait()
@@ -97,6 +98,7 @@ def training_step(config: Any, gpus: list[GPU], rows: int, length: int, repeats:
         "blocks": [len(blocks) for blocks in plan.blocks],
         "checkpointed": len(plan.checkpointed_layers),
         "micro_batches": plan.micro_batches,
+        "in_flight": plan.setting.flying,
         "ms": round(1e3 * statistics.median(times[1:]), 1),
         "predicted_ms": round(1e3 * plan.seconds, 1),
         "peak_gib": [round(peak / GIB, 2) for peak in peaks],

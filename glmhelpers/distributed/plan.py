@@ -83,13 +83,15 @@ class ProcessPlan:
             source: a plan, a device map or a placement.
             layers: number of blocks.
             schedule: one of SCHEDULES.
-            checkpointed: as for `is_checkpointed`; None: as the plan says, or all.
+            checkpointed: as for `is_checkpointed`; None: as the plan says, or all. All, too, for a plan that keeps few
+                micro-batches in flight, unless the schedule is 1F1B: the others keep more.
             settings: further attributes; a plan gives its number of micro-batches if none is given here.
         """
         if hasattr(source, "micro_batches"):
             settings.setdefault("micro_batches", source.micro_batches)
         if checkpointed is None:
-            checkpointed = getattr(source, "checkpointed_layers", "all")
+            more = schedule != "1F1B" and hasattr(source, "setting") and source.setting.waves
+            checkpointed = "all" if more else getattr(source, "checkpointed_layers", "all")
         marks = is_checkpointed(layers, checkpointed)
         counts = tuple(len(blocks) for blocks in Placement.of(source, layers).blocks.values())
         chosen = tuple(block for block, marked in enumerate(marks) if marked)

@@ -55,6 +55,14 @@ def test_plan_of_one_process_becomes_a_plan_of_many():
     assert [list(cut.blocks) for cut in many.stages] == list(Placement.of(one, 28).blocks.values())
 
 
+def test_only_1f1b_takes_the_marks_of_a_plan_that_keeps_two_in_flight():
+    one = plan_device_map(ChatGLMConfig(num_layers=28), ["T4", "T4"], batch_size=24, seq_length=1024)
+    assert (one.setting.flying, one.checkpointed_layers) == (2, [])
+    assert ProcessPlan.of(one, 28).checkpointed == ()
+    for schedule, stages in (("GPipe", 1), ("Interleaved1F1B", 2)):
+        assert ProcessPlan.of(one, 28, schedule, stages_per_rank=stages).checkpointed == tuple(range(28))
+
+
 def test_interleaved_ranks_hold_what_the_placement_gives_them():
     plan = ProcessPlan((5, 3), "Interleaved1F1B", micro_batches=4, stages_per_rank=2)
     assert [list(cut.blocks) for cut in plan.stages] == [[0, 1, 2], [3, 4], [5, 6], [7]]
