@@ -153,9 +153,10 @@ def device_map_of(config: ChatGLMConfig, case: Case) -> tuple[dict[str, int], tu
 
 
 def planned_cases(config: ChatGLMConfig, gpu: str = "15GiB") -> list[Case]:
-    """The planner's fastest plan for two such GPUs at 4 x 1024, each of its stages to be measured alone."""
+    """The planner's fastest plan for two such GPUs at 4 x 1024 with all micro-batches in flight, as they are in a stage
+    that is measured alone."""
     base = Case()
-    plan = plan_device_map(config, [gpu] * 2, base.batch, base.length, "speed")
+    plan = plan_device_map(config, [gpu] * 2, base.batch, base.length, "speed", in_flight=base.batch)
     cut = tuple(len(blocks) for blocks in plan.blocks if blocks)
     return [
         replace(

@@ -58,7 +58,7 @@ dropout, thin products and sums in `glmhelpers.lora.layer`; in peft also casts t
 
 LANES_START = 0.5
 """Lanes begin together and work on the same GPU until they are out of step: so much of what a micro-batch needs on the
-other GPUs is lost, once. On two H200s (`two_gpus.py --only parts`, 24 x 1024) 0.54 in 8 parts and 0.47 in 12."""
+other GPUs is lost, once. On two H200s (`two_gpus.py --only parts`, 24 x 1024) 0.54 in 8 parts and 0.46 in 12."""
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ class Need(NamedTuple):
         """The peak on this card."""
         return self.peak + self.workspaces * card.gemm_workspace
 
-    def lack(self, card: GPU, usable: int) -> int:
-        """Bytes that are too few on this card; 0 or less where they are enough."""
-        return self.total + self.workspaces * card.gemm_workspace + card.context - usable
+    def fits(self, card: GPU, usable: int) -> bool:
+        """Is so much enough on this card?"""
+        return self.total + self.workspaces * card.gemm_workspace + card.context <= usable
 
 
 class Costs:

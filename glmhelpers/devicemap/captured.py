@@ -15,12 +15,12 @@ recorded when first met; those of more than GRAPH_TOKENS tokens run without, sin
 
 Blocks that are not checkpointed and follow each other on one GPU are one pair of graphs. A checkpointed block is a
 pair by itself: its forward graph keeps nothing, its backward graph runs the block again, from the random state of the
-forward one. Random numbers continue where the generator stands, as without graphs: dropout is the same to the bit, and
-recording leaves the generator as it was, so a run that goes on after a kill draws what an unbroken one draws.
+forward one. Dropout is the same to the bit as without graphs: random numbers continue where the generator stands, and
+recording leaves it as it was, or a run that goes on after a kill would draw others.
 """
 
 import gc
-import traceback
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from glmhelpers.cost_model.sizes import GRAPH_TOKENS
 from glmhelpers.devicemap.devices import OnDevice, parameters_of, walk
+from glmhelpers.utils.errors import cleared_chain
 from glmhelpers.utils.types import Model
 
 SHAPES = 32
@@ -280,21 +281,21 @@ class Captured:
         if state != self.state:  # weights were moved, merged or loaded anew: the graphs read the old memory
             self.forget()
             self.state = state
-        if shapes not in self.known:
-            if len(self.known) == SHAPES:
-                self.say_without(f"more than {SHAPES} shapes of batches")
-                return None
+        if shapes not in self.known and len(self.known) == SHAPES:
+            self.say_without(f"more than {SHAPES} shapes of batches")
+        elif shapes not in self.known:
+            outer = sys.exception()
             try:
                 self.known[shapes] = self.record(shapes)
-            except (RuntimeError, NotImplementedError) as error:
-                no_room, cause = False, cast(BaseException | None, error)
-                while cause is not None:
-                    traceback.clear_frames(cause.__traceback__)  # with what has been recorded so far
-                    no_room, cause = no_room or isinstance(cause, torch.OutOfMemoryError), cause.__context__
+            except RuntimeError as error:
+                chain = cleared_chain(error, outer)  # frames held what has been recorded so far
                 failed = [other for other, found in self.known.items() if found is None]
                 self.forget()  # the others are recorded anew, or there would be two pools for good
-                self.known, self.no_room = {} if no_room else dict.fromkeys([*failed, shapes]), no_room
-                self.say_without("no room for them" if no_room else str(error).splitlines()[0])
+                if not isinstance(first := chain[-1], Exception):
+                    raise first from None  # Ctrl-C
+                self.no_room = any(isinstance(each, torch.OutOfMemoryError) for each in chain)
+                self.known = {} if self.no_room else dict.fromkeys([*failed, shapes])
+                self.say_without("no room for them" if self.no_room else (f"{first}" or repr(first)).splitlines()[0])
         return self.known.get(shapes)
 
     def say_without(self, reason: str) -> None:

@@ -4,8 +4,8 @@
                         \\____ GPU 0 _____/   \\________ GPU 1 ________/
                                            cut
 
-A plan is: where the cuts are (GPUs in ascending order; one may stay empty), where the embedding lives, into how many
-micro-batches the batch is cut, and which blocks need no activation checkpointing because memory is left over.
+A plan is: the cuts (GPUs in ascending order; one may stay empty), the place of the embedding, the number of
+micro-batches and of those in flight, and the blocks that need no activation checkpointing because memory is left over.
 
     "speed"    of all plans that fit, the one whose step takes the shortest time (`cost_model.step_time`)
     "memory"   every block checkpointed, a small loss chunk; of all plans, the one whose largest peak is smallest; of

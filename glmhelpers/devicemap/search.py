@@ -174,12 +174,10 @@ class Search:
             # Beside what comes and goes, each block more without checkpointing takes `more`; the first may take less.
             rest = usable - costs.need(count, 0, flags).lasting
             kept = max(0, min(count, rest // costs.more + 2)) if costs.more > 0 else count
-        while (lack := (need := costs.need(count, kept, flags)).lack(card, usable)) > 0:
-            if self.checkpointed != "auto" or kept == 0:
-                return None
-            # Each block less frees `more`, or somewhat more than that at an end of the row: none that fits is left out.
-            kept = max(0, kept - max(1, lack // costs.more if costs.more > 0 else 1))
-        return need
+        for number in range(kept, -1, -1) if self.checkpointed == "auto" else [kept]:
+            if (need := costs.need(count, number, flags)).fits(card, usable):
+                return need
+        return None
 
     def _tables(self, costs: Costs, gpu: int, place: str, limit: float = float("inf")) -> list[dict[int, Need]]:
         """Options of this GPU: as the first one, as the only one, in the middle, as the last one."""

@@ -107,7 +107,7 @@ def train(
         plan: applied where it is not yet (see `Plan.apply`); the next three are taken from it.
         micro_batches: parts into which each batch is cut: the same loss and gradients but for rounding, and for the
             dropout masks that are drawn. It makes no other run: a run that is finished is read back all the same.
-        in_flight: how many of them are in memory at a time, the number of GPUs or a few more; None for all, as it is
+        in_flight: how many of them are in memory at a time, as many as there are GPUs; None for all, as it is
             with a learnt prefix and with CUDA graphs. The same results but for rounding.
         loss_chunk: rows of logits alive at once; changes no result.
         cuda_graphs: record the kernels of each length of rows once, and start them with one call from then on (see

@@ -119,7 +119,7 @@ def run_step(
             once for each micro-batch, with its share of the loss.
         captured: the stages as CUDA graphs; short micro-batches are then padded to one of a few lengths, whether or not
             they can be recorded. Where the memory runs out, the step is done again without, and so are all others.
-        in_flight: micro-batches in memory at a time, the number of GPUs or a few more; by default all of them: one
+        in_flight: micro-batches in memory at a time, as many as there are GPUs; by default all of them: one
             backward over the sum. So it is with a learnt prefix, which all share, and with those that are recorded.
         forward: more arguments of the model's forward, such as `loss_chunk`.
 

@@ -171,6 +171,42 @@ def test_where_one_length_cannot_be_recorded_the_others_still_are(monkeypatch, c
     assert capsys.readouterr().out == said
 
 
+def recording_fails(model, fault, monkeypatch):
+    """A recorder whose recordings end in this error, and then in another, as one does that cannot be ended."""
+
+    def record(self, make, fixed=tuple):
+        try:
+            raise fault
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(Home, "record", record)
+    return Captured(model, Home)
+
+
+def test_ctrl_c_while_recording_stops_the_step(monkeypatch):
+    model = lora(fresh_model()).train()
+    captured = recording_fails(model, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(model, padded_batch(), captured=captured)
+    assert not captured.said
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(ValueError("the first one\nat length"), "the first one"), (NotImplementedError(), "NotImplementedError()")],
+)
+def test_the_first_error_is_told_whatever_followed(fault, said, monkeypatch, capsys):
+    model = lora(fresh_model()).train()
+    captured = recording_fails(model, fault, monkeypatch)
+    try:
+        raise torch.OutOfMemoryError("of somebody who is mending it now")
+    except torch.OutOfMemoryError:
+        run_step(model, padded_batch(), captured=captured)
+    assert capsys.readouterr().out == f"[NOTE] steps run without CUDA graphs: {said}\n"
+    assert list(captured.known.values()) == [None]
+
+
 @pytest.mark.parametrize(("room", "masked"), [(0, False), (1, True), (3, False), (7, True), (20, False)])
 def test_no_room_while_recording_frees_all_and_says_so_once(room, masked, monkeypatch, capsys):
     model = lora(fresh_model(), 0.2).train()

@@ -57,9 +57,11 @@ def test_planner_equals_trying_every_cut(gpus, objective):
 @given(
     st.lists(st.integers(900, 6000).map(lambda mib: f"{mib}MiB"), min_size=1, max_size=3),
     st.sampled_from([1, 2, 6]),
-    st.sampled_from([64, 512]),
+    st.sampled_from([33, 64, 512]),
     st.sampled_from(["speed", "memory"]),
-    st.sampled_from([{}, {}, {"in_flight": 1}, {"in_flight": 2}, {"lora_rank": 0, "prefix_length": 200}]),
+    st.sampled_from(
+        [{}, {}, {"in_flight": 1}, {"in_flight": 2}, {"lora_rank": 0, "prefix_length": 200}, {"cuda_graphs": True}]
+    ),
 )
 @settings(max_examples=35, deadline=None)
 def test_planner_equals_trying_every_cut_in_any_room(gpus, batch, length, objective, how):
@@ -77,6 +79,14 @@ def test_planner_equals_trying_every_cut_in_any_room(gpus, batch, length, object
     for device, peak in zip(plan.prediction.devices, plan.prediction.peak_bytes, strict=True):
         again[device] = peak
     assert again == plan.peak_bytes
+
+
+@pytest.mark.parametrize(("gpu", "rows", "length"), [("T4", 64, 17), ("T4", 8, 193), ("L4", 24, 1024)])
+def test_planner_equals_trying_everything_with_graphs(gpu, rows, length):
+    """There a block less without checkpointing frees more than what it kept: its part of the pool."""
+    best = try_everything(PUBLISHED, [gpu], rows, length, "speed", cuda_graphs=True)
+    plan = plan_device_map(PUBLISHED, [gpu], rows, length, cuda_graphs=True)
+    assert plan.seconds == pytest.approx(best[-1], rel=1e-12)
 
 
 def test_goals_for_two_t4s():
