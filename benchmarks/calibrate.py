@@ -104,8 +104,7 @@ class Trial:
                 torch.cuda.reset_peak_memory_stats(index)
             wait()
             begin = time.perf_counter()
-            how = {"loss_chunk": plan.setting.loss_chunk, "in_flight": plan.setting.in_flight}
-            run_step(self.model, batch, plan.micro_batches, **how)
+            run_step(self.model, batch, **plan.setting.for_step)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -268,11 +267,9 @@ def one_choice(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: i
 
 def one_flight(trial: Trial, rows: int, length: int, gpus: list[GPU], repeats: int, deadline: float) -> None:
     """Point 4 for one case."""
-    plans, timed = {}, {}
     ways = {"one": {"micro_batches": 1}, "all": {"in_flight": rows}, "few": {"in_flight": len(gpus)}}
-    for name, way in ways.items():
-        plans[name] = plan_device_map(trial.config, gpus, rows, length, label_share=0.5, **way)
-        timed[name] = []
+    plans = {n: plan_device_map(trial.config, gpus, rows, length, label_share=0.5, **way) for n, way in ways.items()}
+    timed: dict[str, list[Timed]] = {name: [] for name in plans}
     for name in TURNS * tuple(plans):
         if time.perf_counter() > deadline:
             say(what="flight", rows=rows, length=length, skipped=OUT_OF_TIME)

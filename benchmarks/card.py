@@ -85,8 +85,7 @@ def training_step(config: Any, gpus: list[GPU], rows: int, length: int, repeats:
                 torch.cuda.reset_peak_memory_stats(index)
         wait()
         begin = time.perf_counter()
-        how = {"loss_chunk": plan.setting.loss_chunk, "in_flight": plan.setting.in_flight}
-        run_step(model, batch, plan.micro_batches, **how)
+        run_step(model, batch, **plan.setting.for_step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait()

@@ -129,23 +129,21 @@ def planned(machine: Machine, model: nn.Module, net: nn.Module) -> None:
     homes = dict(enumerate(machine.devices))
     net.place({name: homes.get(place, place) for name, place in plan.device_map.items()})
     checkpoint_only(model, plan.checkpointed_layers)
-    batch, chunk = random_batch(machine.config, rows, machine.length), plan.setting.loss_chunk
-    how = {"loss_chunk": chunk, "in_flight": plan.setting.in_flight}
+    batch, how = random_batch(machine.config, rows, machine.length), plan.setting.for_step
+    parts = how.pop("micro_batches")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    run_step(model, batch, plan.micro_batches, **how)
+    run_step(model, batch, parts, **how)
     optimizer.step()
     model.zero_grad(set_to_none=True)
     machine.reset_peaks()
-    seconds = step_seconds(machine, model, batch, plan.micro_batches, **how)
+    seconds = step_seconds(machine, model, batch, parts, **how)
     line(
         "planned",
         cut=[len(blocks) for blocks in plan.blocks],
         embedding=plan.embedding,
         kept_blocks=machine.config.num_layers - len(plan.checkpointed_layers),
         ms=round(seconds * 1e3, 1),
-        **machine.compare_peaks(
-            plan.device_map, batch, plan.checkpointed_layers, micro_batches=plan.micro_batches, **how
-        ),
+        **machine.compare_peaks(plan.device_map, batch, plan.checkpointed_layers, micro_batches=parts, **how),
     )
 
 

@@ -94,13 +94,13 @@ def placement(machine: Machine, model: nn.Module) -> None:
         for _ in range(2):
             machine.reset_peaks()
             batch = random_batch(machine.config, count, machine.length)
-            run_step(model, batch, plan.micro_batches, loss_chunk=plan.setting.loss_chunk)
+            run_step(model, batch, **plan.setting.for_step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             machine.sync()
         places = {name: machine.devices.index(place) for name, place in machine.device_map().items()}
-        how = {"micro_batches": plan.micro_batches, "loss_chunk": plan.setting.loss_chunk}
-        line("placement", cut=cut, **machine.compare_peaks(places, batch, plan.checkpointed_layers, **how))
+        how = machine.compare_peaks(places, batch, plan.checkpointed_layers, **plan.setting.for_step)
+        line("placement", cut=cut, **how)
 
 
 def gradients(machine: Machine, model: nn.Module, batch: dict, seed: int = 0, **how: Any) -> dict[str, torch.Tensor]:

@@ -221,6 +221,11 @@ class Setting:
         """Are some micro-batches undone before others begin?"""
         return self.flying < self.micro_batches
 
+    @property
+    def for_step(self) -> dict[str, Any]:
+        """What `run_step` has to be told of these settings, by its names: how the batch is cut and what is alive."""
+        return {name: getattr(self, name) for name in ("micro_batches", "in_flight", "loss_chunk")}
+
     def lanes(self, gpus_used: int) -> int:
         """Streams that a step works in on each GPU: several, if not all micro-batches are in flight on several GPUs."""
         return self.flying if self.waves and gpus_used > 1 else 1

@@ -172,14 +172,12 @@ def pass_seconds(total: StageTime, slowest: StageTime, micro_batches: int, in_fl
         in_flight: micro-batches in memory at a time; None for all.
     """
     again, lanes = micro_batches - 1, in_flight if in_flight and in_flight < micro_batches else None
-    ahead, back = slowest.forward, slowest.backward
+    ahead, back, lost = slowest.forward, slowest.backward, 0.0
     if lanes:
-        ahead, back = max(ahead, total.forward / lanes), max(back, total.backward / lanes)
-    lost = LANES_START if lanes else 0.0
+        ahead, back, lost = max(ahead, total.forward / lanes), max(back, total.backward / lanes), LANES_START
     forward = total.forward + again * ahead + lost * (total.forward - ahead)
     backward = total.backward + again * back + lost * (total.backward - back)
-    launched = (micro_batches * launch for launch in (total.launch_forward, total.launch_backward))
-    return sum(map(max, (forward, backward), launched))
+    return max(forward, micro_batches * total.launch_forward) + max(backward, micro_batches * total.launch_backward)
 
 
 def step_seconds(times: Sequence[StageTime], micro_batches: int, in_flight: int | None = None) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import calibrate
+from glmhelpers.cost_model.sizes import Setting
 from glmhelpers.devicemap.check import part_names
 from thuglm import ChatGLMConfig
 
@@ -36,9 +37,7 @@ def test_short_steps_are_timed_often_and_long_ones_three_times(monkeypatch, each
 
     monkeypatch.setattr(calibrate, "run_step", run_step)
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock[0])
-    plan = SimpleNamespace(
-        apply=lambda model: [], micro_batches=1, setting=SimpleNamespace(loss_chunk=128, in_flight=None)
-    )
+    plan = SimpleNamespace(apply=lambda model: [], setting=Setting(1, 16))
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         timed = trial.run(plan, 1, 16, 3)

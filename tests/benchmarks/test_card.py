@@ -33,7 +33,9 @@ def test_the_step_has_as_many_micro_batches_in_flight_as_its_plan(monkeypatch):
     small = replace(small, **free)
     plan = plan_device_map(config, [small], 4, 128, label_share=0.5)
     assert plan.setting.waves  # with all of them it would run blocks again
-    monkeypatch.setattr(card, "run_step", lambda model, batch, parts, **how: seen.append((parts, how["in_flight"])))
+    monkeypatch.setattr(
+        card, "run_step", lambda *_, micro_batches, in_flight, **__: seen.append((micro_batches, in_flight))
+    )
     found = card.training_step(config, [small], 4, 128, 1)
     assert set(seen) == {(plan.micro_batches, 1)}
     assert found["in_flight"] == 1
